@@ -1,0 +1,194 @@
+"""From YAML files and `key=value` words to a checked `RunConfig`; every refusal is one sentence."""
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from moelm.config.schema import RunConfig
+from moelm.errors import MoelmError
+
+Tree = dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `3e-4` as text; people who write learning rates mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a config file, follow its `base:`, apply `key.sub=value` words and check the result.
+
+    Raises:
+        MoelmError: a missing or malformed file, an unknown key, a wrong type or a value out of range.
+    """
+    tree = _read_tree(Path(path), seen=())
+    # A `kind` goes first: choosing another kind drops the keys of the old one, never the new ones.
+    for word in sorted(overrides, key=lambda word: not word.partition("=")[0].endswith("kind")):
+        _override(tree, word)
+    return check_config(tree, str(path))
+
+
+def check_config(tree: Tree, origin: str) -> RunConfig:
+    """Validate a mapping as a run; `origin` opens the error sentence."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise MoelmError(f"{origin}: {_sentence(error)}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved run as YAML, with every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> Tree:
+    path = path.resolve() if seen else path
+    if path.resolve() in seen:
+        raise MoelmError(f"{path}: `base:` leads back to this file.")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise MoelmError(f"There is no config file {path}.") from None
+    except OSError as error:
+        raise MoelmError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise MoelmError(f"{path} is not a text file; a YAML config is expected.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise MoelmError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(tree, dict):
+        raise MoelmError(f"{path} holds no settings; a YAML mapping is expected.")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise MoelmError(f"{path}: base is {base!r}; the name of another YAML file is expected.")
+    return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(below: Tree, above: Tree) -> Tree:
+    """Lay one mapping over another; a section of another `kind` replaces the old one whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        if both and value.get("kind", old.get("kind")) == old.get("kind"):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(tree: Tree, word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise MoelmError(f"{word!r} is not an override; key.sub=value is expected.")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise MoelmError(f"{word!r}: {text!r} is not a YAML value.") from None
+    *path, last = key.split(".")
+    node: Any = tree
+    for part in path:
+        node = _child(node, part, word)
+    if isinstance(node, list):
+        node[_index(node, last, word)] = value
+        return
+    if last == "kind" and node.get("kind") not in (None, value):
+        node.clear()
+    node[last] = value
+
+
+def _child(node: Any, part: str, word: str) -> Any:
+    if isinstance(node, list):
+        child = node[_index(node, part, word)]
+    else:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+    if not isinstance(child, dict | list):
+        raise MoelmError(f"{word!r}: {part} holds a single value and has no keys below it.")
+    return child
+
+
+def _index(items: list[Any], part: str, word: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise MoelmError(f"{word!r}: {part!r} is not an item of a list of {len(items)}, counted from 0.")
+    return int(part)
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem as a sentence, with the nearest known key for a misspelt one."""
+    problems = error.errors()
+    first = problems[0]
+    place, section = _locate(first["loc"])
+    value = first.get("input")
+    match first["type"]:
+        case "extra_forbidden":
+            parent, _, key = place.rpartition(".")
+            known = sorted(section.model_fields) if section else []
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{parent or 'the top level'} knows {', '.join(known)}."
+            text = f"there is no setting {place}; {hint}"
+        case "missing":
+            text = f"{place} is missing."
+        case "value_error":
+            text = f"{place}: {first['ctx']['error']}." if place else f"{first['ctx']['error']}."
+        case "union_tag_not_found":
+            text = f"{place}.kind is missing; one of {first['ctx'].get('tags', 'dense, moe')} is expected."
+            text = text if isinstance(value, dict) else f"{place} is {value!r}; a section of settings is expected."
+        case "union_tag_invalid":
+            text = f"{place}.kind is {value.get('kind')!r}; expected one of {first['ctx']['expected_tags']}."
+        case _:
+            told = first["msg"].removeprefix("Input ").replace("a valid ", "")
+            told = told.replace("string", "text").replace("dictionary or instance", "section, not an instance")
+            text = f"{place} is {value!r}, but it {told[0].lower()}{told[1:]}."
+    more = len(problems) - 1
+    return text if not more else f"{text[:-1]}{text[-1]} (and {more} more)"
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
+    """The dotted key of an error, and the section in which its last part was looked up.
+
+    pydantic puts the tag of a union (`dense`) and the type of a plain one (`int`) into the path; a user never wrote those.
+    """
+    section: type[BaseModel] | None = RunConfig
+    annotation: Any = RunConfig
+    parts: list[str] = []
+    for part in loc:
+        if isinstance(part, int):
+            annotation = typing.get_args(annotation)[0]
+            parts.append(str(part))
+            continue
+        members = [arm for arm in _arms(annotation) if isinstance(arm, type) and issubclass(arm, BaseModel)]
+        tagged = [arm for arm in members if len(members) > 1 and _tag(arm) == part]
+        if tagged:
+            annotation = tagged[0]
+        elif members:
+            section = members[0]
+            parts.append(part)
+            field = section.model_fields.get(part)
+            annotation = field.annotation if field else None
+    return ".".join(parts), section
+
+
+def _arms(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _tag(section: type[BaseModel]) -> Any:
+    kind = section.model_fields.get("kind")
+    return typing.get_args(kind.annotation)[0] if kind else None

@@ -1,0 +1,322 @@
+"""The shape of one YAML run: pydantic models, strict, every field with its unit and the reason for its default.
+
+Reading files, inheritance and command-line overrides live in `moelm.config.load`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Auto = Literal["auto"]
+
+
+class Config(BaseModel):
+    """Base of all sections: unknown keys and wrong types are errors, values never change after loading."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RouterConfig(Config):
+    """How a token chooses its experts."""
+
+    kind: Literal["topk"] = "topk"
+    """`topk`: softmax over the k largest float32 logits (Mixtral)."""
+
+
+class BalanceConfig(Config):
+    """Auxiliary losses that keep the experts evenly used; each weight applies to every MoE layer."""
+
+    aux: float = Field(default=0.01, ge=0)
+    """Weight of the Switch/GShard load-balance loss, whose balanced value is 1."""
+    z: float = Field(default=0.001, ge=0)
+    """Weight of the router z-loss, the mean squared log-partition of the logits (ST-MoE)."""
+    scope: Literal["micro", "global"] = "global"
+    """Tokens over which the load is averaged: one micro-batch, or the whole global batch."""
+
+
+class DenseFFNConfig(Config):
+    """A plain gated feed-forward block in every layer."""
+
+    kind: Literal["dense"]
+    hidden_dim: int = Field(gt=0)
+    """Width of the SwiGLU hidden layer."""
+
+
+class MoEFFNConfig(Config):
+    """A sparse mixture of gated feed-forward experts."""
+
+    kind: Literal["moe"]
+    hidden_dim: int = Field(gt=0)
+    """Width of one expert; `top_k * hidden_dim` is the dense width with equal active parameters."""
+    num_experts: int = Field(gt=0)
+    top_k: int = Field(gt=0)
+    """Experts that each token visits."""
+    every: int = Field(default=1, gt=0)
+    """One layer in this many is sparse, the others stay dense at `top_k * hidden_dim` (1: all are sparse)."""
+    router: RouterConfig = RouterConfig()
+    balance: BalanceConfig = BalanceConfig()
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> "MoEFFNConfig":
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k is {self.top_k} but there are only num_experts = {self.num_experts}; "
+                f"top_k must be at most {self.num_experts}"
+            )
+        return self
+
+    @property
+    def dense_hidden_dim(self) -> int:
+        """Width of a dense block with the same active parameters."""
+        return self.top_k * self.hidden_dim
+
+
+FFNConfig = Annotated[DenseFFNConfig | MoEFFNConfig, Field(discriminator="kind")]
+
+
+class ModelConfig(Config):
+    """A pre-norm decoder; dense and sparse models differ in `ffn` alone."""
+
+    dim: int = Field(gt=0)
+    """Width of the residual stream."""
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int | None = Field(default=None, gt=0)
+    """Key/value heads for grouped-query attention (default: `num_heads`)."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Width of one head (default: `dim / num_heads`); even, because rotary embeddings turn pairs."""
+    vocab_size: int | None = Field(default=None, gt=0)
+    """Rows of the embedding (default: the size of the tokenizer)."""
+    max_seq_len: int | None = Field(default=None, gt=0)
+    """Longest context in tokens (default: `data.seq_len`)."""
+    window: int | None = Field(default=None, gt=0)
+    """Sliding-window attention: a token sees itself and the `window - 1` before it (default: all before it)."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head; steadies training at high learning rates."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
+    tie_embeddings: bool = True
+    """Share the input embedding with the output head; at small scale the head would dominate."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; projections into the residual stream get /sqrt(2 num_layers)."""
+    ffn: FFNConfig
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ModelConfig":
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"dim is {self.dim}, which num_heads = {self.num_heads} does not divide; "
+                f"choose a multiple of {self.num_heads} or set head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.kv_heads}, which does not divide num_heads = {self.num_heads}"
+            )
+        if self.size_per_head % 2:
+            raise ValueError(f"head_dim is {self.size_per_head}; rotary embeddings need an even number")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, with the default resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def size_per_head(self) -> int:
+        """Width of one head, with the default resolved."""
+        return self.head_dim or self.dim // self.num_heads
+
+    def ffn_at(self, layer: int) -> DenseFFNConfig | MoEFFNConfig:
+        """The feed-forward block of one layer; `ffn.every` leaves all but each n-th layer dense."""
+        if isinstance(self.ffn, MoEFFNConfig) and (layer + 1) % self.ffn.every:
+            return DenseFFNConfig(kind="dense", hidden_dim=self.ffn.dense_hidden_dim)
+        return self.ffn
+
+
+class SourceConfig(Config):
+    """Where documents come from: `{name: builtin}`, `{path: GLOB}` or `{hub: DATASET}`."""
+
+    name: str | None = None
+    """`builtin` for the corpus built from what is installed; else a label of the source."""
+    path: str | None = None
+    """A file or a glob; text, .jsonl, .csv or .parquet, with .gz or .zst for text and .jsonl."""
+    hub: str | None = None
+    """A Hugging Face data set, streamed."""
+    config: str | None = None
+    """The hub data set's configuration."""
+    split: str = "train"
+    """The hub data set's split."""
+    column: str = "text"
+    """The column that holds the text in .jsonl, .csv, .parquet and hub records."""
+    documents: Literal["auto", "file", "paragraph", "line"] = "auto"
+    """What is one document in a text file; `auto`: the file, or runs of paragraphs when it passes 1 MiB."""
+    domain: str | None = None
+    """Label of every document (default: the source's name)."""
+    domain_column: str | None = None
+    """Column that holds each document's domain instead."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the training tokens relative to the other sources (default: each document once)."""
+    max_documents: int | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "SourceConfig":
+        origins = [self.path, self.hub, "builtin" if self.name == "builtin" else None]
+        if sum(origin is not None for origin in origins) != 1:
+            raise ValueError("a source is exactly one of {name: builtin}, {path: FILES} or {hub: DATASET}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The name shown for this source, and its documents' domain unless they carry their own."""
+        return self.domain or self.name or self.hub or self.path or ""
+
+
+class TokenizerConfig(Config):
+    """How text becomes token ids."""
+
+    kind: Literal["bpe", "char", "byte", "file"] = "bpe"
+    """`bpe`: byte-level BPE trained on the training side; `char`; `byte`; `file`: an existing tokenizer.json."""
+    vocab_size: int = Field(default=4096, gt=0)
+    """Size to train a `bpe` to, special tokens included; the others find their own size."""
+    path: str | None = None
+    """The tokenizer.json of kind `file`."""
+    train_bytes: int = Field(default=100_000_000, gt=0)
+    """Training text that the `bpe` sees at most, in bytes; more changes the merges little and costs memory."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TokenizerConfig":
+        if self.kind == "bpe" and self.vocab_size < 258:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}; a byte-level BPE needs at least 258 "
+                "(256 bytes and 2 special tokens)"
+            )
+        if (self.kind == "file") != (self.path is not None):
+            raise ValueError("path names a tokenizer.json for kind: file, and belongs to no other kind")
+        return self
+
+
+class DataConfig(Config):
+    """From documents to rows of tokens."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    seq_len: int = Field(gt=0)
+    """Positions in one training row."""
+    val_fraction: float = Field(default=0.01, gt=0, lt=1)
+    """Part held out for evaluation."""
+    holdout: Literal["documents", "tail"] = "documents"
+    """`documents`: whole documents, chosen by their hash; `tail`: the end of every document (for a single long text)."""
+    document_mask: bool = False
+    """Stop attention at document borders inside a packed row."""
+    max_document_mb: float = Field(default=16.0, gt=0)
+    """Longest accepted document in megabytes; a longer one is nearly always a file read the wrong way."""
+    dir: str = "data"
+    """Folder of prepared data sets."""
+
+
+class TrainConfig(Config):
+    """The loop: how long, how much at once, how often to look."""
+
+    steps: int = Field(gt=0)
+    batch_tokens: int = Field(gt=0)
+    """Tokens in one optimizer step, over all micro-batches and processes."""
+    micro_batch_tokens: int | Auto = "auto"
+    """Tokens in one forward pass; `auto`: the largest part of the batch up to 16,384."""
+    eval_every: int = Field(default=100, gt=0)
+    checkpoint_every: int = Field(default=200, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """Newest checkpoints kept, beside the one with the best validation loss."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between lines of metrics.jsonl; their losses are means over those steps."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """`auto`: bfloat16 autocast where the hardware multiplies it natively, else float32."""
+    compile: bool | Auto = "auto"
+    """torch.compile the model; `auto`: on GPUs only, for on CPUs a short run would not earn the compilation back."""
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(default=50, ge=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Final learning rate as a part of the peak."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Part of the run in which `wsd` decays linearly."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled, on matrices only."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient."""
+
+
+class ParallelConfig(Config):
+    """Layout of the processes; one process until training across several lands."""
+
+    dp_replicate: int | Auto = "auto"
+    dp_shard: int = Field(default=1, gt=0)
+    ep: int = Field(default=1, gt=0)
+
+
+class WandbConfig(Config):
+    """Weights & Biases logging beside metrics.jsonl."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "moelm"
+
+
+class RunConfig(Config):
+    """One run, as resolved from YAML and the command line, and as saved in its directory."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's directory under `runs/`: letters, digits, dots, dashes and underscores."""
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> "RunConfig":
+        if self.train.batch_tokens % self.data.seq_len:
+            raise ValueError(
+                f"train.batch_tokens is {self.train.batch_tokens}; it must be a multiple of "
+                f"data.seq_len = {self.data.seq_len}"
+            )
+        micro = self.train.micro_batch_tokens
+        if isinstance(micro, int) and (micro % self.data.seq_len or self.train.batch_tokens % micro):
+            raise ValueError(
+                f"train.micro_batch_tokens is {micro}; it must be a multiple of data.seq_len = "
+                f"{self.data.seq_len} that divides train.batch_tokens = {self.train.batch_tokens}"
+            )
+        if self.model.window is None and self.max_seq_len < self.data.seq_len:
+            raise ValueError(
+                f"model.max_seq_len is {self.max_seq_len}; full attention needs at least "
+                f"data.seq_len = {self.data.seq_len}"
+            )
+        return self
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest context in tokens, with the default resolved."""
+        return self.model.max_seq_len or self.data.seq_len
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of `data.seq_len` tokens in one optimizer step."""
+        return self.train.batch_tokens // self.data.seq_len
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Rows in one forward pass."""
+        if isinstance(self.train.micro_batch_tokens, int):
+            return self.train.micro_batch_tokens // self.data.seq_len
+        most = max(1, 16_384 // self.data.seq_len)
+        return next(rows for rows in range(min(most, self.batch_rows), 0, -1) if self.batch_rows % rows == 0)
