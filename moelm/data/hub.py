@@ -1,0 +1,47 @@
+"""Records of a Hugging Face data set, streamed; every failure to reach one is a single sentence."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moelm.config import SourceConfig
+from moelm.errors import MoelmError
+
+TIMEOUT_S = 10.0
+"""How long to wait for the hub's first answer; left alone, its client retries for half a minute without a network."""
+
+
+def hub_records(source: SourceConfig) -> Iterator[tuple[Any, str]]:
+    """Stream the records of `source.hub`: a data set's name on the hub, or a local directory that holds one."""
+    name = source.hub or ""
+    if not Path(name).exists():
+        _check_reachable(name)
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        stream = datasets.load_dataset(name, source.config, split=source.split, streaming=True)
+        for row, record in enumerate(stream, start=1):
+            yield record, f"{name}, row {row}"
+    except MoelmError:
+        raise
+    except Exception as error:
+        # The library passes through errors of every transport and file format; all mean the same to the user.
+        raise MoelmError(f"The data set {name} (split {source.split}) cannot be streamed: {_first_line(error)}") from error
+
+
+def _check_reachable(name: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(name, timeout=TIMEOUT_S)
+    except Exception as error:
+        raise MoelmError(
+            f"The data set {name} cannot be reached on the Hugging Face hub ({_first_line(error)}); check its name and "
+            "the network, or use local files (path: ...) or the builtin corpus (name: builtin)."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,166 @@
+"""Batches of rows as pure functions of (seed, step): nothing to save, nothing to lose.
+
+Shapes: B rows, T positions.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moelm.config import RunConfig
+from moelm.data.packing import Ints, Packing, pack
+from moelm.data.prepare import prepared_folder
+from moelm.data.store import Split, read_manifest
+from moelm.data.tokenizer import Tokenizer
+from moelm.errors import MoelmError
+
+IGNORE = -100
+"""Target of a padding position; it takes part in no loss."""
+
+
+class Batch(NamedTuple):
+    """Rows of fragments; every fragment opens with the start token, and every token of the data is a target once."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    fragments_BT: Tensor
+    """Number of each position's fragment within the split's packing; -1 is padding."""
+
+    @property
+    def valid_N(self) -> Tensor:
+        """Positions that count, flattened."""
+        return self.targets_BT.flatten() != IGNORE
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Rows:
+    """The packed rows of one split."""
+
+    def __init__(self, split: Split, row_len: int, tokenizer: Tokenizer, weights: list[float | None]) -> None:
+        self.split, self.row_len, self.tokenizer = split, row_len, tokenizer
+        lengths = split.documents["tokens"].astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        kept = np.repeat(np.arange(len(lengths)), _repeats(split, weights))
+        packing = pack(lengths[kept], row_len)
+        self.packing: Packing = packing._replace(document=kept[packing.document])
+        self._places: Ints = starts[self.packing.document] + packing.start
+
+    def __len__(self) -> int:
+        return self.packing.num_rows
+
+    def batch(self, rows: Ints) -> Batch:
+        """The given rows as one batch."""
+        first, end = self.packing.row_starts[rows], self.packing.row_starts[rows + 1]
+        fragments, row_of_fragment = _ranges(first, end - first)
+        lengths = self.packing.length[fragments]
+        places, fragment_of_token = _ranges(self._places[fragments], lengths)
+        before = np.cumsum(lengths) - lengths
+        row_starts = before[np.searchsorted(row_of_fragment, np.arange(len(rows)))]
+        row_of_token = row_of_fragment[fragment_of_token]
+        columns = np.arange(len(places)) - row_starts[row_of_token]
+        shape = (len(rows), self.row_len)
+        tokens = np.full(shape, self.tokenizer.eos_id, dtype=np.int64)
+        targets = np.full(shape, IGNORE, dtype=np.int64)
+        numbers = np.full(shape, -1, dtype=np.int64)
+        taken = self.split.take(places)
+        targets[row_of_token, columns] = taken
+        inputs = np.roll(taken, 1)
+        inputs[before] = self.tokenizer.bos_id
+        tokens[row_of_token, columns] = inputs
+        numbers[row_of_token, columns] = fragments[fragment_of_token]
+        return Batch(*map(torch.from_numpy, (tokens, targets, numbers)))
+
+
+class TrainOrder:
+    """Which rows each step sees: a fresh seeded permutation per epoch, read from front to back."""
+
+    def __init__(self, num_rows: int, batch_rows: int, seed: int) -> None:
+        self.num_rows, self.batch_rows, self.seed = num_rows, batch_rows, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def rows(self, step: int) -> Ints:
+        """Rows of one step, counted from 0."""
+        places = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows)
+        parts = []
+        for epoch in np.unique(places // self.num_rows).tolist():
+            inside = places[places // self.num_rows == epoch] % self.num_rows
+            parts.append(self._permuted(epoch)[inside])
+        return np.concatenate(parts)
+
+    def _permuted(self, epoch: int) -> Ints:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
+        return self._permutation
+
+
+class PreparedData(NamedTuple):
+    """A prepared data set, opened for one run."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Rows
+    val: Rows
+    data_fingerprint: str
+    tokenizer_fingerprint: str
+
+    @property
+    def eval_fingerprint(self) -> str:
+        """What two runs must share for their validation losses to be comparable."""
+        parts = [self.data_fingerprint, self.tokenizer_fingerprint, str(self.val.row_len)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def open_data(config: RunConfig) -> PreparedData:
+    """Open the data set that `prepare` made for this config.
+
+    Raises:
+        MoelmError: it is not prepared, or has too little text for one row of training and one of validation.
+    """
+    folder = prepared_folder(config.data)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise MoelmError(f"The data of {config.name} is not prepared; run `moelm prepare` with its config first.")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    weights = [source.weight for source in config.data.sources]
+    train = Rows(Split(folder, "train", manifest), config.data.seq_len, tokenizer, weights)
+    val = Rows(Split(folder, "val", manifest), config.data.seq_len, tokenizer, [None] * len(weights))
+    for rows, side in ((train, "training"), (val, "validation")):
+        if not len(rows):
+            raise MoelmError(
+                f"The {side} side of the data is empty: {len(train.split.documents)} training and "
+                f"{len(val.split.documents)} validation documents; add text, change data.val_fraction = "
+                f"{config.data.val_fraction}, or set data.holdout=tail to hold out the end of each document."
+            )
+    return PreparedData(folder, tokenizer, train, val, manifest["data_sha256"], manifest["tokenizer_sha256"])
+
+
+def _repeats(split: Split, weights: list[float | None]) -> Ints:
+    """How often each document appears in an epoch, so that sources have their shares of the tokens.
+
+    The source shortest of its share is repeated until the one with most text appears once; a fraction of a repeat goes
+    to the documents with the smallest hashes.
+    """
+    table = split.documents
+    if all(weight is None for weight in weights):
+        return np.ones(len(table), dtype=np.int64)
+    shares = np.array([1.0 if weight is None else weight for weight in weights])
+    tokens = np.bincount(table["source"], weights=table["tokens"], minlength=len(weights))
+    per_token = np.divide(shares, tokens, out=np.zeros_like(shares), where=tokens > 0)
+    repeats = (per_token / per_token[per_token > 0].min())[table["source"]]
+    return (repeats + table["hash"] / 2.0**64).astype(np.int64)
+
+
+def _ranges(starts: Ints, lengths: Ints) -> tuple[Ints, NDArray[np.int64]]:
+    """Concatenated `range(start, start + length)`s, and which range each element came from."""
+    owner = np.repeat(np.arange(len(starts)), lengths)
+    offset = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return starts[owner] + offset, owner

@@ -1,0 +1,132 @@
+"""Text to token ids and back: train one, load one, and the two special tokens that mark a document's start and end."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
+
+from moelm.config import TokenizerConfig
+from moelm.errors import MoelmError
+
+BOS, EOS, UNKNOWN = "<|bos|>", "<|eos|>", "<|unknown|>"
+BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<|endoftext|>")
+EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with known start and end tokens; text never turns into special tokens.
+
+    An existing tokenizer without such tokens gets `<|bos|>` and `<|eos|>` added.
+    """
+
+    def __init__(self, raw: RawTokenizer) -> None:
+        self.raw = raw
+        self.bos_id = self._special(BOS_NAMES)
+        self.eos_id = self._special(EOS_NAMES)
+        self.vocab_size: int = raw.get_vocab_size()
+        self._unknown_id: int | None = raw.token_to_id(UNKNOWN)
+        raw.encode_special_tokens = True
+        raw.no_truncation()
+        raw.no_padding()
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read a tokenizer.json."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise MoelmError(f"There is no tokenizer file {path}.") from None
+        except (OSError, UnicodeDecodeError):
+            raise MoelmError(f"{path} cannot be read as a tokenizer.json.") from None
+        try:
+            return cls(RawTokenizer.from_str(text))
+        except Exception as error:  # the library raises plain Exception for every malformed file
+            raise MoelmError(f"{path} is not a tokenizer.json: {error}.") from None
+
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json."""
+        self.raw.save(str(path))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of many texts at once, on all cores, without special tokens."""
+        return [encoding.ids for encoding in self.raw.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, opened like a document.
+
+        Raises:
+            MoelmError: characters the tokenizer has never seen.
+        """
+        ids: list[int] = self.raw.encode(text, add_special_tokens=False).ids
+        if self._unknown_id in ids:
+            strange = sorted({character for character in text if self.raw.token_to_id(character) is None})
+            raise MoelmError(
+                f"The prompt holds {', '.join(map(repr, strange))}, which the character tokenizer never saw in training."
+            )
+        return [self.bos_id, *ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; special tokens leave no trace."""
+        text: str = self.raw.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def _special(self, names: tuple[str, ...]) -> int:
+        for name in names:
+            if (token_id := self.raw.token_to_id(name)) is not None:
+                return int(token_id)
+        self.raw.add_special_tokens([names[0]])
+        return int(self.raw.token_to_id(names[0]))
+
+
+def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Train, or for kind `file` load, the tokenizer that a config asks for.
+
+    Args:
+        texts: training documents; read for `bpe` and `char` alone.
+    """
+    match config.kind:
+        case "file":
+            return Tokenizer.load(Path(config.path or ""))
+        case "bpe":
+            raw = RawTokenizer(models.BPE())
+            _make_byte_level(raw, use_regex=True)
+            trainer = trainers.BpeTrainer(
+                vocab_size=config.vocab_size,
+                special_tokens=[BOS, EOS],
+                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                show_progress=False,
+            )
+            raw.train_from_iterator(texts, trainer)
+        case "byte":
+            letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+            raw = RawTokenizer(models.BPE(vocab={letter: i for i, letter in enumerate([BOS, EOS, *letters])}, merges=[]))
+            raw.add_special_tokens([BOS, EOS])
+            _make_byte_level(raw, use_regex=False)
+        case "char":
+            seen: set[str] = set()
+            for text in texts:
+                seen.update(text)
+            vocab = {token: i for i, token in enumerate([BOS, EOS, UNKNOWN, *sorted(seen)])}
+            raw = RawTokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+            raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s:.)"), behavior="isolated")
+            raw.decoder = decoders.Fuse()
+            raw.add_special_tokens([BOS, EOS, UNKNOWN])
+    return Tokenizer(raw)
+
+
+def _make_byte_level(raw: RawTokenizer, use_regex: bool) -> None:
+    """Every byte has a letter, so any Unicode text goes in and comes out unchanged."""
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    raw.decoder = decoders.ByteLevel()
+
+
+def tokenizer_content(path: Path) -> str:
+    """A tokenizer.json in canonical form, for fingerprints that ignore its layout."""
+    try:
+        return json.dumps(json.loads(path.read_text(encoding="utf-8")), sort_keys=True)
+    except FileNotFoundError:
+        raise MoelmError(f"There is no tokenizer file {path}.") from None
+    except (OSError, ValueError):
+        raise MoelmError(f"{path} is not a tokenizer.json.") from None

@@ -1,0 +1,131 @@
+"""Causal self-attention: rotary positions, grouped queries, sliding window, document mask, key/value cache.
+
+Shapes: B batch, T query positions, S key positions, D model width, H query heads, G key/value heads, C head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelm.config import ModelConfig
+
+
+def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (Su et al. 2021), in the rotate-half layout.
+
+    Returns:
+        Two float32 tensors of shape `(T, head_dim)`.
+    """
+    powers = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    angles = positions_T.float()[:, None] * theta**-powers
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Turn each head by its position; the dtype of the input is kept."""
+    first, second = x_BTHC.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x_BTHC * cos_TC[:, None] + turned * sin_TC[:, None]).to(x_BTHC.dtype)
+
+
+def attention_mask(
+    queries: int,
+    keys: int,
+    window: int | None,
+    device: torch.device,
+    segments_BT: Tensor | None = None,
+    starts_B: Tensor | None = None,
+) -> Tensor | None:
+    """Which keys each query sees; None where plain causal attention (or all keys, for one query) says it.
+
+    Args:
+        queries: query positions; they are the last of the `keys` positions.
+        keys: key positions.
+        window: positions that a query sees, itself included, or None for all before it.
+        segments_BT: document number of each position; attention stays inside a document (needs queries == keys).
+        starts_B: first real key of each row, for prompts padded on the left.
+
+    Returns:
+        A boolean tensor that broadcasts to `(B, 1, T, S)`, or None.
+    """
+    windowed = window is not None and window < keys
+    plain = not windowed and segments_BT is None and starts_B is None
+    if plain and queries in (1, keys):
+        return None
+    key_S = torch.arange(keys, device=device)
+    query_T1 = key_S[keys - queries :, None]
+    seen = key_S <= query_T1
+    if windowed:
+        seen = seen & (key_S > query_T1 - window)
+    seen = seen[None, None]
+    if segments_BT is not None:
+        seen = seen & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
+    if starts_B is not None:
+        # A padding query sees itself, so that its row of the softmax is not empty; nobody reads its output.
+        seen = seen & ((key_S >= starts_B[:, None, None, None]) | (key_S == query_T1))
+    return seen
+
+
+class KVCache:
+    """Keys and values of every layer for the positions seen so far, in preallocated memory.
+
+    Args:
+        starts_B: first real position of each row when prompts are padded on the left.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, device: torch.device, starts_B: Tensor | None = None
+    ) -> None:
+        shape = (config.num_layers, 2, batch, config.kv_heads, capacity, config.size_per_head)
+        self.memory = torch.empty(shape, device=device)
+        self.length = 0
+        self.starts_B = starts_B
+
+    def append(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest keys and values of one layer and return all of them; `advance` moves on afterwards."""
+        end = self.length + k_BGTC.shape[2]
+        memory = self.memory[layer]
+        memory[0, :, :, self.length : end] = k_BGTC
+        memory[1, :, :, self.length : end] = v_BGTC
+        return memory[0, :, :, :end].to(k_BGTC.dtype), memory[1, :, :, :end].to(v_BGTC.dtype)
+
+    def advance(self, positions: int) -> None:
+        """Count the positions that every layer has now appended."""
+        self.length += positions
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) without biases."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.size_per_head
+        self.wq = nn.Linear(config.dim, self.heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Mix positions; `mask` is that of `attention_mask` for these queries and all keys, the cached ones included."""
+        q_BTHC = apply_rope(self.q_norm(self.wq(x_BTD).unflatten(-1, (self.heads, -1))), *rope)
+        k_BTGC = apply_rope(self.k_norm(self.wk(x_BTD).unflatten(-1, (self.kv_heads, -1))), *rope)
+        v_BTGC = self.wv(x_BTD).unflatten(-1, (self.kv_heads, -1))
+        q_BHTC, k_BGSC, v_BGSC = q_BTHC.transpose(1, 2), k_BTGC.transpose(1, 2), v_BTGC.transpose(1, 2)
+        if cache is not None:
+            k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC)
+        mixed_BHTC = F.scaled_dot_product_attention(
+            q_BHTC,
+            k_BGSC,
+            v_BGSC,
+            attn_mask=mask,
+            is_causal=mask is None and q_BHTC.shape[2] > 1,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        mixed: Tensor = self.wo(mixed_BHTC.transpose(1, 2).flatten(2))
+        return mixed

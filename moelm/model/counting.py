@@ -1,0 +1,80 @@
+"""Parameters and FLOPs of a model from its config alone, exactly; nothing is built.
+
+A FLOP is one multiply or one add of a matrix product; norms, activations and the softmax are not counted, as is the
+field's custom. Attention counts the positions its kernel visits: `seq_len` (or the window) keys for every query.
+"""
+
+from typing import NamedTuple
+
+from moelm.config import ModelConfig, MoEFFNConfig
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters."""
+
+    total: int
+    active: int
+    """Those that one token meets: of the experts only `top_k`, embedding and head included."""
+    embedding: int
+    """The input embedding, which does no arithmetic unless it is tied to the head."""
+
+
+class FlopCount(NamedTuple):
+    """FLOPs per token."""
+
+    forward: int
+    backward: int
+
+    @property
+    def training(self) -> int:
+        """Forward and backward together."""
+        return self.forward + self.backward
+
+
+def _vocab(config: ModelConfig) -> int:
+    if config.vocab_size is None:
+        raise ValueError("model.vocab_size must be known to count the model")
+    return config.vocab_size
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Total, active and embedding parameters of the model that `build_model` builds from this config."""
+    dim = config.dim
+    embedding = _vocab(config) * dim
+    total = embedding * (1 if config.tie_embeddings else 2) + dim
+    active = total
+    for layer in range(config.num_layers):
+        shared = 2 * dim + _attention_weights(config)
+        if config.qk_norm:
+            shared += 2 * config.size_per_head
+        ffn = config.ffn_at(layer)
+        expert = 3 * dim * ffn.hidden_dim
+        if isinstance(ffn, MoEFFNConfig):
+            shared += dim * ffn.num_experts
+            total += shared + ffn.num_experts * expert
+            active += shared + ffn.top_k * expert
+        else:
+            total += shared + expert
+            active += shared + expert
+    return ParameterCount(total, active, embedding)
+
+
+def count_flops(config: ModelConfig, seq_len: int) -> FlopCount:
+    """FLOPs per token of training on rows of `seq_len` tokens; backward does every product twice."""
+    dim = config.dim
+    keys = min(seq_len, config.window or seq_len)
+    scores_and_mix = 2 * keys * config.num_heads * config.size_per_head
+    weights = _vocab(config) * dim
+    for layer in range(config.num_layers):
+        ffn = config.ffn_at(layer)
+        weights += _attention_weights(config) + scores_and_mix
+        if isinstance(ffn, MoEFFNConfig):
+            weights += ffn.top_k * 3 * dim * ffn.hidden_dim + dim * ffn.num_experts
+        else:
+            weights += 3 * dim * ffn.hidden_dim
+    return FlopCount(forward=2 * weights, backward=4 * weights)
+
+
+def _attention_weights(config: ModelConfig) -> int:
+    width = config.size_per_head
+    return config.dim * width * (2 * config.num_heads + 2 * config.kv_heads)

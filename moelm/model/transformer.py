@@ -1,0 +1,126 @@
+"""The decoder: embedding, pre-norm blocks of attention and feed-forward, output head. Dense and sparse differ in `ffn` alone.
+
+Shapes: B batch, T positions, D model width, V vocabulary.
+"""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelm.config import ModelConfig, MoEFFNConfig
+from moelm.model.attention import Attention, KVCache, attention_mask, rope_tables
+from moelm.model.ffn import DenseFFN
+from moelm.model.moe import MoE
+from moelm.model.router import Routing
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass gives: scores of the next token, and each MoE layer's routing."""
+
+    logits: Tensor
+    """`(B, T, V)`."""
+    routings: dict[int, Routing]
+    """Keyed by layer number; empty for a dense model."""
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        ffn = config.ffn_at(layer)
+        self.ffn: nn.Module = (
+            MoE(config.dim, ffn) if isinstance(ffn, MoEFFNConfig) else DenseFFN(config.dim, ffn.hidden_dim)
+        )
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, cache)
+        y_BTD, routing = self.ffn(self.ffn_norm(x_BTD))
+        return x_BTD + y_BTD, routing
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: its shape, with `vocab_size` set.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size must be known before the model is built")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(
+        self, tokens_BT: Tensor, segments_BT: Tensor | None = None, cache: KVCache | None = None
+    ) -> ModelOutput:
+        """Score the next token at every position.
+
+        Args:
+            tokens_BT: token ids.
+            segments_BT: document number of each position, to stop attention at document borders.
+            cache: what was seen before these positions; it is extended by them.
+        """
+        config = self.config
+        past = cache.length if cache is not None else 0
+        queries = tokens_BT.shape[1]
+        starts_B = cache.starts_B if cache is not None else None
+        positions_T = torch.arange(past, past + queries, device=tokens_BT.device)
+        rope = rope_tables(positions_T, config.size_per_head, config.rope_theta)
+        mask = attention_mask(
+            queries, past + queries, config.window, tokens_BT.device, segments_BT, starts_B
+        )
+        x_BTD = self.embedding(tokens_BT)
+        routings: dict[int, Routing] = {}
+        for number, layer in enumerate(self.layers):
+            x_BTD, routing = layer(x_BTD, rope, mask, cache)
+            if routing is not None:
+                routings[number] = routing
+        if cache is not None:
+            cache.advance(queries)
+        head = self.embedding.weight if self.head is None else self.head.weight
+        return ModelOutput(F.linear(self.norm(x_BTD), head), routings)
+
+
+def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:
+    """Build and initialise a model; on the `meta` device it has shapes and no values."""
+    with torch.device(device):
+        model = Transformer(config)
+    if torch.device(device).type != "meta":
+        initialise(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Scaled normal init (GPT-2): std `init_std`, over sqrt(2 num_layers) for projections into the residual stream.
+
+    Every matrix draws from its own stream, keyed by seed and name, and a dense block shares its name with the first
+    expert. So a dense and a sparse model start with the same values wherever both have a weight.
+    """
+    config = model.config
+    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        key = name.replace(".experts.", ".")
+        std = residual_std if key.endswith(("wo.weight", "ffn.w2")) else config.init_std
+        for number, matrix in enumerate(parameter if parameter.dim() == 3 else (parameter,)):
+            digest = hashlib.blake2b(f"{seed}/{key}/{number}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+            matrix.copy_(torch.empty(matrix.shape).normal_(0.0, std, generator=generator))

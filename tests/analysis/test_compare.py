@@ -1,0 +1,352 @@
+"""Comparisons of runs whose losses are straight lines, so that every expected number is known by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from moelm.analysis.compare import (
+    Equal,
+    amount,
+    compare,
+    duration,
+    exponent,
+    first_reach,
+    losses_at_equal,
+    quantity,
+)
+from moelm.analysis.runs import Curve, read_run, read_runs
+from moelm.errors import MoelmError
+
+DENSE = {"kind": "dense", "hidden_dim": 64}
+MOE = {"kind": "moe", "hidden_dim": 32, "num_experts": 4, "top_k": 2}
+
+
+def write_run(
+    path: Path,
+    *,
+    slope: float,
+    ffn: dict[str, Any] = DENSE,
+    flops: float = 1e9,
+    seconds: float = 0.1,
+    evaluations: int = 4,
+    schedule: str = "constant",
+    environment: dict[str, Any] | None = None,
+) -> Path:
+    """A finished run, evaluated each 100 steps of 1000 tokens, its loss falling from 5 by `slope` each time."""
+    path.mkdir(parents=True)
+    steps = 100 * evaluations
+    config = {
+        "name": path.name,
+        "model": {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn": ffn},
+        "data": {"sources": [{"name": "builtin"}], "seq_len": 10},
+        "train": {"steps": steps, "batch_tokens": 1000},
+        "optim": {"lr": 0.001, "schedule": schedule},
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    sparse = ffn["kind"] == "moe"
+    known = {
+        "moelm": "0.1.0",
+        "device": "cpu",
+        "data_fingerprint": "d1",
+        "tokenizer_fingerprint": "t1",
+        "eval_fingerprint": "e1",
+        "parameters": {"total": 40_000 if sparse else 20_000, "active": 20_100 if sparse else 20_000},
+        "flops_per_token": {"forward": 40_000, "backward": 80_000},
+    }
+    (path / "environment.json").write_text(json.dumps(known | (environment or {})))
+    lines = [_line(step, slope, flops, seconds, sparse) for step in range(0, steps + 1, 50)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def _line(step: int, slope: float, flops: float, seconds: float, sparse: bool) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "step": step,
+        "tokens": 1000 * step,
+        "flops": flops * step,
+        "time_s": seconds * step,
+    }
+    if step:
+        line |= {
+            "train/loss": 5 - slope * step / 100,
+            "train/lr": 0.001,
+            "train/grad_norm": 1.0,
+            "perf/mfu": 0.1,
+        }
+        line |= {"perf/tokens_per_s": 1000 / seconds, "perf/memory_peak_bytes": 2**30 + step}
+    if step % 100 == 0:
+        loss = 5 - slope * step / 100
+        line |= {"val/loss": loss, "val/bpb": loss / 2}
+        line["val/domains"] = {
+            name: {"loss": loss + shift, "bpb": loss / 2}
+            for name, shift in (("code", 0.5), ("synthetic-sums", -0.5))
+        }
+    if sparse and step:
+        layers = [
+            {"layer": layer, "load": [0.4, 0.3, 0.2, 0.1], "load_max_over_mean": 1.6 + layer}
+            for layer in range(2)
+        ]
+        line["moe/layers"] = layers
+    return line
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    """A dense run from 5 to 3 and a sparse one from 5 to 1.8 that pays twice the FLOPs and time for a token."""
+    dense = write_run(tmp_path / "dense", slope=0.5)
+    return [dense, write_run(tmp_path / "moe", slope=0.8, ffn=MOE, flops=2e9, seconds=0.2)]
+
+
+def test_a_run_is_read_whole(pair: list[Path]) -> None:
+    run = read_run(pair[1])
+    assert run.name == "moe"
+    assert run.config.model.ffn.kind == "moe"
+    assert run.val.tokens.tolist() == [0, 100_000, 200_000, 300_000, 400_000]
+    assert run.val.loss == pytest.approx([5, 4.2, 3.4, 2.6, 1.8])
+    assert len(run.train) == 8
+    assert run.tokens_per_second == 5000
+    assert run.memory_peak == 2**30 + 400
+    assert run.flops_per_token == 120_000
+    assert run.domains["code"]["loss"] == pytest.approx(2.3)
+    assert run.load is not None
+    assert run.load.share.shape == (8, 2, 4)
+    assert run.load.max_over_mean[-1].tolist() == [1.6, 2.6]
+    assert read_run(pair[0]).load is None
+
+
+def test_a_bare_name_is_looked_up_under_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "runs" / "here", slope=0.5)
+    monkeypatch.chdir(tmp_path)
+    assert read_run("here").path == Path("runs/here")
+
+
+def test_runs_of_one_name_are_told_apart_by_path(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / place / "same", slope=0.5) for place in ("a", "b")]
+    assert [run.name for run in read_runs(paths)] == [str(path) for path in paths]
+
+
+def test_what_a_resumed_run_wrote_last_counts(pair: list[Path]) -> None:
+    again = {"step": 400, "tokens": 400_000, "flops": 4e11, "time_s": 40.0, "val/loss": 2.5, "val/bpb": 1.2}
+    with (pair[0] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    assert read_run(pair[0]).val.loss.tolist() == [5, 4.5, 4, 3.5, 2.5]
+
+
+def test_needs_of_straight_lines(pair: list[Path]) -> None:
+    comparison = compare(read_runs(pair))
+    forth = comparison.pair("moe", "dense")
+    assert forth.target == pytest.approx(3.0)
+    assert {axis: need.need for axis, need in forth.needs.items()} == pytest.approx(
+        {"tokens": 250_000, "flops": 5e11, "seconds": 50}
+    )
+    assert {axis: need.ratio for axis, need in forth.needs.items()} == pytest.approx(
+        {"tokens": 1.6, "flops": 0.8, "seconds": 0.8}
+    )
+    back = comparison.pair("dense", "moe")
+    assert [need.need for need in back.needs.values()] == [None] * 3
+    assert [need.ratio for need in back.needs.values()] == [None] * 3
+
+
+def test_losses_at_equal_cost(pair: list[Path]) -> None:
+    equal = compare(read_runs(pair)).pair("moe", "dense").equal
+    assert equal["tokens"] is not None
+    assert equal["flops"] is not None
+    assert equal["seconds"] is not None
+    assert (equal["tokens"].at, equal["tokens"].gain) == pytest.approx((400_000, 1.2))
+    assert (equal["flops"].at, equal["flops"].loss_a) == pytest.approx((4e11, 3.4))
+    assert (equal["seconds"].at, equal["seconds"].gain) == pytest.approx((40, -0.4))
+
+
+def test_a_split_result_is_told_as_one(pair: list[Path]) -> None:
+    verdict = compare(read_runs(pair)).verdict
+    assert verdict.winner is None
+    assert verdict.sentence == (
+        "Split result: against dense, moe's validation loss is 1.200 nats lower at equal tokens (1.800 to 3.000), "
+        "0.400 nats higher at equal FLOPs (3.400 to 3.000) and "
+        "0.400 nats higher at equal wall-clock (3.400 to 3.000)."
+    )
+    assert verdict.reach == (
+        "moe reaches dense's final loss of 3.000 with 1.60× fewer tokens (250K against 400K), "
+        "1.25× more FLOPs (5.0e11 against 4.0e11) and 1.25× more time (50.0 s against 40.0 s)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("slopes", "winner", "head"),
+    [
+        ((0.5, 0.6), "b", "b wins: against a, its"),
+        ((0.6, 0.5), "a", "a wins: against b, its"),
+        ((0.5, 0.501), None, "Tie: against a, b's"),
+    ],
+)
+def test_verdict_at_equal_price(
+    tmp_path: Path, slopes: tuple[float, float], winner: str | None, head: str
+) -> None:
+    runs = [write_run(tmp_path / name, slope=slope) for name, slope in zip("ab", slopes, strict=True)]
+    verdict = compare(read_runs(runs)).verdict
+    assert verdict.winner == winner
+    assert verdict.sentence.startswith(head)
+
+
+def test_ahead_here_and_level_there_is_a_win_in_part(tmp_path: Path) -> None:
+    # The second run falls 1.25 times as fast by token and pays 1.25 times the FLOPs: level by FLOPs.
+    runs = [
+        write_run(tmp_path / "a", slope=0.4),
+        write_run(tmp_path / "b", slope=0.5, flops=1.25e9),
+    ]
+    verdict = compare(read_runs(runs)).verdict
+    assert verdict.winner is None
+    assert verdict.sentence.startswith("b wins in part: against a, its validation loss is 0.400 nats lower")
+    assert "level at equal FLOPs (3.400 to 3.400)" in verdict.sentence
+
+
+def test_five_thousandths_are_no_tie() -> None:
+    assert not Equal(1, 2.860, 2.865).tie
+    assert Equal(1, 2.8601, 2.865).tie
+
+
+def test_of_several_runs_the_best_meets_the_reference(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, slope=slope) for name, slope in (("a", 0.5), ("b", 0.6), ("c", 0.7))]
+    comparison = compare(read_runs(runs))
+    assert comparison.challenger == "c"
+    assert comparison.verdict.winner == "c"
+    assert len(comparison.pairs) == 6
+
+
+def test_reaching_uses_the_running_best() -> None:
+    x = np.array([0.0, 1, 2, 3])
+    bumpy = np.array([5.0, 3, 4, 2])
+    assert first_reach(x, bumpy, 4) == 0.5
+    assert first_reach(x, bumpy, 2.5) == 2.5  # from the best so far, 3, and not from the bump at 4
+    assert first_reach(x, bumpy, 5) == 0
+    assert first_reach(x, bumpy, 1.9) is None
+
+
+def test_no_common_cost_is_no_number() -> None:
+    def curve(*x: float) -> Curve:
+        return Curve(*(np.array(x) for _ in range(6)))
+
+    assert losses_at_equal(curve(1, 2), curve(3, 4), "tokens") is None
+    assert losses_at_equal(curve(1, 3), curve(3, 4), "tokens") is not None
+
+
+def test_basis_names_what_is_equal(pair: list[Path]) -> None:
+    assert compare(read_runs(pair)).basis == (
+        "moe and dense are equal in active parameters and FLOPs per token (within 3%); "
+        "moe has 2.00× the total parameters (40.0K against 20.0K)."
+    )
+
+
+def test_notes_tell_what_a_reader_should_know(tmp_path: Path) -> None:
+    dense = write_run(tmp_path / "dense", slope=0.5, schedule="cosine")
+    moe = write_run(tmp_path / "moe", slope=0.8, flops=2e9, schedule="cosine", environment={"device": "cuda"})
+    config = (moe / "config.yaml").read_text()
+    (moe / "config.yaml").write_text(config.replace("steps: 400", "steps: 500"))
+    notes = compare(read_runs([dense, moe])).notes
+    assert notes[0] == "moe was last evaluated at step 400 of its 500."
+    assert any(note.startswith("At equal FLOPs moe is read 50% of the way") for note in notes)
+    assert "Seconds are not like for like: device differs (cpu, cuda)." in notes
+    assert notes[-1] == "All runs share seed 0; the spread between seeds is not measured here."
+
+
+def test_config_differences_are_dotted_and_leave_out_the_name(pair: list[Path]) -> None:
+    differences = compare(read_runs(pair)).differences
+    assert differences["model.ffn.kind"] == {"dense": "dense", "moe": "moe"}
+    assert differences["model.ffn.num_experts"] == {"dense": None, "moe": 4}
+    assert all(key.startswith("model.ffn.") for key in differences)
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("data_fingerprint", "data"),
+        ("tokenizer_fingerprint", "tokenizer"),
+        ("eval_fingerprint", "evaluation set"),
+    ],
+)
+def test_runs_on_other_data_are_refused_unless_forced(tmp_path: Path, key: str, what: str) -> None:
+    a = write_run(tmp_path / "a", slope=0.5)
+    b = write_run(tmp_path / "b", slope=0.6, environment={key: "other"})
+    with pytest.raises(MoelmError, match=rf"a and b differ in {what}, .*--force"):
+        compare(read_runs([a, b]))
+    forced = compare(read_runs([a, b]), force=True)
+    assert len(forced.warnings) == 1
+    assert forced.verdict.winner == "b"
+
+
+def test_one_run_is_no_comparison(pair: list[Path]) -> None:
+    with pytest.raises(MoelmError, match="at least two runs"):
+        compare(read_runs(pair[:1]))
+
+
+def test_a_run_given_twice(pair: list[Path]) -> None:
+    with pytest.raises(MoelmError, match="dense is given twice"):
+        read_runs([pair[0], pair[0] / "."])
+
+
+def test_missing_runs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MoelmError, match=r"no run ghost: neither ghost nor runs/ghost"):
+        read_run("ghost")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MoelmError, match=r"empty is not a run: it has no config\.yaml"):
+        read_run("empty")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("metrics.jsonl", None, "dense has no metrics.jsonl"),
+        ("metrics.jsonl", "", "dense has no evaluation yet"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "tokens": 1, "flops": 1, "time_s": 1}\n{"st',
+            "metrics.jsonl, line 2 is not JSON",
+        ),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1 is not a JSON object"),
+        ("metrics.jsonl", '\n{"step": 1, "tokens": 1, "flops": 1}\n', "line 2: time_s is missing"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "tokens": 1, "flops": 1, "time_s": 1, "val/loss": NaN, "val/bpb": 1}\n',
+            "line 1: val/loss is NaN; a finite number",
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "tokens": 2, "flops": 1, "time_s": 1, "val/loss": 2, "val/bpb": 1}\n'
+            '{"step": 2, "tokens": 1, "flops": 1, "time_s": 1, "val/loss": 2, "val/bpb": 1}\n',
+            "tokens goes back at step 2",
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "tokens": 2, "flops": 1, "time_s": 1, "val/loss": 2, "val/bpb": 1, '
+            '"moe/layers": [{"layer": 0}]}\n',
+            "moe/layers must hold the same layers",
+        ),
+        ("environment.json", None, "dense has no environment.json"),
+        ("environment.json", "{\n,", "environment.json is broken at line 2"),
+        ("environment.json", "[]", "no usable data_fingerprint"),
+        ("environment.json", b"\xff\xfe", "environment.json is not a text file"),
+        ("config.yaml", "name: [", "config.yaml is not valid YAML"),
+    ],
+)
+def test_broken_runs_are_named(pair: list[Path], file: str, text: str | bytes | None, told: str) -> None:
+    path = pair[0] / file
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(MoelmError) as error:
+        read_run(pair[0])
+    assert told in str(error.value)
+    assert str(pair[0]) in str(error.value)
+
+
+def test_numbers_read_easily() -> None:
+    counts = (0, 850, 999.7, 4_915_200, 46_702_792_704, 181_000_000, 99_960)
+    assert [quantity(x) for x in counts] == ["0", "850", "1.0K", "4.9M", "46.7B", "181M", "100K"]
+    assert [exponent(x) for x in (1.2e15, 123_000.0)] == ["1.2e15", "1.2e5"]
+    assert [duration(x) for x in (41.23, 512, 9000)] == ["41.2 s", "8.5 min", "2.5 h"]
+    assert amount("tokens", 4_915_200) == "4.9M tokens"
