@@ -284,11 +284,12 @@ def _basis(challenger: RunRecord, reference: RunRecord) -> str:
             alike.append(what)
         else:
             apart.append(f"{mine / theirs:.2f}× the {what} ({quantity(mine)} against {quantity(theirs)})")
+    if not alike:
+        return f"{challenger.name} has {_listed(apart)}."
     same = f"{challenger.name} and {reference.name} are equal in {_listed(alike)} (within {SAME_SIZE:.0%})"
-    more = f"{challenger.name} has {_listed(apart)}"
     if not apart:
         return f"{same}."
-    return f"{same}; {more}." if alike else f"{more}, {reference.name} being the reference."
+    return f"{same}; {challenger.name} has {_listed(apart)}."
 
 
 def _notes(runs: Sequence[RunRecord], challenger: RunRecord, reference: RunRecord) -> Iterator[str]:

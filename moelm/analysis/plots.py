@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from moelm.analysis.compare import AXES, Axis, Comparison, quantity
+from moelm.analysis.compare import AXES, AXIS_NAMES, Axis, Comparison
 from moelm.analysis.runs import Load, RunRecord
 
 _COLOURS = ("#6b7280", "#d1495b", "#2a6f97", "#e09f3e", "#5a8f4e", "#7b5ea7", "#3aa6a0", "#a0522d")
@@ -49,6 +49,7 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
     """Draw validation loss against tokens, FLOPs and seconds side by side."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(10.5, 4.1), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.04)
         panels = figure.subplots(1, 3, sharey=True)
         for axes, axis in zip(panels, AXES, strict=True):
             _panel(axes, comparison, axis)
@@ -82,7 +83,7 @@ def _panel(axes: Axes, comparison: Comparison, axis: Axis) -> None:
         colour = _COLOURS[i % len(_COLOURS)]
         axes.plot(cost / scale, run.val.loss, style, color=colour, linewidth=2, label=run.name)
         axes.plot(cost[-1] / scale, run.val.loss[-1], "o", color=colour, markersize=5)
-    axes.set_title(f"per {label.partition(' ')[0]}" if axis != "seconds" else "per wall-clock")
+    axes.set_title(f"By {AXIS_NAMES[axis]}")
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
     axes.margins(x=0.03)
@@ -93,7 +94,8 @@ def _guide(axes: Axes, comparison: Comparison, axis: Axis, scale: float) -> None
     """The reference's final loss, and where the challenger comes down to it."""
     reference = comparison.runs[0].name
     pair = comparison.pair(comparison.challenger, reference)
-    axes.axhline(pair.target, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    words = f"final loss of {reference} ({pair.target:.3f})"
+    axes.axhline(pair.target, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=words)
     need = pair.needs[axis]
     if need.need is None or need.ratio is None:
         return
@@ -149,7 +151,7 @@ def _final_load(figure: Figure, axes: Axes, name: str, load: Load) -> None:
     relative = load.share[-1] * load.share.shape[-1]
     norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=2)
     image = axes.imshow(relative, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
-    axes.set_title(f"{name}: load at step {quantity(load.steps[-1])}")
+    axes.set_title(f"{name}: load at step {load.steps[-1]:,.0f}")
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_yticks(range(len(load.layers)), [str(layer) for layer in load.layers])

@@ -123,7 +123,7 @@ def render_table(console: Console, comparison: Comparison) -> None:
     """Print the runs, who reaches whose loss, and the verdict."""
     for warning in comparison.warnings:
         console.print(Text(f"Warning: {warning}", style="yellow"))
-    for table in (_runs_table(comparison), _reach_table(comparison)):
+    for table in (_turned(_runs_table(comparison)), _reach_table(comparison)):
         rich = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for i, name in enumerate(table.head):
             rich.add_column(name, justify="left" if i < table.left else "right", overflow="fold")
@@ -237,6 +237,12 @@ def _runs_table(comparison: Comparison) -> Table:
             )
         )
     return Table("Runs", ("run", *sizes, *losses, "tokens/s", "peak memory"), tuple(rows))
+
+
+def _turned(table: Table) -> Table:
+    """Runs become columns, for few terminals are as wide as the table of runs."""
+    head, *rows = zip(table.head, *table.rows, strict=True)
+    return Table(table.title, ("", *head[1:]), tuple(rows))
 
 
 def _reach_table(comparison: Comparison) -> Table:

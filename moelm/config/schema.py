@@ -227,8 +227,8 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(default=200, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints kept, beside the one with the best validation loss."""
-    log_every: int = Field(default=10, gt=0)
-    """Steps between lines of metrics.jsonl; their losses are means over those steps."""
+    log_every: int = Field(default=1, gt=0)
+    """Steps between lines of metrics.jsonl; a line tells of its own step."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """`auto`: bfloat16 autocast where the hardware multiplies it natively, else float32."""
     compile: bool | Auto = "auto"

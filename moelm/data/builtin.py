@@ -1,7 +1,7 @@
 """The builtin corpus: text of what is installed, read file by file and labelled with its domain, offline.
 
-The standard library and an allowlist of moelm's own dependencies are read, never a walk over site-packages; what
-is not installed is left out, so the corpus is smaller there. The synthetic text is in `moelm.data.synthetic`.
+The standard library and an allowlist of moelm's own dependencies are read, never a walk over site-packages;
+what is not installed makes the corpus smaller. The synthetic domains are written in `moelm.data.synthetic`.
 """
 
 import ast
@@ -29,17 +29,18 @@ MIN_CHARS = 64
 
 # A longer file is a generated table or an amalgamation, and would be a large part of its domain on its own.
 _MAX_FILE_BYTES = 400_000
-# Ordinary code has 1 to 5 digits in a hundred bytes; above this a file is a table of code points or coefficients.
+# Ordinary code has 1 to 5 digits in a hundred bytes; a file above this is a table of code points or numbers.
 _MAX_DIGIT_SHARE = 0.12
 # A module with more documentation than this serves the documentation domain, any other the code domain. So no
 # text is in the corpus twice, and a held-out docstring was not seen in training as a part of its module.
 _DOCS_SHARE = 0.2
 
-# Tests are long and repetitive; copies of other projects and generated modules would be duplicates or tables.
-_SKIPPED_FOLDERS = frozenset(
-    "test tests testing _testing idle_test benchmarks _vendor vendor vendored third_party _bundled _generated "
-    "__pycache__ site-packages dist-packages pip setuptools ensurepip encodings proto".split(" ")
-)
+# Tests are long and repetitive, vendored copies would be duplicates, and the rest are generated tables.
+_TESTS = {"test", "tests", "testing", "_testing", "idle_test", "benchmarks"}
+_COPIES = {"_vendor", "vendor", "vendored", "third_party", "_bundled", "site-packages", "dist-packages"}
+_GENERATED = {"__pycache__", "_generated", "proto", "encodings"}
+_INSTALLERS = {"pip", "setuptools", "ensurepip"}
+_SKIPPED_FOLDERS = _TESTS | _COPIES | _GENERATED | _INSTALLERS
 _SKIPPED_ENDINGS = ("_pb2.py", "_test.py", "_generated.py", "conftest.py")
 _LICENCES = ("LICEN", "COPYING", "NOTICE", "AUTHORS", "CITATION")
 
@@ -52,14 +53,26 @@ class _Package(NamedTuple):
     headers: tuple[str, ...] = ()
 
 
-# Large packages give only the folders that people read, so that no style of code dominates the others.
+# Large packages give only some folders, so that no style of code dominates the others.
+_SYMPY = (
+    "sympy/calculus/", "sympy/combinatorics/", "sympy/core/", "sympy/functions/", "sympy/geometry/",
+    "sympy/logic/", "sympy/ntheory/", "sympy/series/", "sympy/sets/", "sympy/solvers/", "sympy/stats/",
+)  # fmt: skip
+_TORCH = (
+    "torch/autograd/", "torch/distributed/fsdp/", "torch/distributed/tensor/", "torch/distributions/",
+    "torch/fft/", "torch/func/", "torch/linalg/", "torch/multiprocessing/", "torch/nn/", "torch/optim/",
+    "torch/profiler/", "torch/special/", "torch/utils/data/",
+)  # fmt: skip
+_TORCH_HEADERS = (
+    "torch/include/ATen/core/", "torch/include/c10/", "torch/include/pybind11/",
+    "torch/include/torch/csrc/api/",
+)  # fmt: skip
 _PACKAGES = (
     _Package("anyio", ("anyio/",)),
     _Package("click", ("click/",)),
     _Package("datasets", ("datasets/",)),
     _Package("dill", ("dill/",)),
-    _Package("filelock", ("filelock/",)),
-    _Package("fonttools", ("fontTools/ttLib/", "fontTools/pens/", "fontTools/misc/")),
+    _Package("fonttools", ("fontTools/misc/", "fontTools/pens/")),
     _Package("fsspec", ("fsspec/",)),
     _Package("httpx", ("httpx/",)),
     _Package("huggingface-hub", ("huggingface_hub/",)),
@@ -70,51 +83,36 @@ _PACKAGES = (
     _Package("networkx", ("networkx/",)),
     _Package("numpy", ("numpy/",), ("numpy/_core/include/",)),
     _Package("packaging", ("packaging/",)),
-    _Package("pandas", ("pandas/core/", "pandas/io/", "pandas/plotting/", "pandas/tseries/")),
+    _Package("pandas", ("pandas/core/", "pandas/plotting/", "pandas/tseries/")),
     _Package("pillow", ("PIL/",)),
     _Package("psutil", ("psutil/",)),
     _Package("pyarrow", ("pyarrow/",), ("pyarrow/include/arrow/",)),
     _Package("pydantic", ("pydantic/",)),
-    _Package("pygments", ("pygments/formatters/", "pygments/lexers/python.py", "pygments/lexers/javascript.py")),
+    _Package("pygments", ("pygments/formatters/",)),
     _Package("pyparsing", ("pyparsing/",)),
     _Package("python-dateutil", ("dateutil/",)),
     _Package("pyyaml", ("yaml/",)),
     _Package("requests", ("requests/",)),
     _Package("rich", ("rich/",)),
-    _Package(
-        "sympy",
-        tuple(
-            f"sympy/{part}/"
-            for part in "calculus combinatorics core functions geometry logic matrices ntheory series sets "
-            "simplify solvers stats tensor vector".split(" ")
-        ),
-    ),
+    _Package("sympy", _SYMPY),
     _Package("tokenizers", ("tokenizers/",)),
-    _Package(
-        "torch",
-        tuple(
-            f"torch/{part}/"
-            for part in "autograd cuda distributed/checkpoint distributed/fsdp distributed/tensor distributions "
-            "fft func fx linalg multiprocessing nn optim profiler sparse special utils/data".split(" ")
-        ),
-        tuple(f"torch/include/{part}/" for part in "ATen/core c10 pybind11 torch/csrc/api torch/csrc/jit".split(" ")),
-    ),
+    _Package("torch", _TORCH, _TORCH_HEADERS),
     _Package("tqdm", ("tqdm/",)),
     _Package("typer", ("typer/",)),
     _Package("typing-extensions", ("typing_extensions.py",)),
     _Package("urllib3", ("urllib3/",)),
-    _Package("wandb", ("wandb/",)),
+    _Package("wandb", ("wandb/plot/", "wandb/sdk/data_types/", "wandb/sdk/lib/")),
     _Package("zstandard", ("zstandard/",)),
 )
 
 
 def builtin_documents() -> Iterator[Document]:
-    """Yields the corpus in a fixed order that takes turns among its parts, so that a beginning of it is mixed too.
+    """Yields the corpus in a fixed order, taking turns among its parts so that its beginning is mixed too.
 
-    Files that are missing, unreadable, not UTF-8, or tables by the rules above are left out, and so are second
-    copies of a text and texts of fewer than `MIN_CHARS` characters.
+    Files that are missing, unreadable, not UTF-8, or tables by the rules above are left out, and so are
+    second copies of a text and texts of fewer than `MIN_CHARS` characters.
     """
-    parts: list[Iterator[Document]] = [_stdlib_modules(), _topics(), _package_modules(), _package_texts(), _headers()]
+    parts = [_stdlib_modules(), _topics(), _package_modules(), _package_texts(), _headers()]
     parts += [synthetic_documents(domain, SYNTHETIC_BYTES) for domain in SYNTHETIC_DOMAINS]
     seen: set[bytes] = set()
     for document in _take_turns(parts):
@@ -187,8 +185,11 @@ def _module(file: _File, origin: str) -> Iterator[Document]:
     text = _read(file.path)
     if text is None:
         return
-    docs = _docstrings(text)
-    if sum(len(doc) for _, doc in docs) < _DOCS_SHARE * len(text):
+    enough = _DOCS_SHARE * len(text)
+    # Parsing takes most of the time; a module with little in triple quotes is code without it.
+    quoted = sum(map(len, text.split('"""')[1::2]))
+    docs = _docstrings(text) if quoted >= enough else []
+    if sum(len(doc) for _, doc in docs) < enough:
         yield Document(text, f"{origin}-code", file.place)
         return
     sections = [f"{name}\n\n{doc}" if name else doc for name, doc in docs]
@@ -229,11 +230,16 @@ def _package_texts() -> Iterator[Document]:
             if file.path.name == "METADATA":
                 text = text.partition("\n\n")[2]
             elif file.path.name.upper().startswith(_LICENCES):
-                terms = "".join(line.strip() for line in text.splitlines() if "copyright (c)" not in line.lower())
+                terms = _terms(text)
                 if terms in licences:
                     continue
                 licences.add(terms)
             yield Document(text, "package-docs", file.place)
+
+
+def _terms(licence: str) -> str:
+    lines = (line.strip() for line in licence.splitlines())
+    return "".join(line for line in lines if "copyright (c)" not in line.lower())
 
 
 def _is_prose(path: Path) -> bool:
@@ -254,19 +260,20 @@ def _headers() -> Iterator[Document]:
 
 
 def _files_below(root: Path, ending: str, name: str) -> list[_File]:
-    found = (path.relative_to(root) for path in root.rglob(f"*{ending}"))
-    kept = (path for path in found if not _is_skipped(path))
-    return sorted((_File(root / path, f"{name}/{path.as_posix()}") for path in kept), key=lambda file: file.place)
+    below = (path.relative_to(root) for path in root.rglob(f"*{ending}"))
+    files = [_File(root / path, f"{name}/{path.as_posix()}") for path in below if not _is_skipped(path)]
+    return sorted(files, key=lambda file: file.place)
 
 
 def _package_files(distribution: str, prefixes: tuple[str, ...], endings: tuple[str, ...]) -> list[_File]:
     """The wanted files among those that a distribution's own record lists; none where it is not installed."""
     try:
-        files = metadata.distribution(distribution).files or []
+        listed = metadata.distribution(distribution).files or []
     except metadata.PackageNotFoundError:
         return []
-    wanted = (f for f in files if f.suffix in endings and f.as_posix().startswith(prefixes) and not _is_skipped(f))
-    return sorted((_File(Path(str(f.locate())), f.as_posix()) for f in wanted), key=lambda file: file.place)
+    wanted = (path for path in listed if path.suffix in endings and path.as_posix().startswith(prefixes))
+    files = [_File(Path(str(path.locate())), path.as_posix()) for path in wanted if not _is_skipped(path)]
+    return sorted(files, key=lambda file: file.place)
 
 
 def _is_skipped(path: PurePath) -> bool:

@@ -195,9 +195,7 @@ def _encoded(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Pi
 
     def encode(batch: list[Piece]) -> list[tuple[Piece, list[int]]]:
         every = tokenizer.encode_batch([piece.text for piece in batch])
-        # The head of a text split at its tail does not end there.
-        ends = (piece.split == "train" and piece.size < 0 for piece in batch)
-        return [(piece, ids if cut else [*ids, tokenizer.eos_id]) for piece, ids, cut in zip(batch, every, ends, strict=True)]
+        return [(piece, [*ids, tokenizer.eos_id]) for piece, ids in zip(batch, every, strict=True)]
 
     waiting: Future[list[tuple[Piece, list[int]]]] | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:

@@ -36,7 +36,7 @@ def write_run(
     schedule: str = "constant",
     environment: dict[str, Any] | None = None,
 ) -> Path:
-    """A finished run, evaluated each 100 steps of 1000 tokens, its loss falling from 5 by `slope` each time."""
+    """A finished run, evaluated each 100 steps of 1000 tokens; its loss falls from 5 by `slope` each time."""
     path.mkdir(parents=True)
     steps = 100 * evaluations
     config = {
@@ -96,7 +96,7 @@ def _line(step: int, slope: float, flops: float, seconds: float, sparse: bool) -
 
 @pytest.fixture
 def pair(tmp_path: Path) -> list[Path]:
-    """A dense run from 5 to 3 and a sparse one from 5 to 1.8 that pays twice the FLOPs and time for a token."""
+    """A dense run from 5 to 3, and a sparse one from 5 to 1.8 that pays twice the FLOPs and time a token."""
     dense = write_run(tmp_path / "dense", slope=0.5)
     return [dense, write_run(tmp_path / "moe", slope=0.8, ffn=MOE, flops=2e9, seconds=0.2)]
 
@@ -165,7 +165,8 @@ def test_a_split_result_is_told_as_one(pair: list[Path]) -> None:
     verdict = compare(read_runs(pair)).verdict
     assert verdict.winner is None
     assert verdict.sentence == (
-        "Split result: against dense, moe's validation loss is 1.200 nats lower at equal tokens (1.800 to 3.000), "
+        "Split result: against dense, moe's validation loss is "
+        "1.200 nats lower at equal tokens (1.800 to 3.000), "
         "0.400 nats higher at equal FLOPs (3.400 to 3.000) and "
         "0.400 nats higher at equal wall-clock (3.400 to 3.000)."
     )

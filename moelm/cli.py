@@ -1,0 +1,179 @@
+"""The command line: parses, loads the config, calls. Heavy modules are imported by the command that needs them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from moelm import __version__
+from moelm.errors import MoelmError
+
+app = typer.Typer(
+    help="Train mixture-of-experts language models beside dense baselines, and see what sparsity bought.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/demo-moe.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Checkpoint = Annotated[str, typer.Option(help="last, best, or a step number.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options of the program itself."""
+    if version:
+        typer.echo(f"moelm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Turn a config's documents into tokens; at once when that is done already."""
+    from moelm.config import load_config
+    from moelm.data.prepare import prepare as prepare_data
+    from moelm.data.store import read_manifest
+
+    folder, worked = prepare_data(load_config(config, overrides or ()).data)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    if as_json:
+        _print_json({"folder": str(folder), "prepared_now": worked, **manifest})
+        return
+    typer.echo(f"{folder} {'is prepared' if worked else 'was prepared before; nothing to do'}.")
+    for name, split in manifest["splits"].items():
+        typer.echo(f"  {name:5} {split['documents']:>10,} documents {split['tokens']:>14,} tokens {split['bytes']:>14,} bytes")
+    typer.echo(f"  vocabulary {manifest['vocab_size']:,}, exact duplicates left out: {manifest['duplicates']:,}")
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[Literal["auto", "never"], typer.Option(help="Go on with a run of this name, or refuse to.")] = "auto",
+) -> None:
+    """Train a run; interrupted, it goes on from its newest checkpoint."""
+    from moelm.config import load_config
+
+    run_config = load_config(config, overrides or ())
+    from moelm.rundir import RunDirectory
+    from moelm.train.launch import train as train_run
+
+    run = RunDirectory(Path("runs") / run_config.name)
+    score = train_run(run_config, run, resume).overall
+    typer.echo(f"{run.path}: validation loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte.")
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    split: Annotated[Literal["val", "train"], typer.Option(help="Which side of the data.")] = "val",
+    checkpoint: Checkpoint = "last",
+    as_json: AsJson = False,
+) -> None:
+    """Score a run on a whole split: loss, perplexity and bits per byte, overall and per domain."""
+    from moelm.commands import evaluate_run
+
+    evaluation = evaluate_run(run, split, checkpoint)
+    if evaluation is None:
+        return  # another process of this launch reports
+    if as_json:
+        _print_json({"run": run, "split": split, **evaluation.as_dict()})
+        return
+    typer.echo(f"{'':24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}")
+    for name, score in {"all": evaluation.overall, **evaluation.domains}.items():
+        typer.echo(f"{name:24}{score.loss:9.4f}{score.perplexity:12.3f}{score.bpb:11.4f}{score.tokens:12,}")
+
+
+@app.command()
+def sample(
+    run: RunPath,
+    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times; `-` or none reads stdin.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Keep the likeliest tokens with this total.")] = None,
+    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="Drop tokens below this part of the best.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 discourages repeats.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    checkpoint: Checkpoint = "last",
+    as_json: AsJson = False,
+) -> None:
+    """Continue one or more prompts."""
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or ["-"]]
+    from moelm.generate import Sampling, generate_text
+    from moelm.rundir import load_run
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), seed)
+    model, tokenizer, _ = load_run(run, checkpoint)
+
+    def stream(text: str) -> None:
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
+
+    live = not as_json and len(prompts) == 1
+    if live:
+        typer.echo(prompts[0], nl=False)
+    texts = generate_text(model, tokenizer, prompts, sampling, stream if live else None)
+    if as_json:
+        _print_json({"run": run, "samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]})
+    elif live:
+        typer.echo()
+    else:
+        for number, (text_in, text_out) in enumerate(zip(prompts, texts, strict=True)):
+            typer.echo(f"--- {number}\n{text_in}{text_out}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="The first is the reference.")],
+    out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("reports/compare"),
+    force: Annotated[bool, typer.Option("--force", help="Compare runs on different data, with a warning.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which run won, by how much, at equal tokens, FLOPs and seconds; write tables, pictures and a page."""
+    from moelm.commands import compare_and_show
+
+    report = compare_and_show(runs, out, force, quiet=as_json)
+    if as_json:
+        _print_json(report)
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Count a config's parameters and FLOPs; builds nothing."""
+    from moelm.commands import plan_run
+
+    described = plan_run(config, overrides or ())
+    if as_json:
+        _print_json(described)
+        return
+    for key, value in described.items():
+        typer.echo(f"{key:28}{value:>28,}" if isinstance(value, int) else f"{key:28}{value:>28}")
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps(content))
+
+
+def main() -> None:
+    """Run the command line; a problem of the user's is one sentence and exit code 2."""
+    try:
+        app()
+    except MoelmError as error:
+        typer.echo(f"moelm: {error}", err=True)
+        sys.exit(128 + error.signum if hasattr(error, "signum") else 2)
+    except KeyboardInterrupt:
+        typer.echo("moelm: interrupted.", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A run's directory: where its files are, and how a finished run is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moelm.config import RunConfig, load_config
+from moelm.errors import MoelmError
+
+if TYPE_CHECKING:
+    import torch
+
+    from moelm.data.tokenizer import Tokenizer
+    from moelm.model import Transformer
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """`runs/NAME/{config.yaml, environment.json, metrics.jsonl, tokenizer.json, checkpoints/}`."""
+
+    path: Path
+
+    @classmethod
+    def find(cls, name: str | Path) -> "RunDirectory":
+        """An existing run by its path, or by its name under `runs/`.
+
+        Raises:
+            MoelmError: there is none.
+        """
+        for path in (Path(name), Path("runs") / name):
+            if (path / "config.yaml").is_file():
+                return cls(path)
+        raise MoelmError(f"There is no run {name}; a directory with a config.yaml, or a name under runs/, is expected.")
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """What the run ran on and with."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The run's own copy."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, which: str = "last") -> Path:
+        """A checkpoint: `last`, `best`, or a step number."""
+        from moelm.checkpoint import best_checkpoint, checkpoint_path, list_checkpoints
+
+        saved = list_checkpoints(self.checkpoints)
+        if which == "last":
+            found = saved[-1] if saved else None
+        elif which == "best":
+            found = best_checkpoint(self.checkpoints)
+        else:
+            path = checkpoint_path(self.checkpoints, int(which)) if which.isdigit() else None
+            found = path if path in saved else None
+        if found is None:
+            steps = ", ".join(str(int(path.name.rpartition("-")[2])) for path in saved)
+            known = f"it has those of steps {steps}" if saved else "it has none yet"
+            raise MoelmError(f"The run {self.path} has no checkpoint {which!r}; {known}.")
+        return found
+
+
+def load_run(
+    run: str | Path, checkpoint: str = "last", device: "torch.device | str" = "cpu"
+) -> "tuple[Transformer, Tokenizer, RunConfig]":
+    """A trained model with its tokenizer and config.
+
+    Args:
+        run: a run's directory, or its name under `runs/`.
+        checkpoint: `last`, `best` or a step number.
+
+    Raises:
+        MoelmError: no such run or checkpoint, or a damaged one.
+    """
+    from moelm.checkpoint import load_weights
+    from moelm.data.tokenizer import Tokenizer
+    from moelm.model import build_model
+
+    directory = RunDirectory.find(run)
+    config = load_config(directory.config)
+    path = directory.checkpoint(checkpoint)
+    tokenizer = Tokenizer.load(directory.tokenizer)
+    model = build_model(config.model, config.seed)
+    load_weights(path, model)
+    return model.to(device).eval(), tokenizer, config

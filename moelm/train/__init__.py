@@ -1,0 +1,1 @@
+"""Training: optimizer and schedule, metrics, and the loop."""

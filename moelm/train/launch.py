@@ -1,0 +1,123 @@
+"""Starting and resuming a run: its data, its directory, its newest whole checkpoint."""
+
+import json
+import os
+from typing import Any, Literal
+
+import torch
+
+from moelm.checkpoint import DamagedCheckpoint, list_checkpoints, load_training
+from moelm.config import RunConfig, dump_config, load_config
+from moelm.console import console
+from moelm.data.loader import PreparedData, open_data
+from moelm.data.prepare import prepare
+from moelm.errors import MoelmError
+from moelm.evaluate import Evaluation
+from moelm.hardware import keep_memory, pick_device, pick_dtype
+from moelm.model import Transformer, build_model
+from moelm.rundir import RunDirectory
+from moelm.train.environment import describe_environment
+from moelm.train.optim import build_optimizer
+from moelm.train.trainer import Trainer, fresh_progress
+
+Resume = Literal["auto", "never"]
+
+
+def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto") -> Evaluation:
+    """Train a run from its start or from its newest whole checkpoint.
+
+    Raises:
+        MoelmError: the name is taken by a run of another config, or unusable input; see `Trainer.fit`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MoelmError("Training runs in one process; start it without torchrun.")
+    keep_memory()
+    data = _data(config)
+    config = _with_vocabulary(config, data.tokenizer.vocab_size)
+    torch.manual_seed(config.seed)
+    device = pick_device()
+    dtype = pick_dtype(config.train.precision, device)
+    begun = run.config.exists()
+    if begun:
+        _check_same(config, run, resume)
+    model = build_model(config.model, config.seed).to(device)
+    optimizer = build_optimizer(model, config.optim)
+    progress = _resume(run, model, optimizer) if begun else None
+    if progress is None:
+        _create(run, config, data, describe_environment(config, data, device, dtype))
+        progress = fresh_progress()
+    return Trainer(config, run, data, model, optimizer, device, dtype, progress).fit()
+
+
+def _data(config: RunConfig) -> PreparedData:
+    folder, worked = prepare(config.data)
+    if worked:
+        console.print(f"The data was not prepared yet; it is now, in {folder}.", soft_wrap=True)
+    return open_data(config)
+
+
+def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
+    asked = config.model.vocab_size
+    if asked is not None and asked < vocab_size:
+        raise MoelmError(f"model.vocab_size is {asked}, but the tokenizer has {vocab_size} tokens; at least that is needed.")
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": asked or vocab_size})})
+
+
+def _check_same(config: RunConfig, run: RunDirectory, resume: Resume) -> None:
+    """A directory is only ever continued by its own run; a longer one counts as the same."""
+    if resume == "never":
+        raise MoelmError(f"The run {run.path} exists already; choose another name=..., or --resume auto to go on with it.")
+    saved, wanted = (_identity(each) for each in (load_config(run.config), config))
+    different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+    if different:
+        raise MoelmError(
+            f"The run {run.path} exists already with another {', '.join(different[:3])}; choose another name=..., "
+            "or give its own settings to --resume it."
+        )
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """Dotted settings that decide the trajectory."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", config.model_dump(mode="json", exclude_none=True, exclude={"wandb"}))
+    for free in ("train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "name"):
+        flat.pop(free)
+    return flat
+
+
+def _create(run: RunDirectory, config: RunConfig, data: PreparedData, environment: dict[str, Any]) -> None:
+    """Lay out the directory; config.yaml comes last, for its presence says that the rest is there."""
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.metrics.unlink(missing_ok=True)
+        data.tokenizer.save(run.tokenizer)
+        run.environment.write_text(json.dumps(environment, indent=1), encoding="utf-8")
+        work = run.config.with_suffix(".writing")
+        work.write_text(dump_config(config), encoding="utf-8")
+        work.replace(run.config)
+    except OSError as error:
+        raise MoelmError(f"The run directory {run.path} cannot be written: {error.strerror}.") from error
+
+
+def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Load the newest whole checkpoint, saying which; None when there is none yet."""
+    saved = list_checkpoints(run.checkpoints)
+    for path in reversed(saved):
+        try:
+            progress = load_training(path, model, optimizer)
+        except DamagedCheckpoint as error:
+            console.print(f"Warning: {error} Falling back to the one before.", soft_wrap=True, markup=False)
+            continue
+        console.print(f"Resuming {run.path} from step {progress['step']:,}.", soft_wrap=True)
+        return progress
+    if saved:
+        raise MoelmError(f"All {len(saved)} checkpoints of {run.path} are damaged; choose another name=... to start again.")
+    return None

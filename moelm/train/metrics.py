@@ -1,0 +1,79 @@
+"""Where training figures go: metrics.jsonl always, Weights & Biases when asked."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from moelm.config import RunConfig
+from moelm.errors import MoelmError
+
+Line = dict[str, Any]
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, in step order.
+
+    Args:
+        keep_to: a resumed run's last step; later lines belong to work that was lost and will be done again.
+    """
+
+    def __init__(self, path: Path, keep_to: int | None = None) -> None:
+        if keep_to is not None and path.exists():
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= keep_to]
+            work = path.with_suffix(".writing")
+            work.write_text("".join(kept), encoding="utf-8")
+            work.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Line) -> None:
+        """Append one line and hand it to the system, so that a killed process loses none."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """A kill can cut the last line short; it is dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n")]
+
+
+class Wandb:
+    """Weights & Biases; with mode `disabled` nothing is imported or written."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self._run: Any = None
+        if config.wandb.mode == "disabled":
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=config.wandb.project,
+                name=config.name,
+                dir=str(folder),
+                mode=config.wandb.mode,
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(init_timeout=30),
+            )
+        except Exception as error:  # login, network and service errors share no base class
+            raise MoelmError(
+                f"wandb.mode is {config.wandb.mode}, but Weights & Biases cannot be used "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); log in, or choose offline or disabled."
+            ) from error
+
+    def write(self, line: Line) -> None:
+        """Log the scalars of one metrics line."""
+        if self._run is not None:
+            scalars = {key: value for key, value in line.items() if isinstance(value, int | float)}
+            self._run.log(scalars, step=line["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            self._run.finish()

@@ -1,0 +1,270 @@
+"""The training loop of one run, from its directory to its last checkpoint."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from moelm.checkpoint import list_checkpoints, prune, save_checkpoint
+from moelm.config import MoEFFNConfig, RunConfig
+from moelm.console import Ticker, clock, short
+from moelm.data.loader import Batch, PreparedData, TrainOrder
+from moelm.errors import MoelmError
+from moelm.evaluate import Evaluation, evaluate
+from moelm.hardware import peak_flops, peak_memory
+from moelm.model import Transformer, count_flops
+from moelm.rundir import RunDirectory
+from moelm.train.metrics import Line, MetricsFile, Wandb
+from moelm.train.objective import (
+    Counts,
+    RoutingStatistics,
+    add_counts,
+    balance_loss,
+    count_assignments,
+    token_loss,
+)
+from moelm.train.optim import clip_gradients, learning_rate
+
+
+class Stopped(MoelmError):
+    """Training was asked to stop by a signal, and saved.
+
+    Args:
+        signum: the signal, for the exit code.
+    """
+
+    def __init__(self, sentence: str, signum: int) -> None:
+        super().__init__(sentence)
+        self.signum = signum
+
+
+class Trainer:
+    """One run in progress.
+
+    Args:
+        progress: where to go on; see `fresh_progress`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        data: PreparedData,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: dict[str, Any],
+    ) -> None:
+        self.config, self.run, self.data = config, run, data
+        self.model, self.optimizer, self.device, self.dtype = model, optimizer, device, dtype
+        self.progress = progress
+        wanted = config.train.compile
+        self.forward = torch.compile(model) if wanted is True or (wanted == "auto" and device.type == "cuda") else model
+        self.order = TrainOrder(len(data.train), config.batch_rows, config.seed)
+        self.flops_per_token = count_flops(config.model, config.data.seq_len).training
+        self.balance = config.model.ffn.balance if isinstance(config.model.ffn, MoEFFNConfig) else None
+        self.caught: int | None = None
+
+    def fit(self) -> Evaluation:
+        """Train to the last step, evaluating and saving on the way.
+
+        Returns:
+            The last evaluation.
+
+        Raises:
+            Stopped: by Ctrl-C or SIGTERM, after saving.
+            MoelmError: the loss is not a number or has diverged, or the last checkpoint cannot be written.
+        """
+        config, progress = self.config, self.progress
+        steps = config.train.steps
+        first = progress["step"]
+        metrics = MetricsFile(self.run.metrics, keep_to=first)
+        wandb = Wandb(config, self.run.path)
+        evaluation: Evaluation | None = None
+        begun = time.monotonic()
+        try:
+            with Ticker(f"Training {config.name} …") as ticker, self._signals():
+                for step in range(first, steps):
+                    line = self._step(step)
+                    if line["step"] % config.train.eval_every == 0 or line["step"] == steps:
+                        evaluation = self._evaluate(line, ticker)
+                    if line["step"] % config.train.log_every == 0 or "val/loss" in line:
+                        metrics.write(line)
+                        wandb.write(line)
+                    self._report(ticker, line, begun, first)
+                    if line["step"] % config.train.checkpoint_every == 0 or line["step"] == steps or self.caught:
+                        self._save(line, ticker)
+                    if self.caught and line["step"] < steps:
+                        raise self._stopped(line["step"])
+        finally:
+            metrics.close()
+            wandb.close()
+        return evaluation or self._score()
+
+    def _step(self, step: int) -> Line:
+        """One optimizer step; returns its line of metrics."""
+        started = time.perf_counter()
+        config = self.config
+        rate = learning_rate(step, config.train.steps, config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parts = [self.data.train.batch(rows).to(self.device) for rows in self._micro_rows(step)]
+        loss, statistics = self._gradients(parts)
+        norm = clip_gradients(self.model.parameters(), config.optim.clip)
+        self._check(step, loss, float(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        took = time.perf_counter() - started
+        tokens = config.train.batch_tokens
+        progress = self.progress
+        progress["step"] = step + 1
+        progress["tokens"] += tokens
+        progress["flops"] += tokens * self.flops_per_token
+        progress["time_s"] += took
+        rate_of_flops = tokens * self.flops_per_token / took
+        return {
+            "step": step + 1,
+            "tokens": progress["tokens"],
+            "flops": progress["flops"],
+            "time_s": progress["time_s"],
+            "train/loss": loss,
+            "train/lr": rate,
+            "train/grad_norm": float(norm),
+            "perf/tokens_per_s": tokens / took,
+            "perf/mfu": rate_of_flops / peak_flops(self.device, self.dtype),
+            "perf/memory_peak_bytes": peak_memory(self.device),
+            **statistics.as_metrics(),
+        }
+
+    def _micro_rows(self, step: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+        rows = self.order.rows(step)
+        return np.split(rows, len(rows) // self.config.micro_batch_rows)
+
+    def _gradients(self, parts: list[Batch]) -> tuple[float, RoutingStatistics]:
+        """Accumulate the gradient of the whole batch; returns its next-token loss, balance losses left out."""
+        num_tokens = float(sum(int(part.valid_N.sum()) for part in parts))
+        everywhere = self._global_counts(parts)
+        statistics = RoutingStatistics()
+        losses = []
+        for part in parts:
+            with self._autocast():
+                output = self.forward(part.tokens_BT, self._segments(part))
+            loss = token_loss(output, part, num_tokens)
+            losses.append(loss.detach())
+            if self.balance is not None and output.routings:
+                counts = everywhere or count_assignments(output.routings, part)
+                extra, layers = balance_loss(output, part, counts, num_tokens, self.balance)
+                statistics.add(output, part, layers)
+                loss = loss + extra
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(torch.stack(losses).sum()), statistics
+
+    @torch.no_grad()
+    def _global_counts(self, parts: list[Batch]) -> Counts | None:
+        """Loads of the whole batch, by a forward pass ahead when it is cut up; None where each part sees its own.
+
+        The load multiplies the gradient of every part, so the first part's backward needs the last part's routing.
+        """
+        if self.balance is None or self.balance.scope == "micro" or self.balance.aux == 0 or len(parts) == 1:
+            return None
+        counts = []
+        for part in parts:
+            with self._autocast():
+                counts.append(count_assignments(self.forward(part.tokens_BT, self._segments(part)).routings, part))
+        return add_counts(counts)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def _segments(self, batch: Batch) -> torch.Tensor | None:
+        return batch.fragments_BT if self.config.data.document_mask else None
+
+    def _check(self, step: int, loss: float, norm: float) -> None:
+        """Stop before a bad gradient reaches the weights."""
+        uniform = math.log(self.data.tokenizer.vocab_size)
+        broken = not (math.isfinite(loss) and math.isfinite(norm))
+        if not broken and loss < 3 * uniform:
+            return
+        saved = list_checkpoints(self.run.checkpoints)
+        where = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+        what = f"is not finite (loss {loss}, gradient norm {norm})" if broken else f"has diverged to {loss:.2f}"
+        raise MoelmError(
+            f"The training loss {what} at step {step + 1}; {where}. A lower optim.lr or a longer warmup usually helps."
+        )
+
+    def _score(self) -> Evaluation:
+        return evaluate(self.model, self.data.val, self.device, self.dtype, self.config.data.document_mask)
+
+    def _evaluate(self, line: Line, ticker: Ticker) -> Evaluation:
+        ticker.update(f"{self.config.name}: evaluating at step {line['step']:,} …")
+        evaluation = self._score()
+        score = evaluation.overall
+        line |= {"val/loss": score.loss, "val/bpb": score.bpb}
+        line["val/domains"] = {
+            name: {"loss": domain.loss, "bpb": domain.bpb} for name, domain in evaluation.domains.items()
+        }
+        balance = f", load max/mean {line['moe/load_max_over_mean']:.2f}" if "moe/load_max_over_mean" in line else ""
+        ticker.note(
+            f"{self.config.name}  step {line['step']:>6,}/{self.config.train.steps:,}  {short(line['tokens'])} tokens  "
+            f"train {line['train/loss']:.4f}  val {score.loss:.4f}  {score.bpb:.4f} bits/byte{balance}"
+        )
+        return evaluation
+
+    def _report(self, ticker: Ticker, line: Line, begun: float, first: int) -> None:
+        done, steps = line["step"], self.config.train.steps
+        left = (time.monotonic() - begun) / (done - first) * (steps - done)
+        ticker.update(
+            f"{self.config.name}  step {done:,}/{steps:,}  {short(line['tokens'])} tokens  loss {line['train/loss']:.4f}  "
+            f"{line['perf/tokens_per_s']:,.0f} tokens/s  {clock(left)} left"
+        )
+
+    def _save(self, line: Line, ticker: Ticker) -> None:
+        """Save; when that fails the run goes on and tries again later, unless this was the last chance."""
+        self.progress["val_loss"] = line.get("val/loss")
+        try:
+            save_checkpoint(self.run.checkpoints, self.model, self.optimizer, self.progress)
+        except OSError as error:
+            sentence = f"The checkpoint of step {line['step']:,} could not be saved ({error}); earlier ones are untouched."
+            if line["step"] == self.config.train.steps or self.caught:
+                raise MoelmError(sentence) from error
+            ticker.note(f"Warning: {sentence} Training goes on and tries again at the next interval.")
+            return
+        prune(self.run.checkpoints, self.config.train.keep_checkpoints)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first Ctrl-C or SIGTERM into a flag that the loop reads after its step; a second one acts at once."""
+
+        def remember(signum: int, frame: FrameType | None) -> None:
+            self.caught = signum
+            signal.signal(signum, before[signum])
+
+        watched = (signal.SIGINT, signal.SIGTERM)
+        before = {signum: signal.getsignal(signum) for signum in watched}
+        for signum in watched:
+            signal.signal(signum, remember)
+        try:
+            yield
+        finally:
+            for signum in watched:
+                signal.signal(signum, before[signum])
+
+    def _stopped(self, step: int) -> Stopped:
+        assert self.caught is not None
+        return Stopped(
+            f"Stopped by {signal.Signals(self.caught).name} and saved at step {step:,}; "
+            "give the same command again to go on.",
+            self.caught,
+        )
+
+
+def fresh_progress() -> dict[str, Any]:
+    """Where a run stands before its first step; tokens, FLOPs and seconds are those of training alone."""
+    return {"step": 0, "tokens": 0, "flops": 0, "time_s": 0.0, "val_loss": None}

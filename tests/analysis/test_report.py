@@ -1,0 +1,219 @@
+"""The report on disk and on the terminal, made from small runs with known numbers."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_compare import MOE, write_run
+
+from moelm.analysis.report import FILES, compare_runs, render_table
+from moelm.errors import MoelmError
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[str]:
+    """The dense run ends at 3.0 and the sparse one, at twice the price a token, at 1.8."""
+    dense = write_run(tmp_path / "dense", slope=0.5)
+    return [str(dense), str(write_run(tmp_path / "moe", slope=0.8, ffn=MOE, flops=2e9, seconds=0.2))]
+
+
+def test_all_files_are_written(pair: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "report"
+    compare_runs(pair, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert [path.name for path in out.parent.iterdir()] == ["report"]
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("comparison.png", "load.png"))
+
+
+def test_report_json_keeps_its_keys(pair: list[str], tmp_path: Path) -> None:
+    comparison = compare_runs(pair, tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report.keys() == {
+        *("schema", "kind", "moelm", "reference", "challenger", "winner", "verdict", "reach", "basis"),
+        *("notes", "forced", "warnings", "runs", "pairs", "config_differences"),
+    }
+    assert (report["schema"], report["kind"], report["forced"]) == (1, "moelm compare", False)
+    assert (report["reference"], report["challenger"], report["winner"]) == ("dense", "moe", None)
+    assert report["verdict"] == comparison.verdict.sentence
+    moe = report["runs"][1]
+    assert moe.keys() == {
+        *(
+            "name",
+            "path",
+            "parameters",
+            "flops_per_token",
+            "tokens",
+            "flops",
+            "seconds",
+            "val_loss",
+            "val_bpb",
+        ),
+        *("tokens_per_second", "memory_peak_bytes", "domains", "curve", "load", "environment"),
+    }
+    assert moe["val_loss"] == pytest.approx({"final": 1.8, "best": 1.8})
+    assert moe["load"] == {"layers": [0, 1], "final_share": [[0.4, 0.3, 0.2, 0.1]] * 2}
+    assert report["runs"][0]["load"] is None
+    forth = next(pair for pair in report["pairs"] if pair["a"] == "moe")
+    assert forth["needs"]["tokens"] == pytest.approx({"need": 250_000, "total": 400_000, "ratio": 1.6})
+    assert forth["equal"]["tokens"].keys() == {"at", "a", "b", "gain", "tie"}
+    back = next(pair for pair in report["pairs"] if pair["a"] == "dense")
+    assert back["needs"]["flops"]["need"] is None
+
+
+def test_markdown_has_aligned_tables(pair: list[str], tmp_path: Path) -> None:
+    compare_runs(pair, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert (
+        "| dense | 20.0K | 20.0K | 120K | 400K | 3.000 | 3.000 | 1.500 | 1.500 | 10.0K | 1.00 GiB |" in text
+    )
+    assert "| dense | moe at 1.800 | not reached | not reached | not reached |" in text
+    assert "| moe | dense at 3.000 | 250K (1.60×) | 5.0e11 (0.80×) | 50.0 s (0.80×) |" in text
+    assert "| moe against dense | equal FLOPs | 4.0e11 FLOPs | 3.400 | 3.000 | -0.400 |" in text
+    real, synthetic = text.index("## Final loss by domain"), text.index("## Final loss by synthetic domain")
+    assert real < text.index("| code | 3.500 | 2.300 |") < synthetic
+    assert synthetic < text.index("| synthetic-sums | 2.500 | 1.300 |")
+    assert "| model.ffn.num_experts | – | 4 |" in text
+    assert "![" in text
+
+
+class _Page(HTMLParser):
+    """Collects what a page would load, and checks that its tags close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for key, value in attrs if key in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_opens_with_the_verdict_and_needs_nothing_else(pair: list[str], tmp_path: Path) -> None:
+    comparison = compare_runs(pair, tmp_path / "report")
+    text = (tmp_path / "report" / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.sources) == 2
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "prefers-color-scheme: dark" in text
+    verdict = comparison.verdict.sentence.replace("'", "&#x27;")
+    assert text.index(verdict) < text.index("<figure>") < text.index("<table>")
+    assert not re.search(r"https?://", text)
+
+
+def test_page_escapes_what_runs_say(tmp_path: Path) -> None:
+    runs = [
+        str(write_run(tmp_path / name, slope=0.5, environment={"command": "<script>a|b</script>"}))
+        for name in "ab"
+    ]
+    compare_runs(runs, tmp_path / "report")
+    assert "<script>" not in (tmp_path / "report" / "report.html").read_text()
+    assert "<script>a\\|b</script>" in (tmp_path / "report" / "report.md").read_text()
+    assert not (tmp_path / "report" / "load.png").exists()
+
+
+def test_forced_report_carries_its_warning(tmp_path: Path) -> None:
+    runs = [
+        str(write_run(tmp_path / name, slope=0.5, environment={"data_fingerprint": name})) for name in "ab"
+    ]
+    with pytest.raises(MoelmError, match="differ in data"):
+        compare_runs(runs, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+    comparison = compare_runs(runs, tmp_path / "report", force=True)
+    warning = comparison.warnings[0]
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["forced"], report["warnings"]) == (True, [warning])
+    assert all(warning in (tmp_path / "report" / name).read_text() for name in ("report.md", "report.html"))
+    assert "Warning: a and b differ" in _printed(runs, tmp_path / "report", force=True)
+
+
+def test_an_earlier_report_is_replaced(pair: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    compare_runs(pair, out)
+    third = str(write_run(tmp_path / "third", slope=0.4))
+    compare_runs([pair[0], third], out)
+    assert json.loads((out / "report.json").read_text())["challenger"] == "third"
+    assert not (out / "load.png").exists()  # left from the first report, it would tell of another comparison
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe", "report", "third"]
+
+
+def test_an_empty_out_is_fine(pair: list[str], tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    compare_runs(pair, tmp_path / "report")
+    assert (tmp_path / "report" / "report.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "not json", '{"schema": 1}', "[]", None])
+def test_what_is_not_ours_is_kept(pair: list[str], tmp_path: Path, text: str | None) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ("thesis.tex" if text is None else "report.json")).write_text(text or "dear")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(MoelmError, match="out is not empty and holds no earlier report"):
+        compare_runs(pair, out)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_stranger_beside_an_earlier_report_is_kept(pair: list[str], tmp_path: Path) -> None:
+    compare_runs(pair, tmp_path / "report")
+    (tmp_path / "report" / "remarks.txt").write_text("mine")
+    with pytest.raises(MoelmError, match=r"holds remarks\.txt beside an earlier report"):
+        compare_runs(pair, tmp_path / "report")
+    assert (tmp_path / "report" / "remarks.txt").read_text() == "mine"
+
+
+def test_out_that_is_a_file(pair: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MoelmError, match="file is a file"):
+        compare_runs(pair, tmp_path / "file")
+    with pytest.raises(MoelmError, match="cannot be written"):
+        compare_runs(pair, tmp_path / "file" / "below")
+
+
+def test_a_failed_write_leaves_the_earlier_report(
+    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "report"
+    compare_runs(pair, out)
+    before = (out / "report.json").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moelm.analysis.report.plot_load", full)
+    with pytest.raises(MoelmError, match="report cannot be written: No space left on device"):
+        compare_runs(pair[::-1], out)
+    assert (out / "report.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe", "report"]
+
+
+def test_terminal_fits_eighty_columns(pair: list[str], tmp_path: Path) -> None:
+    printed = _printed(pair, tmp_path / "report")
+    assert max(map(len, printed.splitlines())) <= 80
+    assert re.search(r"val loss final +3\.000 +1\.800", printed)
+    assert "Split result: against dense" in printed
+    assert "not reached" in printed
+
+
+def _printed(runs: list[str], out: Path, force: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    render_table(console, compare_runs(runs, out, force))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_analysis_does_not_import_torch() -> None:
+    code = "import sys, moelm.analysis.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
