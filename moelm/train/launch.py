@@ -33,7 +33,7 @@ def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto") -> Eval
         raise MoelmError("Training runs in one process; start it without torchrun.")
     keep_memory()
     data = _data(config)
-    config = _with_vocabulary(config, data.tokenizer.vocab_size)
+    config = _resolved(config, data.tokenizer.vocab_size)
     torch.manual_seed(config.seed)
     device = pick_device()
     dtype = pick_dtype(config.train.precision, device)
@@ -56,11 +56,12 @@ def _data(config: RunConfig) -> PreparedData:
     return open_data(config)
 
 
-def _with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
+def _resolved(config: RunConfig, vocab_size: int) -> RunConfig:
     asked = config.model.vocab_size
     if asked is not None and asked < vocab_size:
         raise MoelmError(f"model.vocab_size is {asked}, but the tokenizer has {vocab_size} tokens; at least that is needed.")
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": asked or vocab_size})})
+    known = {"vocab_size": asked or vocab_size, "max_seq_len": config.max_seq_len}
+    return config.model_copy(update={"model": config.model.model_copy(update=known)})
 
 
 def _check_same(config: RunConfig, run: RunDirectory, resume: Resume) -> None:

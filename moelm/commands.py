@@ -1,0 +1,68 @@
+"""What the shorter commands do with a run once its name is known; the command line only words it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moelm.evaluate import Evaluation
+
+
+def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
+    """Score a run on a whole split; under torchrun the processes share the work, and all but the first return None."""
+    import torch.distributed as dist
+
+    from moelm.data.loader import open_data
+    from moelm.evaluate import evaluate
+    from moelm.hardware import keep_memory, pick_device, pick_dtype
+    from moelm.rundir import load_run
+
+    keep_memory()
+    device = pick_device()
+    model, _, config = load_run(name, checkpoint, device)
+    data = open_data(config)
+    rows = data.val if split == "val" else data.train
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if together:
+        dist.init_process_group("gloo")
+    try:
+        dtype = pick_dtype(config.train.precision, device)
+        evaluation = evaluate(model, rows, device, dtype, config.data.document_mask)
+        return evaluation if not together or dist.get_rank() == 0 else None
+    finally:
+        if together:
+            dist.destroy_process_group()
+
+
+def compare_and_show(runs: Sequence[str], out: Path, force: bool, quiet: bool) -> dict[str, Any]:
+    """Write the report of a comparison and, unless quiet, print its table and verdict; returns report.json's content."""
+    from rich.console import Console
+
+    from moelm.analysis.report import compare_runs, render_table, report_json
+
+    comparison = compare_runs(runs, out, force)
+    if not quiet:
+        console = Console(highlight=False)
+        render_table(console, comparison)
+        console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
+    return report_json(comparison)
+
+
+def plan_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Parameters and FLOPs of a config."""
+    from moelm.config import load_config
+    from moelm.model.counting import count_flops, count_parameters
+
+    config = load_config(path, overrides)
+    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or config.data.tokenizer.vocab_size})
+    parameters, flops = count_parameters(model), count_flops(model, config.data.seq_len)
+    return {
+        "name": config.name,
+        "parameters_total": parameters.total,
+        "parameters_active": parameters.active,
+        "parameters_embedding": parameters.embedding,
+        "flops_per_token_forward": flops.forward,
+        "flops_per_token_backward": flops.backward,
+        "tokens": config.train.steps * config.train.batch_tokens,
+        "training_flops": config.train.steps * config.train.batch_tokens * flops.training,
+    }
