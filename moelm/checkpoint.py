@@ -11,9 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from moelm.errors import MoelmError
@@ -49,7 +50,7 @@ def save_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer, prog
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=work, no_dist=True)
+        save({"model": weights, "optimizer": moments}, checkpoint_id=work, no_dist=True)
         (work / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
         files = {path.name: _describe(path) for path in sorted(work.iterdir())}
         (work / "manifest.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
@@ -65,8 +66,8 @@ def save_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer, prog
 def load_weights(path: Path, model: Transformer) -> None:
     """Fill a model from a verified checkpoint."""
     verify(path)
-    state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    state: dict[str, Any] = {"model": model.state_dict()}
+    load(state, checkpoint_id=path, no_dist=True)
     model.load_state_dict(state["model"])
 
 
@@ -74,8 +75,8 @@ def load_training(path: Path, model: Transformer, optimizer: Optimizer) -> Progr
     """Fill model and optimizer from a verified checkpoint and return where the run stood."""
     verify(path)
     weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    load(state, checkpoint_id=path, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_progress(path)
 
@@ -127,7 +128,10 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": os.fstat(file.fileno()).st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def _cause(error: BaseException) -> str:
@@ -135,5 +139,3 @@ def _cause(error: BaseException) -> str:
         failure = next(iter(error.failures.values()))
         return str(failure[0] if isinstance(failure, tuple) else failure)
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-

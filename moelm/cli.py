@@ -48,7 +48,9 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
         return
     typer.echo(f"{folder} {'is prepared' if worked else 'was prepared before; nothing to do'}.")
     for name, split in manifest["splits"].items():
-        typer.echo(f"  {name:5} {split['documents']:>10,} documents {split['tokens']:>14,} tokens {split['bytes']:>14,} bytes")
+        typer.echo(
+            f"  {name:5} {split['documents']:>10,} documents {split['tokens']:>14,} tokens {split['bytes']:>14,} bytes"
+        )
     typer.echo(f"  vocabulary {manifest['vocab_size']:,}, exact duplicates left out: {manifest['duplicates']:,}")
 
 

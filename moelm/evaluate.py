@@ -44,7 +44,11 @@ class Evaluation(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        described = {"loss": self.overall.loss, "perplexity": self.overall.perplexity, "bpb": self.overall.bpb}
+        described = {
+            "loss": self.overall.loss,
+            "perplexity": self.overall.perplexity,
+            "bpb": self.overall.bpb,
+        }
         described |= {"tokens": self.overall.tokens, "bytes": self.overall.bytes}
         return described | {"domains": {name: score._asdict() for name, score in self.domains.items()}}
 

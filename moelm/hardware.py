@@ -8,7 +8,15 @@ from functools import cache
 
 import torch
 
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "B200": 2250e12}
+PEAK_BF16 = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "B200": 2250e12,
+}
 """Dense bf16 FLOP/s by a part of the device's name, from the vendor's data sheets."""
 
 

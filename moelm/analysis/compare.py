@@ -190,9 +190,7 @@ def duration(seconds: float) -> str:
 def _mismatches(runs: Sequence[RunRecord]) -> Iterator[str]:
     reference = runs[0]
     for run in runs[1:]:
-        differ = [
-            what for key, what in FINGERPRINTS.items() if run.environment[key] != reference.environment[key]
-        ]
+        differ = [what for key, what in FINGERPRINTS.items() if run.environment[key] != reference.environment[key]]
         if differ:
             hint = " (only bits per byte would mean the same)" if differ == ["tokenizer"] else ""
             names = f"{reference.name} and {run.name}"

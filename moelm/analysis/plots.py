@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from moelm.analysis.compare import AXES, AXIS_NAMES, Axis, Comparison
 from moelm.analysis.runs import Load, RunRecord
@@ -48,8 +49,7 @@ _DPI = 160
 def plot_comparison(comparison: Comparison, path: Path) -> None:
     """Draw validation loss against tokens, FLOPs and seconds side by side."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10.5, 4.1), layout="constrained")
-        figure.get_layout_engine().set(wspace=0.04)
+        figure = Figure(figsize=(10.5, 4.1), layout=ConstrainedLayoutEngine(wspace=0.04))
         panels = figure.subplots(1, 3, sharey=True)
         for axes, axis in zip(panels, AXES, strict=True):
             _panel(axes, comparison, axis)
@@ -103,9 +103,7 @@ def _guide(axes: Axes, comparison: Comparison, axis: Axis, scale: float) -> None
     axes.plot(x, pair.target, "o", markersize=7, markerfacecolor="white", markeredgecolor=_INK, zorder=4)
     if x > 0.35 * axes.get_xlim()[1]:  # further left the words would run out of the panel
         words = f"{need.ratio:.2f}× {'sooner' if need.ratio >= 1 else '(later)'}"
-        axes.annotate(
-            words, (x, pair.target), xytext=(-7, -6), textcoords="offset points", ha="right", va="top"
-        )
+        axes.annotate(words, (x, pair.target), xytext=(-7, -6), textcoords="offset points", ha="right", va="top")
 
 
 def _unit(axis: Axis, largest: float) -> tuple[float, str]:

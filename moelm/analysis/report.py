@@ -108,8 +108,7 @@ def report_json(comparison: Comparison) -> dict[str, Any]:
                 "b": pair.b,
                 "target_loss": pair.target,
                 "needs": {
-                    axis: {"need": need.need, "total": need.total, "ratio": need.ratio}
-                    for axis, need in pair.needs.items()
+                    axis: {"need": need.need, "total": need.total, "ratio": need.ratio} for axis, need in pair.needs.items()
                 },
                 "equal": {axis: equal and _equal_json(equal) for axis, equal in pair.equal.items()},
             }
@@ -162,9 +161,7 @@ def _check_out(out: Path) -> None:
         raise MoelmError(f"{out} is not empty and holds no earlier report; choose another --out.")
     foreign = [name for name in there if name not in FILES]
     if foreign:
-        raise MoelmError(
-            f"{out} holds {foreign[0]} beside an earlier report; move it or choose another --out."
-        )
+        raise MoelmError(f"{out} holds {foreign[0]} beside an earlier report; move it or choose another --out.")
 
 
 def _is_report(path: Path) -> bool:
@@ -210,9 +207,7 @@ def _run_json(run: RunRecord) -> dict[str, Any]:
         "tokens_per_second": run.tokens_per_second,
         "memory_peak_bytes": run.memory_peak,
         "domains": run.domains,
-        "curve": {
-            key: getattr(val, key).tolist() for key in ("steps", "tokens", "flops", "seconds", "loss", "bpb")
-        },
+        "curve": {key: getattr(val, key).tolist() for key in ("steps", "tokens", "flops", "seconds", "loss", "bpb")},
         "load": run.load and {"layers": list(run.load.layers), "final_share": run.load.share[-1].tolist()},
         "environment": run.environment,
     }

@@ -141,10 +141,7 @@ def read_runs(runs: Sequence[str | Path]) -> tuple[RunRecord, ...]:
             raise MoelmError(f"{record.path} is given twice; a run is compared with others, not with itself.")
         seen.add(record.path.resolve())
     names = [record.name for record in records]
-    return tuple(
-        record if names.count(record.name) == 1 else replace(record, name=str(record.path))
-        for record in records
-    )
+    return tuple(record if names.count(record.name) == 1 else replace(record, name=str(record.path)) for record in records)
 
 
 def _find(run: str | Path) -> Path:

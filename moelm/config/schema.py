@@ -109,9 +109,7 @@ class ModelConfig(Config):
                 f"choose a multiple of {self.num_heads} or set head_dim"
             )
         if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_kv_heads is {self.kv_heads}, which does not divide num_heads = {self.num_heads}"
-            )
+            raise ValueError(f"num_kv_heads is {self.kv_heads}, which does not divide num_heads = {self.num_heads}")
         if self.size_per_head % 2:
             raise ValueError(f"head_dim is {self.size_per_head}; rotary embeddings need an even number")
         return self
@@ -188,8 +186,7 @@ class TokenizerConfig(Config):
     def _consistent(self) -> "TokenizerConfig":
         if self.kind == "bpe" and self.vocab_size < 258:
             raise ValueError(
-                f"vocab_size is {self.vocab_size}; a byte-level BPE needs at least 258 "
-                "(256 bytes and 2 special tokens)"
+                f"vocab_size is {self.vocab_size}; a byte-level BPE needs at least 258 (256 bytes and 2 special tokens)"
             )
         if (self.kind == "file") != (self.path is not None):
             raise ValueError("path names a tokenizer.json for kind: file, and belongs to no other kind")
@@ -298,8 +295,7 @@ class RunConfig(Config):
             )
         if self.model.window is None and self.max_seq_len < self.data.seq_len:
             raise ValueError(
-                f"model.max_seq_len is {self.max_seq_len}; full attention needs at least "
-                f"data.seq_len = {self.data.seq_len}"
+                f"model.max_seq_len is {self.max_seq_len}; full attention needs at least data.seq_len = {self.data.seq_len}"
             )
         return self
 

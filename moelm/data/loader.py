@@ -156,7 +156,8 @@ def _repeats(split: Split, weights: list[float | None]) -> Ints:
     tokens = np.bincount(table["source"], weights=table["tokens"], minlength=len(weights))
     per_token = np.divide(shares, tokens, out=np.zeros_like(shares), where=tokens > 0)
     repeats = (per_token / per_token[per_token > 0].min())[table["source"]]
-    return (repeats + table["hash"] / 2.0**64).astype(np.int64)
+    repeated: Ints = (repeats + table["hash"] / 2.0**64).astype(np.int64)
+    return repeated
 
 
 def _ranges(starts: Ints, lengths: Ints) -> tuple[Ints, NDArray[np.int64]]:

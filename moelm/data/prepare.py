@@ -100,7 +100,9 @@ def _write(data: DataConfig, work: Path) -> None:
     seen: set[int] = set()
     duplicates = [0]
     with Ticker("Reading documents …") as ticker:
-        streams = [_pieces(read_source(source, int(data.max_document_mb * 1e6)), data, seen, duplicates) for source in data.sources]
+        streams = [
+            _pieces(read_source(source, int(data.max_document_mb * 1e6)), data, seen, duplicates) for source in data.sources
+        ]
         tokenizer, streams = _train_tokenizer(data, streams, ticker)
         tokenizer.save(work / "tokenizer.json")
         domains: dict[str, int] = {}
@@ -133,9 +135,7 @@ def _write(data: DataConfig, work: Path) -> None:
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _pieces(
-    documents: Iterable[Document], data: DataConfig, seen: set[int], duplicates: list[int]
-) -> Iterator[Piece]:
+def _pieces(documents: Iterable[Document], data: DataConfig, seen: set[int], duplicates: list[int]) -> Iterator[Piece]:
     """Drop exact duplicates and choose sides, by the hash of the text alone: the rest of the data has no say in it."""
     threshold = int(data.val_fraction * 2**64)
     for document in documents:

@@ -176,10 +176,18 @@ def _read_csv(path: Path, source: SourceConfig, max_document_bytes: int) -> Iter
         reader = csv.DictReader(file)
         try:
             for record in reader:
-                yield {key: value for key, value in record.items() if key is not None}, f"{path}, line {reader.line_num}"
+                yield (
+                    {key: value for key, value in record.items() if key is not None},
+                    f"{path}, line {reader.line_num}",
+                )
         except csv.Error as error:
             if "field larger" in str(error):
-                raise _too_long(f"{path}, line {reader.line_num + 1}", max_document_bytes, max_document_bytes, at_least=True) from None
+                raise _too_long(
+                    f"{path}, line {reader.line_num + 1}",
+                    max_document_bytes,
+                    max_document_bytes,
+                    at_least=True,
+                ) from None
             raise MoelmError(f"{path}, line {reader.line_num + 1} is not valid CSV: {error}.") from None
 
 

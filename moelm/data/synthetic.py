@@ -21,21 +21,17 @@ _WORDS: dict[str, tuple[str, ...]] = {
     kind: tuple(words.split("|"))
     for kind, words in {
         "woman": (
-            "Ada|Bea|Carla|Dina|Edith|Farah|Greta|Hana|Ines|Jana|Kira|Lena|Mina|Nora|Olga|Petra|Rosa|"
-            "Sonja|Tara|Vera"
+            "Ada|Bea|Carla|Dina|Edith|Farah|Greta|Hana|Ines|Jana|Kira|Lena|Mina|Nora|Olga|Petra|Rosa|Sonja|Tara|Vera"
         ),
         "man": (
-            "Abel|Boris|Carl|Dev|Emil|Felix|Goran|Hugo|Ivan|Jonas|Karim|Leo|Milan|Nils|Otto|Paul|Ravi|"
-            "Stefan|Theo|Yusuf"
+            "Abel|Boris|Carl|Dev|Emil|Felix|Goran|Hugo|Ivan|Jonas|Karim|Leo|Milan|Nils|Otto|Paul|Ravi|Stefan|Theo|Yusuf"
         ),
         "surname": "Baker|Cooper|Fisher|Fletcher|Mason|Miller|Potter|Sawyer|Smith|Tanner|Weaver|Wright",
         "trait": (
-            "patient|curious|stubborn|cheerful|careful|restless|generous|shy|proud|clever|dreamy|kind|"
-            "brave|forgetful"
+            "patient|curious|stubborn|cheerful|careful|restless|generous|shy|proud|clever|dreamy|kind|brave|forgetful"
         ),
         "job": (
-            "baker|carpenter|gardener|sailor|teacher|weaver|clockmaker|potter|shepherd|painter|doctor|"
-            "beekeeper|glazier"
+            "baker|carpenter|gardener|sailor|teacher|weaver|clockmaker|potter|shepherd|painter|doctor|beekeeper|glazier"
         ),
         "color": "red|blue|green|yellow|silver|brown|white|purple|golden|grey|black|striped",
         "noun": (
@@ -57,10 +53,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
             "a cart without a driver|an unlocked gate|footprints in the mud|a boat with torn sails|"
             "a light in the window|an empty nest|a goat on a wall|seven geese in a row|a broken fence"
         ),
-        "feel": (
-            "glad|uneasy|proud|tired but content|surprised|a little ashamed|relieved|puzzled|hopeful|"
-            "wide awake"
-        ),
+        "feel": ("glad|uneasy|proud|tired but content|surprised|a little ashamed|relieved|puzzled|hopeful|wide awake"),
         "wish": (
             "to see the sea|to learn an old song|to win the summer race|to find a lost brother|"
             "to bake for the feast|to repair the roof|to write a letter home|to cross the mountains|"

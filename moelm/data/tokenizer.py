@@ -77,7 +77,7 @@ class Tokenizer:
             if (token_id := self.raw.token_to_id(name)) is not None:
                 return int(token_id)
         self.raw.add_special_tokens([names[0]])
-        return int(self.raw.token_to_id(names[0]))
+        return self._special(names)
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:

@@ -49,7 +49,8 @@ def attention_mask(
     Returns:
         A boolean tensor that broadcasts to `(B, 1, T, S)`, or None.
     """
-    windowed = window is not None and window < keys
+    reach = min(window or keys, keys)
+    windowed = reach < keys
     plain = not windowed and segments_BT is None and starts_B is None
     if plain and queries in (1, keys):
         return None
@@ -57,7 +58,7 @@ def attention_mask(
     query_T1 = key_S[keys - queries :, None]
     seen = key_S <= query_T1
     if windowed:
-        seen = seen & (key_S > query_T1 - window)
+        seen = seen & (key_S > query_T1 - reach)
     seen = seen[None, None]
     if segments_BT is not None:
         seen = seen & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
@@ -75,7 +76,12 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, device: torch.device, starts_B: Tensor | None = None
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        starts_B: Tensor | None = None,
     ) -> None:
         shape = (config.num_layers, 2, batch, config.kv_heads, capacity, config.size_per_head)
         self.memory = torch.empty(shape, device=device)

@@ -14,7 +14,7 @@ def experts_loop(x_SD: Tensor, counts: list[int], w1_EFD: Tensor, w2_EDF: Tensor
 
     The weights are unbound once: indexing them inside the loop would make backward write E full-size gradients.
     """
-    slices = x_SD.split(counts)
+    slices = torch.split(x_SD, counts)
     weights = zip(w1_EFD.unbind(), w2_EDF.unbind(), w3_EFD.unbind(), strict=True)
     return torch.cat([swiglu(x, w1, w2, w3) for x, (w1, w2, w3) in zip(slices, weights, strict=True)])
 

@@ -29,7 +29,12 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_S,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse_S).unflatten(0, (-1, ctx.repeats)).sum(dim=1), None, None, None
+        return (
+            grads[0].index_select(0, inverse_S).view(-1, ctx.repeats, *grads[0].shape[1:]).sum(dim=1),
+            None,
+            None,
+            None,
+        )
 
 
 def take_rows(x: Tensor, order_S: Tensor, inverse_S: Tensor, repeats: int = 1) -> Tensor:
@@ -58,6 +63,6 @@ class MoE(nn.Module):
         inverse_S[order_S] = torch.arange(len(order_S), device=order_S.device)
         counts = torch.bincount(chosen_S, minlength=self.num_experts).tolist()
         y_SD = self.experts(take_rows(x_ND, order_S, inverse_S, self.top_k), counts)
-        y_NKD = take_rows(y_SD, inverse_S, order_S).unflatten(0, (-1, self.top_k))
+        y_NKD = take_rows(y_SD, inverse_S, order_S).view(-1, self.top_k, x_ND.shape[-1])
         y_ND = (y_NKD * routing.gates_NK[..., None].to(y_NKD.dtype)).sum(dim=1)
         return y_ND.view_as(x_BTD), routing

@@ -1,4 +1,6 @@
-"""The decoder: embedding, pre-norm blocks of attention and feed-forward, output head. Dense and sparse differ in `ffn` alone.
+"""The decoder: embedding, pre-norm blocks of attention and feed-forward, output head.
+
+Dense and sparse differ in `ffn` alone.
 
 Shapes: B batch, T positions, D model width, V vocabulary.
 """
@@ -65,9 +67,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(
-        self, tokens_BT: Tensor, segments_BT: Tensor | None = None, cache: KVCache | None = None
-    ) -> ModelOutput:
+    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, cache: KVCache | None = None) -> ModelOutput:
         """Score the next token at every position.
 
         Args:
@@ -81,9 +81,7 @@ class Transformer(nn.Module):
         starts_B = cache.starts_B if cache is not None else None
         positions_T = torch.arange(past, past + queries, device=tokens_BT.device)
         rope = rope_tables(positions_T, config.size_per_head, config.rope_theta)
-        mask = attention_mask(
-            queries, past + queries, config.window, tokens_BT.device, segments_BT, starts_B
-        )
+        mask = attention_mask(queries, past + queries, config.window, tokens_BT.device, segments_BT, starts_B)
         x_BTD = self.embedding(tokens_BT)
         routings: dict[int, Routing] = {}
         for number, layer in enumerate(self.layers):

@@ -13,9 +13,7 @@ from moelm.data.loader import PreparedData
 from moelm.model import count_flops, count_parameters
 
 
-def describe_environment(
-    config: RunConfig, data: PreparedData, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def describe_environment(config: RunConfig, data: PreparedData, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Versions, machine, command, fingerprints of the data and size of the model."""
     flops = count_flops(config.model, config.data.seq_len)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

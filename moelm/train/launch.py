@@ -59,7 +59,9 @@ def _data(config: RunConfig) -> PreparedData:
 def _resolved(config: RunConfig, vocab_size: int) -> RunConfig:
     asked = config.model.vocab_size
     if asked is not None and asked < vocab_size:
-        raise MoelmError(f"model.vocab_size is {asked}, but the tokenizer has {vocab_size} tokens; at least that is needed.")
+        raise MoelmError(
+            f"model.vocab_size is {asked}, but the tokenizer has {vocab_size} tokens; at least that is needed."
+        )
     known = {"vocab_size": asked or vocab_size, "max_seq_len": config.max_seq_len}
     return config.model_copy(update={"model": config.model.model_copy(update=known)})
 
@@ -89,7 +91,13 @@ def _identity(config: RunConfig) -> dict[str, Any]:
             flat[prefix] = value
 
     walk("", config.model_dump(mode="json", exclude_none=True, exclude={"wandb"}))
-    for free in ("train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "name"):
+    for free in (
+        "train.eval_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "name",
+    ):
         flat.pop(free)
     return flat
 

@@ -62,9 +62,10 @@ class Wandb:
                 settings=wandb.Settings(init_timeout=30),
             )
         except Exception as error:  # login, network and service errors share no base class
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise MoelmError(
-                f"wandb.mode is {config.wandb.mode}, but Weights & Biases cannot be used "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); log in, or choose offline or disabled."
+                f"wandb.mode is {config.wandb.mode}, but Weights & Biases cannot be used ({why}); "
+                "log in, or choose offline or disabled."
             ) from error
 
     def write(self, line: Line) -> None:

@@ -1,4 +1,4 @@
-"""The training objective: next-token loss over the tokens of the whole batch, plus each MoE layer's weighted balance losses.
+"""The training objective: next-token loss over the tokens of the whole batch, plus the weighted balance losses.
 
 A global batch may be cut into micro-batches; with scope `global` the objective and its gradient do not depend on the cuts.
 """

@@ -221,7 +221,8 @@ class Trainer:
         done, steps = line["step"], self.config.train.steps
         left = (time.monotonic() - begun) / (done - first) * (steps - done)
         ticker.update(
-            f"{self.config.name}  step {done:,}/{steps:,}  {short(line['tokens'])} tokens  loss {line['train/loss']:.4f}  "
+            f"{self.config.name}  step {done:,}/{steps:,}  {short(line['tokens'])} tokens  "
+            f"loss {line['train/loss']:.4f}  "
             f"{line['perf/tokens_per_s']:,.0f} tokens/s  {clock(left)} left"
         )
 
@@ -246,7 +247,7 @@ class Trainer:
             self.caught = signum
             signal.signal(signum, before[signum])
 
-        watched = (signal.SIGINT, signal.SIGTERM)
+        watched: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
         before = {signum: signal.getsignal(signum) for signum in watched}
         for signum in watched:
             signal.signal(signum, remember)

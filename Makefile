@@ -1,0 +1,43 @@
+# `make demo` and `make test` set up everything they need; run `make help` for the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format type check clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
+
+install: $(READY)  ## Create .venv and install moelm with its pinned dependencies
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## Train the dense baseline and the mixture of experts, and compare them
+	BIN=$(BIN) bash scripts/demo.sh
+
+test: $(READY)  ## Run the fast tests
+	$(BIN)/pytest
+
+test-slow: $(READY)  ## Run the slow tests: several processes, kills, the whole road
+	$(BIN)/pytest -m slow
+
+lint: $(READY)  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## Mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(READY)  ## Check types
+	$(BIN)/mypy
+
+check: lint type test  ## All of the above that gates a change
+
+clean:  ## Remove the environment and caches; data and runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
