@@ -1,0 +1,241 @@
+"""From files to rows of tokens: every kind of file, every kind of mistake, and nothing half-done."""
+
+import csv
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moelm.config import DataConfig
+from moelm.data.loader import IGNORE, Rows, TrainOrder
+from moelm.data.packing import pack
+from moelm.data.prepare import prepare, prepared_folder
+from moelm.data.store import Split, read_manifest
+from moelm.data.tokenizer import Tokenizer
+from moelm.errors import MoelmError
+
+TEXTS = [f"document {i}: {'ab ' * (i % 7 + 1)}\r\nnaïve 🙂 e\u0301 <|eos|>" for i in range(60)]
+
+
+def config(folder: Path, *sources: dict[str, Any], **changes: Any) -> DataConfig:
+    plain = {"tokenizer": {"kind": "byte"}, "seq_len": 16, "val_fraction": 0.2, "dir": str(folder / "data")}
+    return DataConfig.model_validate({**plain, **changes, "sources": list(sources)})
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    part = Split(folder, split, manifest)
+    ids = part.take(np.arange(int(part.documents["tokens"].sum())))
+    ends = np.cumsum(part.documents["tokens"].astype(np.int64))
+    assert (ids[ends - 1] == tokenizer.eos_id).all()
+    return [tokenizer.decode(piece[:-1].tolist()) for piece in np.split(ids, ends[:-1])]
+
+
+def write(path: Path, texts: list[str]) -> dict[str, Any]:
+    records = [{"body": text, "kind": f"k{i % 2}"} for i, text in enumerate(texts)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    name = path.name
+    if name.endswith(".jsonl"):
+        path.write_text(lines)
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif name.endswith(".zst"):
+        path.write_bytes(zstandard.compress(lines.encode()))
+    elif name.endswith(".csv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["body", "kind"])
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        pa.parquet.write_table(pa.Table.from_pylist(records), path)
+    return {"path": str(path), "column": "body", "domain_column": "kind"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.parquet"])
+def test_text_comes_through_unchanged(tmp_path: Path, name: str) -> None:
+    folder, worked = prepare(config(tmp_path, write(tmp_path / name, TEXTS)))
+    assert worked
+    train, val = texts_of(folder, "train"), texts_of(folder, "val")
+    assert sorted(train + val) == sorted(TEXTS)
+    assert val
+    assert sorted(read_manifest(folder)["domains"]) == ["k0", "k1"]
+
+
+def test_a_second_call_has_nothing_to_do_and_changed_input_makes_a_new_version(tmp_path: Path) -> None:
+    wanted = config(tmp_path, write(tmp_path / "a.jsonl", TEXTS))
+    folder, _ = prepare(wanted)
+    assert prepare(wanted) == (folder, False)
+    write(tmp_path / "a.jsonl", [*TEXTS, "one more"])
+    other, worked = prepare(wanted)
+    assert worked
+    assert other != folder
+    assert set(texts_of(folder, "val")) <= set(texts_of(other, "val"))  # nobody changed sides
+    assert prepare(wanted.model_copy(update={"val_fraction": 0.3}))[0] not in (folder, other)
+
+
+def test_duplicates_are_dropped(tmp_path: Path) -> None:
+    folder, _ = prepare(config(tmp_path, write(tmp_path / "a.jsonl", TEXTS + TEXTS)))
+    assert read_manifest(folder)["duplicates"] == len(TEXTS)
+
+
+def test_the_tail_is_held_out(tmp_path: Path) -> None:
+    text = "".join(f"line {i}\n" for i in range(500))
+    (tmp_path / "a.txt").write_text(text)
+    folder, _ = prepare(config(tmp_path, {"path": str(tmp_path / "a.txt")}, holdout="tail", val_fraction=0.1))
+    cut = round(len(text) * 0.9)
+    assert texts_of(folder, "train") == [text[:cut]]
+    assert texts_of(folder, "val") == [text[cut:]]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_trained_tokenizers_round_trip(tmp_path: Path, kind: str) -> None:
+    tokenizer = {"kind": kind, "vocab_size": 300}
+    folder, _ = prepare(config(tmp_path, write(tmp_path / "a.jsonl", TEXTS), tokenizer=tokenizer))
+    assert sorted(texts_of(folder, "train") + texts_of(folder, "val")) == sorted(TEXTS)
+    if kind == "char":
+        with pytest.raises(MoelmError, match="'ж'"):
+            Tokenizer.load(folder / "tokenizer.json").encode_prompt("ж")
+
+
+LONG = "x" * 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", None, "does not exist"),
+        ("a.txt", b"", "empty"),
+        ("a.txt", b"\x89PNG\r\n", "not a text file"),
+        ("a.txt", b"ab\0cd\n", "zero byte"),
+        ("a.txt", LONG.encode(), "max_document_mb"),
+        ("a.jsonl", b'{"body": "x"}\n{"body": \n', "a.jsonl, line 2 is not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n', "no column 'body'"),
+        ("a.jsonl", b'{"body": 3}\n', "not text"),
+        ("a.jsonl", b'{"body": "\\ud800"}\n', "surrogate"),
+        ("a.jsonl", json.dumps({"body": LONG}).encode(), "50 MB"),
+        ("a.csv", b"text\nx\n", "no column 'body'"),
+        ("a.parquet", b"PAR1 nonsense", "parquet"),
+        ("a.jsonl.gz", b"not gzip", "gzip"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, name: str, content: bytes | None, told: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    wanted = {"path": str(tmp_path / name), "column": "body"}
+    with pytest.raises(MoelmError) as caught:
+        prepare(config(tmp_path, wanted))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_a_hub_name_without_a_network_is_one_sentence(tmp_path: Path) -> None:
+    program = (
+        "from moelm.config import *; from moelm.data.prepare import prepare\n"
+        "from moelm.errors import MoelmError\n"
+        "c = DataConfig.model_validate({'sources': [{'hub': 'nobody/nothing'}], 'seq_len': 8})\n"
+        "try: prepare(c)\nexcept MoelmError as e: print(e)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "nobody/nothing cannot be reached" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_local_directory_streams_like_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", TEXTS)
+    folder, _ = prepare(config(tmp_path, {"hub": str(tmp_path / "set"), "column": "body", "max_documents": 40}))
+    assert sorted(texts_of(folder, "train") + texts_of(folder, "val")) == sorted(TEXTS[:40])
+
+
+def test_a_killed_run_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [f"{i} " * 400 for i in range(20_000)])
+    wanted = config(tmp_path, {"path": str(tmp_path / "a.jsonl"), "column": "body"})
+    program = (
+        "from moelm.config import *; from moelm.data.prepare import prepare; import sys\n"
+        "prepare(DataConfig.model_validate_json(sys.argv[1]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, wanted.model_dump_json()], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not list((tmp_path / "data").glob(".preparing-*/train-*.bin")) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert read_manifest(prepared_folder(wanted)) is None
+    folder, worked = prepare(wanted)
+    assert worked
+    assert list((tmp_path / "data").iterdir()) == [folder]
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 70), max_size=40), row_len=st.integers(1, 20))
+def test_packing_places_every_token_once(lengths: list[int], row_len: int) -> None:
+    packing = pack(np.array(lengths, dtype=np.int64), row_len)
+    places = sorted(
+        (int(d), int(s) + i)
+        for d, s, n in zip(packing.document, packing.start, packing.length, strict=True)
+        for i in range(n)
+    )
+    assert places == [(d, i) for d, n in enumerate(lengths) for i in range(n)]
+    for row in range(packing.num_rows):
+        inside = packing.length[packing.row_starts[row] : packing.row_starts[row + 1]].sum()
+        assert 0 < inside <= row_len
+
+
+def test_rows_predict_every_token_once_after_a_start_token(tmp_path: Path) -> None:
+    folder, _ = prepare(config(tmp_path, write(tmp_path / "a.jsonl", TEXTS)))
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    split = Split(folder, "train", read_manifest(folder))
+    rows = Rows(split, 16, tokenizer, [None])
+    batch = rows.batch(np.arange(len(rows)))
+    targets = batch.targets_BT[batch.targets_BT != IGNORE]
+    assert sorted(targets.tolist()) == sorted(split.take(np.arange(int(split.documents["tokens"].sum()))).tolist())
+    for tokens, targets, fragments in zip(*batch, strict=True):
+        new = fragments.diff(prepend=fragments.new_tensor([-2])) != 0
+        real = fragments >= 0
+        assert (tokens[new & real] == tokenizer.bos_id).all()
+        follows = (~new & real).nonzero().flatten()
+        assert (tokens[follows] == targets[follows - 1]).all()
+
+
+def test_weights_are_shares_of_the_tokens(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"{'a' * 20} {i}\n" for i in range(900)))
+    (tmp_path / "b.txt").write_text("".join(f"{'b' * 20} {i}\n" for i in range(300)))
+    sources = [{"path": str(tmp_path / f"{n}.txt"), "documents": "line", "weight": 1.0} for n in "ab"]
+    folder, _ = prepare(config(tmp_path, *sources))
+    split = Split(folder, "train", read_manifest(folder))
+    rows = Rows(split, 16, Tokenizer.load(folder / "tokenizer.json"), [1.0, 1.0])
+    share = np.bincount(split.documents["source"][rows.packing.document], weights=rows.packing.length)
+    assert abs(share[0] / share.sum() - 0.5) < 0.02
+
+
+def test_the_order_is_a_permutation_per_epoch_and_a_function_of_the_step() -> None:
+    order = TrainOrder(num_rows=10, batch_rows=4, seed=1)
+    seen = np.concatenate([order.rows(step) for step in range(5)])
+    assert sorted(seen[:10]) == list(range(10)) == sorted(seen[10:])
+    assert list(seen[:10]) != list(seen[10:])
+    assert list(TrainOrder(10, 4, 1).rows(3)) == list(order.rows(3))

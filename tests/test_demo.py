@@ -1,0 +1,34 @@
+"""The demo script itself, on the real corpus, with a few steps."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_demo_ends_in_a_report(tmp_path: Path) -> None:
+    for folder in ("configs", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    done = subprocess.run(
+        ["bash", "scripts/demo.sh", "train.steps=10", "train.eval_every=5", "optim.warmup_steps=5"],
+        cwd=tmp_path,
+        env={**os.environ, "BIN": str(Path(sys.executable).parent)},
+        capture_output=True,
+        text=True,
+        timeout=590,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "reports/demo/report.json").read_text())
+    assert report["schema"] == 1
+    for name in ("report.html", "report.md", "comparison.png", "load.png"):
+        assert (tmp_path / "reports/demo" / name).stat().st_size > 1000
+    shared = [json.loads((tmp_path / f"runs/demo-{kind}/environment.json").read_text()) for kind in ("dense", "moe")]
+    assert shared[0]["eval_fingerprint"] == shared[1]["eval_fingerprint"]
+    assert "The demo took" in done.stdout

@@ -1,0 +1,90 @@
+"""Sampling: batches, cuts of the distribution, streams."""
+
+import pytest
+import torch
+
+from moelm.config import ModelConfig, TokenizerConfig
+from moelm.data.tokenizer import build_tokenizer
+from moelm.errors import MoelmError
+from moelm.generate import Sampling, draw, generate_text
+from moelm.model import Transformer, build_model
+
+TOKENIZER = build_tokenizer(TokenizerConfig(kind="byte"), ())
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return make()
+
+
+def make(window: int | None = None) -> Transformer:
+    ffn = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
+    shape = {"dim": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 258, "max_seq_len": 48, "init_std": 0.3}
+    return build_model(ModelConfig.model_validate({**shape, "window": window, "ffn": ffn}), seed=0).eval()
+
+
+GREEDY = Sampling(max_new_tokens=12, temperature=0)
+
+
+def test_a_batch_of_prompts_continues_like_each_alone(model: Transformer) -> None:
+    prompts = ["a", "hello there", "xyz"]
+    together = generate_text(model, TOKENIZER, prompts, GREEDY)
+    assert together == [generate_text(model, TOKENIZER, [prompt], GREEDY)[0] for prompt in prompts]
+
+
+def test_the_cache_gives_what_full_forwards_give(model: Transformer) -> None:
+    ids = TOKENIZER.encode_prompt("hello")
+    for _ in range(12):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == TOKENIZER.eos_id:
+            break
+    expected = TOKENIZER.decode(ids[6:])
+    assert generate_text(model, TOKENIZER, ["hello"], GREEDY) == [expected]
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
+def test_the_tightest_cuts_are_greedy(model: Transformer, cut: dict[str, float]) -> None:
+    drawn = generate_text(model, TOKENIZER, ["hello"], GREEDY._replace(temperature=1.5, **cut))
+    assert drawn == generate_text(model, TOKENIZER, ["hello"], GREEDY)
+
+
+def test_a_seed_repeats_and_another_differs(model: Transformer) -> None:
+    sampling = Sampling(max_new_tokens=30, temperature=1.0, seed=1)
+    first = generate_text(model, TOKENIZER, ["hello"], sampling)
+    assert first == generate_text(model, TOKENIZER, ["hello"], sampling)
+    assert first != generate_text(model, TOKENIZER, ["hello"], sampling._replace(seed=2))
+
+
+def test_draws_follow_the_cut_distribution() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.zeros(1, 4, dtype=torch.bool)
+    sampling = Sampling(temperature=1.0, top_p=0.7)
+    draws = [int(draw(logits.clone(), seen, sampling, generator)) for _ in range(3000)]
+    assert set(draws) == {0, 1}
+    assert abs(draws.count(0) / 3000 - 2 / 3) < 0.04
+
+
+def test_the_penalty_counts_what_was_seen() -> None:
+    logits = torch.tensor([[2.0, 1.5, -1.0]])
+    seen = torch.tensor([[True, False, False]])
+    sampling = Sampling(temperature=0, repetition_penalty=2.0)
+    assert int(draw(logits, seen, sampling, torch.Generator())) == 1
+
+
+def test_a_stop_text_ends_it_and_the_stream_is_the_text(model: Transformer) -> None:
+    sampling = Sampling(max_new_tokens=40, temperature=1.0, seed=3)
+    pieces: list[str] = []
+    whole = generate_text(model, TOKENIZER, ["hello"], sampling, pieces.append)[0]
+    assert "".join(pieces) == whole
+    stop = whole[6:8]
+    pieces.clear()
+    cut = generate_text(model, TOKENIZER, ["hello"], sampling._replace(stop=(stop,)), pieces.append)[0]
+    assert cut == whole[: whole.index(stop)] == "".join(pieces)
+
+
+def test_a_long_context_slides_with_a_window_and_is_refused_without(model: Transformer) -> None:
+    long = Sampling(max_new_tokens=60, temperature=0)
+    with pytest.raises(MoelmError, match="context of 48"):
+        generate_text(model, TOKENIZER, ["hello"], long)
+    assert generate_text(make(window=8), TOKENIZER, ["hello"], long)
