@@ -8,6 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,8 @@ def save_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer, prog
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         weights, moments = get_state_dict(model, optimizer)
-        save({"model": weights, "optimizer": moments}, checkpoint_id=work, no_dist=True)
+        with _one_process():
+            save({"model": weights, "optimizer": moments}, checkpoint_id=work, no_dist=True)
         (work / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
         files = {path.name: _describe(path) for path in sorted(work.iterdir())}
         (work / "manifest.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
@@ -67,7 +71,8 @@ def load_weights(path: Path, model: Transformer) -> None:
     """Fill a model from a verified checkpoint."""
     verify(path)
     state: dict[str, Any] = {"model": model.state_dict()}
-    load(state, checkpoint_id=path, no_dist=True)
+    with _one_process():
+        load(state, checkpoint_id=path, no_dist=True)
     model.load_state_dict(state["model"])
 
 
@@ -76,7 +81,8 @@ def load_training(path: Path, model: Transformer, optimizer: Optimizer) -> Progr
     verify(path)
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    load(state, checkpoint_id=path, no_dist=True)
+    with _one_process():
+        load(state, checkpoint_id=path, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_progress(path)
 
@@ -104,11 +110,16 @@ def verify(path: Path) -> None:
             raise DamagedCheckpoint(f"The checkpoint {path} is damaged: {name} is not what was written.")
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the one with the best validation loss."""
-    paths = list_checkpoints(folder)
+def prune(folder: Path, keep: int, newest: Path) -> None:
+    """Delete all but the `keep` checkpoints up to `newest` and the one with the best validation loss.
+
+    Later ones than `newest`, the one just saved, were found damaged when the run went on from an earlier one.
+    """
+    for path in list_checkpoints(folder):
+        if path > newest:
+            shutil.rmtree(path)
     best = best_checkpoint(folder)
-    for path in paths[:-keep]:
+    for path in list_checkpoints(folder)[:-keep]:
         if path != best:
             shutil.rmtree(path)
 
@@ -124,6 +135,14 @@ def best_checkpoint(folder: Path) -> Path | None:
         if loss is not None:
             scored.append((loss, path))
     return min(scored)[1] if scored else None
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Keep the library quiet about there being no other process, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
 
 
 def _describe(path: Path) -> dict[str, Any]:

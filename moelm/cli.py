@@ -116,18 +116,20 @@ def sample(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), seed)
     model, tokenizer, _ = load_run(run, checkpoint)
 
-    def stream(text: str) -> None:
-        typer.echo(text, nl=False)
-        sys.stdout.flush()
-
     live = not as_json and len(prompts) == 1
-    if live:
-        typer.echo(prompts[0], nl=False)
+    opening = prompts[0]  # shown with the first piece, so that a refused prompt prints nothing
+
+    def stream(text: str) -> None:
+        nonlocal opening
+        typer.echo(opening + text, nl=False)
+        sys.stdout.flush()
+        opening = ""
+
     texts = generate_text(model, tokenizer, prompts, sampling, stream if live else None)
     if as_json:
         _print_json({"run": run, "samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]})
     elif live:
-        typer.echo()
+        typer.echo(opening)
     else:
         for number, (text_in, text_out) in enumerate(zip(prompts, texts, strict=True)):
             typer.echo(f"--- {number}\n{text_in}{text_out}")

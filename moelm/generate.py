@@ -86,14 +86,14 @@ class Writing:
         self._show(held=0 if self.done else max(map(len, self.stops), default=1) - 1)
 
     def finish(self) -> str:
-        """The whole text; what was held back is shown."""
-        self._show(held=0)
+        """The whole text; what was held back is shown, half a character too."""
+        self._show(held=0, whole=True)
         return self.text
 
-    def _show(self, held: int) -> None:
+    def _show(self, held: int, whole: bool = False) -> None:
         """Stream what can no longer change: not half a character, nor what may become a stop string."""
         end = len(self.text) - held
-        if self.stream is not None and end > self.shown and not self.text.endswith("\ufffd"):
+        if self.stream is not None and end > self.shown and (whole or not self.text.endswith("\ufffd")):
             self.stream(self.text[self.shown : end])
             self.shown = end
 

@@ -110,7 +110,7 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
                 seen.update(text)
             vocab = {token: i for i, token in enumerate([BOS, EOS, UNKNOWN, *sorted(seen)])}
             raw = RawTokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
-            raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s:.)"), behavior="isolated")
+            raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
             raw.decoder = decoders.Fuse()
             raw.add_special_tokens([BOS, EOS, UNKNOWN])
     return Tokenizer(raw)

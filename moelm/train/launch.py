@@ -67,7 +67,7 @@ def _resolved(config: RunConfig, vocab_size: int) -> RunConfig:
 
 
 def _check_same(config: RunConfig, run: RunDirectory, resume: Resume) -> None:
-    """A directory is only ever continued by its own run; a longer one counts as the same."""
+    """A directory is only ever continued by its own run."""
     if resume == "never":
         raise MoelmError(f"The run {run.path} exists already; choose another name=..., or --resume auto to go on with it.")
     saved, wanted = (_identity(each) for each in (load_config(run.config), config))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,24 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Line) -> None:
-        """Append one line and hand it to the system, so that a killed process loses none."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Append one line and hand it to the system, so that a killed process loses none.
+
+        Raises:
+            MoelmError: a full disk.
+        """
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise MoelmError(
+                f"{self._file.name} cannot be written ({error.strerror}); "
+                "when that is mended, give the same command again to go on from the last checkpoint."
+            ) from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what could not be written has been told of by then."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def _whole_lines(path: Path) -> list[str]:

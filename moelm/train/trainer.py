@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moelm.checkpoint import list_checkpoints, prune, save_checkpoint
+from moelm.checkpoint import checkpoint_path, list_checkpoints, prune, save_checkpoint
 from moelm.config import MoEFFNConfig, RunConfig
 from moelm.console import Ticker, clock, short
 from moelm.data.loader import Batch, PreparedData, TrainOrder
@@ -192,8 +192,10 @@ class Trainer:
         broken = not (math.isfinite(loss) and math.isfinite(norm))
         if not broken and loss < 3 * uniform:
             return
-        saved = list_checkpoints(self.run.checkpoints)
-        where = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+        # A checkpoint of the step just done holds the very weights that fail now.
+        failing = checkpoint_path(self.run.checkpoints, step)
+        saved = [path for path in list_checkpoints(self.run.checkpoints) if path < failing]
+        where = f"the last good checkpoint is {saved[-1]}" if saved else "no good checkpoint was saved yet"
         what = f"is not finite (loss {loss}, gradient norm {norm})" if broken else f"has diverged to {loss:.2f}"
         raise MoelmError(
             f"The training loss {what} at step {step + 1}; {where}. A lower optim.lr or a longer warmup usually helps."
@@ -230,14 +232,14 @@ class Trainer:
         """Save; when that fails the run goes on and tries again later, unless this was the last chance."""
         self.progress["val_loss"] = line.get("val/loss")
         try:
-            save_checkpoint(self.run.checkpoints, self.model, self.optimizer, self.progress)
+            saved = save_checkpoint(self.run.checkpoints, self.model, self.optimizer, self.progress)
         except OSError as error:
             sentence = f"The checkpoint of step {line['step']:,} could not be saved ({error}); earlier ones are untouched."
             if line["step"] == self.config.train.steps or self.caught:
                 raise MoelmError(sentence) from error
             ticker.note(f"Warning: {sentence} Training goes on and tries again at the next interval.")
             return
-        prune(self.run.checkpoints, self.config.train.keep_checkpoints)
+        prune(self.run.checkpoints, self.config.train.keep_checkpoints, saved)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -1,0 +1,81 @@
+"""What a continuation shows while it grows: pieces that add up to the text, nothing twice, nothing taken back."""
+
+import pytest
+import torch
+
+from moelm.config import ModelConfig, TokenizerConfig
+from moelm.data.tokenizer import build_tokenizer
+from moelm.errors import MoelmError
+from moelm.generate import Sampling, Writing, generate_text
+from moelm.model import KVCache, build_model
+
+TOKENIZER = build_tokenizer(TokenizerConfig(kind="byte"), ())
+
+
+def write(text: str | bytes, stop: tuple[str, ...] = ()) -> tuple[str, list[str]]:
+    """Feed the bytes of a text to a Writing one by one; returns its text and its pieces."""
+    pieces: list[str] = []
+    writing = Writing(TOKENIZER, Sampling(stop=stop), pieces.append)
+    letters = {TOKENIZER.decode([number]): number for number in range(2, 130)}
+    whole = text if isinstance(text, bytes) else text.encode()
+    for byte in whole:
+        ids = [letters[chr(byte)]] if byte < 128 else byte_ids(byte)
+        for number in ids:
+            writing.add(number)
+    return writing.finish(), pieces
+
+
+def byte_ids(byte: int) -> list[int]:
+    """The id of a byte that is no character alone."""
+    character = bytes([0xC2, byte]).decode() if byte < 0xC0 else None
+    if character is not None:
+        return TOKENIZER.encode_prompt(character)[2:]
+    lead = {0xC2: "\u0080", 0xC3: "é", 0xE2: "€", 0xF0: "🙂"}[byte]
+    return TOKENIZER.encode_prompt(lead)[1:2]
+
+
+@pytest.mark.parametrize("text", ["plain", "é€🙂", "a🙂b€", "tail🙂"])
+def test_pieces_add_up_and_no_half_character_is_shown(text: str) -> None:
+    whole, pieces = write(text)
+    assert whole == text == "".join(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("stop", [(), ("zzz",)])
+def test_a_text_that_ends_in_half_a_character_is_shown_once(stop: tuple[str, ...]) -> None:
+    whole, pieces = write("ab🙂".encode()[:-2], stop)
+    assert whole == "".join(pieces) == "ab\ufffd"
+
+
+def test_what_may_become_a_stop_text_is_held_back() -> None:
+    whole, pieces = write("one\n\nUser: two", stop=("\n\nUser:", "END"))
+    assert whole == "one" == "".join(pieces)
+    whole, pieces = write("one\n\nUse", stop=("\n\nUser:",))
+    assert whole == "one\n\nUse" == "".join(pieces)
+
+
+def test_the_earliest_of_several_stop_texts_counts() -> None:
+    assert write("abcdef", stop=("de", "cdef"))[0] == "abc"
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_cached_logits_are_those_of_a_full_forward(window: int | None) -> None:
+    ffn = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
+    shape = {"dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 50, "window": window}
+    model = build_model(ModelConfig.model_validate({**shape, "ffn": ffn, "init_std": 0.3}), seed=0).eval()
+    tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, 2, 20, torch.device("cpu"))
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits for part in tokens.split([9, 4, *[1] * 7], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_characters_never_seen_are_named() -> None:
+    tokenizer = build_tokenizer(TokenizerConfig(kind="char"), ["hello world"])
+    ffn = {"kind": "dense", "hidden_dim": 16}
+    shape = {"dim": 16, "num_layers": 1, "num_heads": 2, "vocab_size": tokenizer.vocab_size, "ffn": ffn}
+    model = build_model(ModelConfig.model_validate(shape), seed=0).eval()
+    with pytest.raises(MoelmError, match="'é', '🙂'"):
+        generate_text(model, tokenizer, ["hé🙂llo"], Sampling())
+    with pytest.raises(MoelmError, match="empty"):
+        generate_text(model, tokenizer, [""], Sampling())
