@@ -10,7 +10,28 @@ from pathlib import Path
 import pytest
 import yaml
 
-WORDS = "the a red green old new cat dog bird sees hears likes stone river house and or but runs sleeps".split()
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "green",
+    "old",
+    "new",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "hears",
+    "likes",
+    "stone",
+    "river",
+    "house",
+    "and",
+    "or",
+    "but",
+    "runs",
+    "sleeps",
+]
 
 Moelm = Callable[..., subprocess.CompletedProcess[str]]
 

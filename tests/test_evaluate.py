@@ -65,8 +65,7 @@ def test_domains_add_up_to_the_whole(tmp_path: Path) -> None:
     lines = (folder / "text.txt").read_text().splitlines()
     (folder / "other.txt").write_text("\n".join(line.upper() for line in lines) + "\n")
     sources = (
-        "data.sources=[{path: text.txt, documents: line, domain: low}, "
-        "{path: other.txt, documents: line, domain: high}]"
+        "data.sources=[{path: text.txt, documents: line, domain: low}, {path: other.txt, documents: line, domain: high}]"
     )
     train_here(folder, "moe", sources, "train.steps=2")
     found = score(folder, "tiny-moe")

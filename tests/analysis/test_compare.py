@@ -82,14 +82,10 @@ def _line(step: int, slope: float, flops: float, seconds: float, sparse: bool) -
         loss = 5 - slope * step / 100
         line |= {"val/loss": loss, "val/bpb": loss / 2}
         line["val/domains"] = {
-            name: {"loss": loss + shift, "bpb": loss / 2}
-            for name, shift in (("code", 0.5), ("synthetic-sums", -0.5))
+            name: {"loss": loss + shift, "bpb": loss / 2} for name, shift in (("code", 0.5), ("synthetic-sums", -0.5))
         }
     if sparse and step:
-        layers = [
-            {"layer": layer, "load": [0.4, 0.3, 0.2, 0.1], "load_max_over_mean": 1.6 + layer}
-            for layer in range(2)
-        ]
+        layers = [{"layer": layer, "load": [0.4, 0.3, 0.2, 0.1], "load_max_over_mean": 1.6 + layer} for layer in range(2)]
         line["moe/layers"] = layers
     return line
 
@@ -184,9 +180,7 @@ def test_a_split_result_is_told_as_one(pair: list[Path]) -> None:
         ((0.5, 0.501), None, "Tie: against a, b's"),
     ],
 )
-def test_verdict_at_equal_price(
-    tmp_path: Path, slopes: tuple[float, float], winner: str | None, head: str
-) -> None:
+def test_verdict_at_equal_price(tmp_path: Path, slopes: tuple[float, float], winner: str | None, head: str) -> None:
     runs = [write_run(tmp_path / name, slope=slope) for name, slope in zip("ab", slopes, strict=True)]
     verdict = compare(read_runs(runs)).verdict
     assert verdict.winner == winner

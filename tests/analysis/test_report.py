@@ -69,9 +69,7 @@ def test_report_json_keeps_its_keys(pair: list[str], tmp_path: Path) -> None:
 def test_markdown_has_aligned_tables(pair: list[str], tmp_path: Path) -> None:
     compare_runs(pair, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert (
-        "| dense | 20.0K | 20.0K | 120K | 400K | 3.000 | 3.000 | 1.500 | 1.500 | 10.0K | 1.00 GiB |" in text
-    )
+    assert "| dense | 20.0K | 20.0K | 120K | 400K | 3.000 | 3.000 | 1.500 | 1.500 | 10.0K | 1.00 GiB |" in text
     assert "| dense | moe at 1.800 | not reached | not reached | not reached |" in text
     assert "| moe | dense at 3.000 | 250K (1.60×) | 5.0e11 (0.80×) | 50.0 s (0.80×) |" in text
     assert "| moe against dense | equal FLOPs | 4.0e11 FLOPs | 3.400 | 3.000 | -0.400 |" in text
@@ -114,10 +112,7 @@ def test_page_opens_with_the_verdict_and_needs_nothing_else(pair: list[str], tmp
 
 
 def test_page_escapes_what_runs_say(tmp_path: Path) -> None:
-    runs = [
-        str(write_run(tmp_path / name, slope=0.5, environment={"command": "<script>a|b</script>"}))
-        for name in "ab"
-    ]
+    runs = [str(write_run(tmp_path / name, slope=0.5, environment={"command": "<script>a|b</script>"})) for name in "ab"]
     compare_runs(runs, tmp_path / "report")
     assert "<script>" not in (tmp_path / "report" / "report.html").read_text()
     assert "<script>a\\|b</script>" in (tmp_path / "report" / "report.md").read_text()
@@ -125,9 +120,7 @@ def test_page_escapes_what_runs_say(tmp_path: Path) -> None:
 
 
 def test_forced_report_carries_its_warning(tmp_path: Path) -> None:
-    runs = [
-        str(write_run(tmp_path / name, slope=0.5, environment={"data_fingerprint": name})) for name in "ab"
-    ]
+    runs = [str(write_run(tmp_path / name, slope=0.5, environment={"data_fingerprint": name})) for name in "ab"]
     with pytest.raises(MoelmError, match="differ in data"):
         compare_runs(runs, tmp_path / "report")
     assert not (tmp_path / "report").exists()
@@ -182,9 +175,7 @@ def test_out_that_is_a_file(pair: list[str], tmp_path: Path) -> None:
         compare_runs(pair, tmp_path / "file" / "below")
 
 
-def test_a_failed_write_leaves_the_earlier_report(
-    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_earlier_report(pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "report"
     compare_runs(pair, out)
     before = (out / "report.json").read_bytes()

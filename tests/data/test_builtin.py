@@ -107,9 +107,7 @@ def test_no_tests_installers_or_copies_are_read() -> None:
         "_vendor",
         "site-packages",
     }
-    places = [
-        file.place for file in builtin._files_below(Path(sysconfig.get_path("stdlib")), ".py", "stdlib")
-    ]
+    places = [file.place for file in builtin._files_below(Path(sysconfig.get_path("stdlib")), ".py", "stdlib")]
     for package in builtin._PACKAGES:
         files = builtin._package_files(package.distribution, package.modules, (".py",))
         places += [file.place for file in files]
@@ -125,9 +123,7 @@ def test_one_missing_distribution_is_left_out(monkeypatch: pytest.MonkeyPatch) -
             raise metadata.PackageNotFoundError(name)
         return find(name)
 
-    monkeypatch.setattr(
-        builtin, "_PACKAGES", tuple(p for p in builtin._PACKAGES if p.distribution in ("rich", "click"))
-    )
+    monkeypatch.setattr(builtin, "_PACKAGES", tuple(p for p in builtin._PACKAGES if p.distribution in ("rich", "click")))
     assert {d.place.split("/")[0] for d in builtin._package_modules()} == {"click", "rich"}
     monkeypatch.setattr(metadata, "distribution", without_rich)
     assert {d.place.split("/")[0] for d in builtin._package_modules()} == {"click"}
@@ -158,10 +154,7 @@ def test_unreadable_files_and_tables_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("body", "domain"), [("value = other_value\n" * 60, "x-code"), ("", "x-docs")])
 def test_a_module_is_code_or_its_docstrings_never_both(tmp_path: Path, body: str, domain: str) -> None:
-    source = (
-        '"""About it."""\nclass A:\n    """What A is."""\n    def b(self):\n        """What b does."""\n'
-        + body
-    )
+    source = '"""About it."""\nclass A:\n    """What A is."""\n    def b(self):\n        """What b does."""\n' + body
     (tmp_path / "m.py").write_text(source)
     (document,) = builtin._module(builtin._File(tmp_path / "m.py", "m.py"), "x")
     docs = "About it.\n\n\nA\n\nWhat A is.\n\n\nA.b\n\nWhat b does.\n"
@@ -175,10 +168,7 @@ def test_synthetic_size_determinism_and_variety(domain: str) -> None:
     assert 300_000 <= sum(sizes) < 300_000 + max(sizes)
     assert all(100 < size < 6_000 for size in sizes)
     assert len({document.text for document in documents}) == len(documents)
-    assert (
-        list(synthetic_documents(domain, 10_000))
-        == documents[: len(list(synthetic_documents(domain, 10_000)))]
-    )
+    assert list(synthetic_documents(domain, 10_000)) == documents[: len(list(synthetic_documents(domain, 10_000)))]
     assert next(synthetic_documents(domain, 1, seed=1)).text != documents[0].text
 
 

@@ -133,9 +133,7 @@ LONG = "x" * 50_000_000
         ("a.jsonl.gz", b"not gzip", "gzip"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
-    tmp_path: Path, name: str, content: bytes | None, told: str
-) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     wanted = {"path": str(tmp_path / name), "column": "body"}

@@ -38,9 +38,7 @@ def layer(dim: int, hidden: int, experts: int, k: int, seed: int) -> MoE:
 
 @settings(max_examples=25, deadline=None)
 @given(tokens=st.integers(1, 12), experts=st.integers(1, 7), data=st.data(), seed=st.integers(0, 99))
-def test_matches_the_equations_in_values_and_gradients(
-    tokens: int, experts: int, data: st.DataObject, seed: int
-) -> None:
+def test_matches_the_equations_in_values_and_gradients(tokens: int, experts: int, data: st.DataObject, seed: int) -> None:
     k = data.draw(st.integers(1, experts))
     moe = layer(6, 5, experts, k, seed)
     x = torch.randn(1, tokens, 6, requires_grad=True)
@@ -49,8 +47,7 @@ def test_matches_the_equations_in_values_and_gradients(
     (y[0] * weight).sum().backward()
 
     doubles = [
-        p.detach().double().requires_grad_()
-        for p in (moe.router.weight, moe.experts.w1, moe.experts.w2, moe.experts.w3)
+        p.detach().double().requires_grad_() for p in (moe.router.weight, moe.experts.w1, moe.experts.w2, moe.experts.w3)
     ]
     x64 = x.detach()[0].double().requires_grad_()
     expected = naive(x64, *doubles, k)
