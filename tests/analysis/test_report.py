@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_compare import MOE, write_run
 
 from moelm.analysis.report import FILES, compare_runs, render_table
 from moelm.errors import MoelmError
+from tests.analysis.test_compare import MOE, write_run
 
 
 @pytest.fixture
