@@ -9,6 +9,7 @@ from typing import Any, Union
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from moelm.config.schema import RunConfig
 from moelm.errors import MoelmError
@@ -131,6 +132,8 @@ def _sentence(error: ValidationError) -> str:
     problems = error.errors()
     first = problems[0]
     place, section = _locate(first["loc"])
+    # A setting of several types has failed once for each.
+    same = [problem for problem in problems if _locate(problem["loc"])[0] == place]
     value = first.get("input")
     match first["type"]:
         case "extra_forbidden":
@@ -149,11 +152,27 @@ def _sentence(error: ValidationError) -> str:
         case "union_tag_invalid":
             text = f"{place}.kind is {value.get('kind')!r}; expected one of {first['ctx']['expected_tags']}."
         case _:
-            told = first["msg"].removeprefix("Input ").replace("a valid ", "")
-            told = told.replace("string", "text").replace("dictionary or instance", "section, not an instance")
-            text = f"{place} is {value!r}, but it {told[0].lower()}{told[1:]}."
-    more = len(problems) - 1
-    return text if not more else f"{text[:-1]}{text[-1]} (and {more} more)"
+            text = f"{place} is {value!r}, but it should be {' or '.join(_expected(problem) for problem in same)}."
+    more = len(problems) - len(same)
+    return text if not more else f"{text} ({more} more problem{'s' * (more > 1)} after this one.)"
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "model_type": "a section of settings",
+    "model_attributes_type": "a section of settings",
+    "string_pattern_mismatch": "letters, digits, dots, dashes and underscores, opening with a letter or digit",
+}
+
+
+def _expected(problem: ErrorDetails) -> str:
+    """What one kind of value would have been accepted."""
+    said = problem["msg"].removeprefix("Input ").removeprefix("should be ")
+    return _EXPECTED.get(problem["type"], said)
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:

@@ -259,6 +259,13 @@ class ParallelConfig(Config):
     dp_shard: int = Field(default=1, gt=0)
     ep: int = Field(default=1, gt=0)
 
+    @model_validator(mode="after")
+    def _one_process(self) -> "ParallelConfig":
+        for name, size in (("dp_replicate", self.dp_replicate), ("dp_shard", self.dp_shard), ("ep", self.ep)):
+            if size not in ("auto", 1):
+                raise ValueError(f"{name} is {size}, but training runs in one process; 1 is expected")
+        return self
+
 
 class WandbConfig(Config):
     """Weights & Biases logging beside metrics.jsonl."""

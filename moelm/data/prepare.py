@@ -106,6 +106,7 @@ def _write(data: DataConfig, work: Path) -> None:
         tokenizer, streams = _train_tokenizer(data, streams, ticker)
         tokenizer.save(work / "tokenizer.json")
         domains: dict[str, int] = {}
+        held_out: set[str] = set()
         writers = {split: SplitWriter(work, split, tokenizer.vocab_size) for split in ("train", "val")}
         started = time.monotonic()
         for number, (source, stream) in enumerate(zip(data.sources, streams, strict=True)):
@@ -116,8 +117,15 @@ def _write(data: DataConfig, work: Path) -> None:
                     break
                 domain = domains.setdefault(piece.domain, len(domains))
                 writers[piece.split].add(ids, piece.size, domain, number, piece.hash)
+                if piece.split == "val":
+                    held_out.add(piece.domain)
                 if writers[piece.split].documents % 64 == 0:
                     ticker.update(_progress(source.label, writers, started))
+        if unseen := sorted(domains.keys() - held_out):
+            ticker.note(
+                f"Warning: no document of {', '.join(unseen)} fell into validation, so its loss will not be told; "
+                f"a larger data.val_fraction than {data.val_fraction} would include some."
+            )
     splits = {split: writer.close() for split, writer in writers.items()}
     content = [shard["sha256"] for split in splits.values() for shard in split["shards"]]
     manifest = {

@@ -20,12 +20,15 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, keep_to: int | None = None) -> None:
-        if keep_to is not None and path.exists():
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= keep_to]
-            work = path.with_suffix(".writing")
-            work.write_text("".join(kept), encoding="utf-8")
-            work.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            if keep_to is not None and path.exists():
+                kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= keep_to]
+                work = path.with_suffix(".writing")
+                work.write_text("".join(kept), encoding="utf-8")
+                work.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def write(self, line: Line) -> None:
         """Append one line and hand it to the system, so that a killed process loses none.
@@ -37,15 +40,19 @@ class MetricsFile:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
-            raise MoelmError(
-                f"{self._file.name} cannot be written ({error.strerror}); "
-                "when that is mended, give the same command again to go on from the last checkpoint."
-            ) from error
+            raise _unwritable(Path(self._file.name), error) from error
 
     def close(self) -> None:
         """Close the file; what could not be written has been told of by then."""
         with suppress(OSError):
             self._file.close()
+
+
+def _unwritable(path: Path, error: OSError) -> MoelmError:
+    return MoelmError(
+        f"{path} cannot be written ({error.strerror}); "
+        "when that is mended, give the same command again to go on from the last checkpoint."
+    )
 
 
 def _whole_lines(path: Path) -> list[str]:

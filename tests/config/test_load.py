@@ -25,6 +25,10 @@ MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
         ("data.tokenizer.vocab_size=100", "at least 258"),
         ("data.sources.3.path=x", "not an item of a list of 1"),
         ("train.batch_tokens=1000", "multiple of data.seq_len"),
+        ("train.micro_batch_tokens=few", "a whole number or 'auto'"),
+        ("name=a b", "letters, digits, dots"),
+        ("model.ffn.balance=5", "a section of settings"),
+        ("parallel.dp_shard=2", "one process"),
         ("steps", "key.sub=value is expected"),
     ],
 )
