@@ -67,7 +67,8 @@ def evaluate(
     for start in starts[rank::world]:
         batch = rows.batch(np.arange(start, min(start + per_batch, len(rows)))).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model(batch.tokens_BT, batch.fragments_BT if document_mask else None).logits
+            segments_BT = batch.fragments_BT if document_mask else None
+            logits = model(batch.tokens_BT, segments_BT, valid_BT=batch.valid_BT).logits
         losses_N = F.cross_entropy(
             logits.flatten(0, 1).float(), batch.targets_BT.flatten(), ignore_index=IGNORE, reduction="none"
         )

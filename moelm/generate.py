@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moelm.config import MoEFFNConfig
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.model import KVCache, Transformer
@@ -103,6 +104,11 @@ def generate_tokens(
 ) -> Iterator[list[int]]:
     """Yield the next token of every prompt, step by step; prompts of different lengths are padded on the left."""
     config = model.config
+    if isinstance(config.ffn, MoEFFNConfig) and config.ffn.router.kind == "expert_choice":
+        raise MoelmError(
+            "This model's experts choose among the tokens of a whole sequence (router.kind is expert_choice), "
+            "so it cannot go on token by token; another router can."
+        )
     device = model.embedding.weight.device
     longest = max(map(len, prompts))
     capacity = longest + sampling.max_new_tokens

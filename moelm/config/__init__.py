@@ -1,29 +1,38 @@
-"""What a run is (`schema`) and how its YAML is read (`load`)."""
+"""What a run is (`schema`, and `model` for its model) and how its YAML is read (`load`)."""
 
 from moelm.config.load import check_config, dump_config, load_config
-from moelm.config.schema import (
+from moelm.config.model import (
     BalanceConfig,
-    DataConfig,
     DenseFFNConfig,
+    ExpertChoiceRouterConfig,
+    HashRouterConfig,
+    HierarchicalRouterConfig,
     ModelConfig,
     MoEFFNConfig,
-    OptimConfig,
-    RunConfig,
-    SourceConfig,
-    TokenizerConfig,
-    TrainConfig,
+    NoisyTopKRouterConfig,
+    RandomRouterConfig,
+    SigmoidRouterConfig,
+    TopKRouterConfig,
 )
+from moelm.config.schema import DataConfig, OptimConfig, RunConfig, SourceConfig, TokenizerConfig, TrainConfig
 
 __all__ = [
     "BalanceConfig",
     "DataConfig",
     "DenseFFNConfig",
+    "ExpertChoiceRouterConfig",
+    "HashRouterConfig",
+    "HierarchicalRouterConfig",
     "MoEFFNConfig",
     "ModelConfig",
+    "NoisyTopKRouterConfig",
     "OptimConfig",
+    "RandomRouterConfig",
     "RunConfig",
+    "SigmoidRouterConfig",
     "SourceConfig",
     "TokenizerConfig",
+    "TopKRouterConfig",
     "TrainConfig",
     "check_config",
     "dump_config",

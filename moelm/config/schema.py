@@ -1,134 +1,15 @@
-"""The shape of one YAML run: pydantic models, strict, every field with its unit and the reason for its default.
+"""The shape of one YAML run, but for its model: where text comes from, the loop, the optimizer, the layout, logging.
 
-Reading files, inheritance and command-line overrides live in `moelm.config.load`.
+Every field carries its unit and the reason for its default. Reading files, inheritance and command-line overrides live in
+`moelm.config.load`.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Auto = Literal["auto"]
-
-
-class Config(BaseModel):
-    """Base of all sections: unknown keys and wrong types are errors, values never change after loading."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class RouterConfig(Config):
-    """How a token chooses its experts."""
-
-    kind: Literal["topk"] = "topk"
-    """`topk`: softmax over the k largest float32 logits (Mixtral)."""
-
-
-class BalanceConfig(Config):
-    """Auxiliary losses that keep the experts evenly used; each weight applies to every MoE layer."""
-
-    aux: float = Field(default=0.01, ge=0)
-    """Weight of the Switch/GShard load-balance loss, whose balanced value is 1."""
-    z: float = Field(default=0.001, ge=0)
-    """Weight of the router z-loss, the mean squared log-partition of the logits (ST-MoE)."""
-    scope: Literal["micro", "global"] = "global"
-    """Tokens over which the load is averaged: one micro-batch, or the whole global batch."""
-
-
-class DenseFFNConfig(Config):
-    """A plain gated feed-forward block in every layer."""
-
-    kind: Literal["dense"]
-    hidden_dim: int = Field(gt=0)
-    """Width of the SwiGLU hidden layer."""
-
-
-class MoEFFNConfig(Config):
-    """A sparse mixture of gated feed-forward experts."""
-
-    kind: Literal["moe"]
-    hidden_dim: int = Field(gt=0)
-    """Width of one expert; `top_k * hidden_dim` is the dense width with equal active parameters."""
-    num_experts: int = Field(gt=0)
-    top_k: int = Field(gt=0)
-    """Experts that each token visits."""
-    every: int = Field(default=1, gt=0)
-    """One layer in this many is sparse, the others stay dense at `top_k * hidden_dim` (1: all are sparse)."""
-    router: RouterConfig = RouterConfig()
-    balance: BalanceConfig = BalanceConfig()
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> "MoEFFNConfig":
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k is {self.top_k} but there are only num_experts = {self.num_experts}; "
-                f"top_k must be at most {self.num_experts}"
-            )
-        return self
-
-    @property
-    def dense_hidden_dim(self) -> int:
-        """Width of a dense block with the same active parameters."""
-        return self.top_k * self.hidden_dim
-
-
-FFNConfig = Annotated[DenseFFNConfig | MoEFFNConfig, Field(discriminator="kind")]
-
-
-class ModelConfig(Config):
-    """A pre-norm decoder; dense and sparse models differ in `ffn` alone."""
-
-    dim: int = Field(gt=0)
-    """Width of the residual stream."""
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int | None = Field(default=None, gt=0)
-    """Key/value heads for grouped-query attention (default: `num_heads`)."""
-    head_dim: int | None = Field(default=None, gt=0)
-    """Width of one head (default: `dim / num_heads`); even, because rotary embeddings turn pairs."""
-    vocab_size: int | None = Field(default=None, gt=0)
-    """Rows of the embedding (default: the size of the tokenizer)."""
-    max_seq_len: int | None = Field(default=None, gt=0)
-    """Longest context in tokens (default: `data.seq_len`)."""
-    window: int | None = Field(default=None, gt=0)
-    """Sliding-window attention: a token sees itself and the `window - 1` before it (default: all before it)."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys per head; steadies training at high learning rates."""
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    norm_eps: float = Field(default=1e-5, gt=0)
-    tie_embeddings: bool = True
-    """Share the input embedding with the output head; at small scale the head would dominate."""
-    init_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights; projections into the residual stream get /sqrt(2 num_layers)."""
-    ffn: FFNConfig
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> "ModelConfig":
-        if self.head_dim is None and self.dim % self.num_heads:
-            raise ValueError(
-                f"dim is {self.dim}, which num_heads = {self.num_heads} does not divide; "
-                f"choose a multiple of {self.num_heads} or set head_dim"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_kv_heads is {self.kv_heads}, which does not divide num_heads = {self.num_heads}")
-        if self.size_per_head % 2:
-            raise ValueError(f"head_dim is {self.size_per_head}; rotary embeddings need an even number")
-        return self
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, with the default resolved."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def size_per_head(self) -> int:
-        """Width of one head, with the default resolved."""
-        return self.head_dim or self.dim // self.num_heads
-
-    def ffn_at(self, layer: int) -> DenseFFNConfig | MoEFFNConfig:
-        """The feed-forward block of one layer; `ffn.every` leaves all but each n-th layer dense."""
-        if isinstance(self.ffn, MoEFFNConfig) and (layer + 1) % self.ffn.every:
-            return DenseFFNConfig(kind="dense", hidden_dim=self.ffn.dense_hidden_dim)
-        return self.ffn
+from moelm.config.base import Auto, Config
+from moelm.config.model import ModelConfig
 
 
 class SourceConfig(Config):

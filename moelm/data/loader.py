@@ -32,9 +32,14 @@ class Batch(NamedTuple):
     """Number of each position's fragment within the split's packing; -1 is padding."""
 
     @property
+    def valid_BT(self) -> Tensor:
+        """Positions that count; the others are padding."""
+        return self.targets_BT != IGNORE
+
+    @property
     def valid_N(self) -> Tensor:
         """Positions that count, flattened."""
-        return self.targets_BT.flatten() != IGNORE
+        return self.valid_BT.flatten()
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""

@@ -68,6 +68,24 @@ def attention_mask(
     return seen
 
 
+def capped_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None, cap: float) -> Tensor:
+    """Attention whose logits are squashed into ±cap by cap * tanh(logit / cap), then masked; softmax in float32 (Grok-1).
+
+    Args:
+        mask: that of `attention_mask`; None is plain causal attention.
+    """
+    shared = q_BHTC.shape[1] // k_BGSC.shape[1]
+    k_BHSC, v_BHSC = k_BGSC.repeat_interleave(shared, dim=1), v_BGSC.repeat_interleave(shared, dim=1)
+    logits_BHTS = (q_BHTC @ k_BHSC.transpose(2, 3)).float() * q_BHTC.shape[-1] ** -0.5
+    logits_BHTS = cap * (logits_BHTS / cap).tanh()
+    if mask is None and q_BHTC.shape[2] > 1:
+        mask = torch.ones(logits_BHTS.shape[2:], dtype=torch.bool, device=q_BHTC.device).tril()
+    if mask is not None:
+        logits_BHTS = logits_BHTS.masked_fill(~mask, float("-inf"))
+    mixed_BHTC: Tensor = logits_BHTS.softmax(dim=-1).to(v_BHSC.dtype) @ v_BHSC
+    return mixed_BHTC
+
+
 class KVCache:
     """Keys and values of every layer for the positions seen so far, in preallocated memory.
 
@@ -107,6 +125,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.logit_cap = config.attention_logit_cap
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.size_per_head
         self.wq = nn.Linear(config.dim, self.heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
@@ -125,13 +144,16 @@ class Attention(nn.Module):
         q_BHTC, k_BGSC, v_BGSC = q_BTHC.transpose(1, 2), k_BTGC.transpose(1, 2), v_BTGC.transpose(1, 2)
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC)
-        mixed_BHTC = F.scaled_dot_product_attention(
-            q_BHTC,
-            k_BGSC,
-            v_BGSC,
-            attn_mask=mask,
-            is_causal=mask is None and q_BHTC.shape[2] > 1,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+        if self.logit_cap is None:
+            mixed_BHTC = F.scaled_dot_product_attention(
+                q_BHTC,
+                k_BGSC,
+                v_BGSC,
+                attn_mask=mask,
+                is_causal=mask is None and q_BHTC.shape[2] > 1,
+                enable_gqa=self.heads != self.kv_heads,
+            )
+        else:
+            mixed_BHTC = capped_attention(q_BHTC, k_BGSC, v_BGSC, mask, self.logit_cap)
         mixed: Tensor = self.wo(mixed_BHTC.transpose(1, 2).flatten(2))
         return mixed

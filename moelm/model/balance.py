@@ -1,52 +1,119 @@
-"""Balance losses and load statistics, as pure functions of a layer's routing; weights and layers are summed elsewhere.
+"""Balance losses and load statistics of one layer, as pure functions of sums over a batch's valid tokens.
 
-A loss is a sum over the given tokens divided by `num_tokens`, the tokens of the whole batch, so that the parts of a batch
-add up to the loss of the batch however it was cut. Only valid tokens count; padding never does.
+The sums of a batch are the sums of its parts, so a loss means the same however the batch was cut into micro-batches or
+processes. Weights, scopes and layers are `moelm.train.objective`'s matter; padding is never summed.
 
-Shapes: N tokens, E experts, K experts chosen per token.
+Shapes: N tokens, E experts, K choices per token, A groups of experts (1 for flat routers).
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from moelm.model.router import Routing
 
-
-def expert_counts(routing: Routing, valid_N: Tensor) -> Tensor:
-    """Assignments that each expert got from valid tokens, float64 of shape `(E,)`: sums of it stay exact."""
-    chosen = routing.experts_NK[valid_N].flatten()
-    return torch.bincount(chosen, minlength=routing.logits_NE.shape[-1]).double()
-
-
-def importance(routing: Routing, valid_N: Tensor) -> Tensor:
-    """Sum of the gate values that each expert got from valid tokens (Shazeer et al. 2017, eq. 6), `(E,)`."""
-    zeros = torch.zeros_like(routing.logits_NE)
-    return zeros.scatter(-1, routing.experts_NK, routing.gates_NK)[valid_N].double().sum(dim=0)
+Sums = dict[str, Tensor]
+"""Sums over tokens, float64: `tokens` (), `counts` assignments (E), `importance` (E), `probs` (E), `entropy` (), where the
+router has logits `z` (), where it has noise `load` (E), `group_load` (A) and `group_tokens` (A), and `dropped` () where
+capacity is limited."""
 
 
-def aux_loss(routing: Routing, valid_N: Tensor, load_E: Tensor, num_tokens: float) -> Tensor:
-    """Load-balance loss of Switch Transformer (Fedus et al. 2021, eqs 4-6): E * sum_i f_i P_i.
+def routing_sums(routing: Routing, valid_N: Tensor) -> Sums:
+    """Everything that losses and statistics need of one layer's routing; differentiable in the router's outputs."""
 
-    Args:
-        load_E: f, the share of all assignments each expert got; it sums to 1 for any k, so the balanced loss is 1.
-        num_tokens: valid tokens of the whole batch; P is the mean over them of the full softmax.
+    def total(values: Tensor) -> Tensor:
+        valid = valid_N if values.dim() == 1 else valid_N[:, None]
+        return (values * valid).sum(dim=0, dtype=torch.float64)
+
+    chosen_NK = torch.ones_like(routing.experts_NK, dtype=torch.bool)
+    if routing.chosen_NK is not None:
+        chosen_NK = routing.chosen_NK
+    sums = {
+        "tokens": valid_N.sum().double(),
+        "counts": total(torch.zeros_like(routing.probs_NE).scatter_add(-1, routing.experts_NK, chosen_NK.float())),
+        "importance": total(
+            torch.zeros_like(routing.probs_NE).scatter_add(-1, routing.experts_NK, routing.gates_NK * chosen_NK)
+        ),
+        "probs": total(routing.probs_NE),
+        "entropy": total(torch.special.entr(routing.probs_NE.detach()).sum(dim=-1)),
+    }
+    if routing.logits_NE is not None:
+        sums["z"] = total(routing.logits_NE.logsumexp(dim=-1).square())
+    if (smooth := routing.smooth) is not None:
+        groups = smooth.visited_NA.shape[1]
+        visited_NE = smooth.visited_NA.repeat_interleave(routing.num_experts // groups, dim=1)
+        sums["load"] = total(smooth.experts_NE * visited_NE)
+        sums["group_load"] = total(smooth.groups_NA)
+        sums["group_tokens"] = total(smooth.visited_NA.double())
+    if routing.dropped_NK is not None:
+        sums["dropped"] = total(routing.dropped_NK.double().sum(dim=-1))
+    return sums
+
+
+def add_sums(parts: Iterable[Sums]) -> Sums:
+    """The sums of a batch from those of its parts, without gradients."""
+    whole: Sums = {}
+    for part in parts:
+        for name, value in part.items():
+            whole[name] = whole[name] + value.detach() if name in whole else value.detach()
+    return whole
+
+
+def aux_loss(sums: Sums) -> Tensor:
+    """Load-balance loss of Switch Transformer (Fedus et al. 2021, eqs 4-6): E * sum_i f_i P_i, balanced at 1.
+
+    f_i is the share of all assignments that expert i got, which sums to 1 for any k; P_i the mean of the router's
+    distribution over all experts.
     """
-    mean_probs_E = (routing.probs_NE * valid_N[:, None]).sum(dim=0) / num_tokens
-    return load_E.numel() * (load_E.float() * mean_probs_E).sum()
+    load_E = sums["counts"] / sums["counts"].sum().clamp_min(1)
+    mean_probs_E = sums["probs"] / sums["tokens"].clamp_min(1)
+    return load_E.numel() * (load_E @ mean_probs_E)
 
 
-def z_loss(routing: Routing, valid_N: Tensor, num_tokens: float) -> Tensor:
+def sequence_aux_loss(routing: Routing, valid_BT: Tensor) -> Tensor:
+    """Mean over sequences, by their valid tokens, of each sequence's own `aux_loss` (DeepSeek-V3 2024, eqs 17-20)."""
+    valid_BT1 = valid_BT[..., None]
+    hits_BTE = (
+        torch.zeros_like(routing.probs_NE)
+        .scatter_add(-1, routing.experts_NK, torch.ones_like(routing.gates_NK))
+        .view(*valid_BT.shape, -1)
+    )
+    probs_BE = (routing.probs_NE.view_as(hits_BTE) * valid_BT1).sum(dim=1, dtype=torch.float64)
+    counts_BE = (hits_BTE * valid_BT1).sum(dim=1, dtype=torch.float64)
+    load_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp_min(1)
+    # A sequence weighs by its tokens, which cancels the mean in P.
+    return routing.num_experts * (load_BE * probs_BE).sum() / valid_BT.sum().clamp_min(1)
+
+
+def z_loss(sums: Sums) -> Tensor:
     """Router z-loss of ST-MoE (Zoph et al. 2022, eq. 5): the mean squared log-sum-exp of the logits."""
-    return (routing.logits_NE.logsumexp(dim=-1).square() * valid_N).sum() / num_tokens
+    return sums["z"] / sums["tokens"].clamp_min(1)
 
 
-def entropy(routing: Routing, valid_N: Tensor) -> Tensor:
-    """Sum over valid tokens of the entropy of the full softmax, in nats."""
-    log_probs_NE = routing.logits_NE.log_softmax(dim=-1)
-    return -(log_probs_NE.exp() * log_probs_NE).sum(dim=-1)[valid_N].double().sum()
+def importance_loss(sums: Sums) -> Tensor:
+    """CV(Importance)^2, Importance being the gates summed over the batch (Shazeer et al. 2017, eqs 6-7)."""
+    return squared_variation(sums["importance"])
 
 
-def variation(amounts_E: Tensor) -> float:
-    """Coefficient of variation with the population variance, as in Shazeer et al. 2017; 0 when nothing was counted."""
+def load_loss(sums: Sums) -> Tensor:
+    """CV(Load)^2 with the smooth load (Shazeer et al. 2017, eqs 10-11)."""
+    return squared_variation(smooth_load(sums))
+
+
+def smooth_load(sums: Sums) -> Tensor:
+    """Load_ij = Load_primary,i * Load_i(X^i)_j / |X^i| (Shazeer et al. 2017, eq. 14); for one group, eq. 10."""
+    inner_AJ = sums["load"].view(sums["group_load"].numel(), -1)
+    scale_A = sums["group_load"] / sums["group_tokens"].clamp_min(1)
+    return (inner_AJ * scale_A[:, None]).flatten()
+
+
+def squared_variation(amounts_E: Tensor) -> Tensor:
+    """The squared coefficient of variation, with the population variance; 0 when there is nothing to vary."""
     mean = amounts_E.mean()
-    return float(amounts_E.std(correction=0) / mean) if mean > 0 else 0.0
+    return amounts_E.var(correction=0) / mean.square().clamp_min(torch.finfo(amounts_E.dtype).tiny)
+
+
+def bias_step(counts_E: Tensor, rate: float) -> Tensor:
+    """Loss-free balancing (Wang et al. 2024, algorithm 1): up by `rate` for experts below the mean load, down above."""
+    return rate * (counts_E.mean() - counts_E).sign()

@@ -6,7 +6,14 @@ field's custom. Attention counts the positions its kernel visits: `seq_len` (or 
 
 from typing import NamedTuple
 
-from moelm.config import ModelConfig, MoEFFNConfig
+from moelm.config import (
+    HashRouterConfig,
+    HierarchicalRouterConfig,
+    ModelConfig,
+    MoEFFNConfig,
+    NoisyTopKRouterConfig,
+    RandomRouterConfig,
+)
 
 
 class ParameterCount(NamedTuple):
@@ -14,7 +21,7 @@ class ParameterCount(NamedTuple):
 
     total: int
     active: int
-    """Those that one token meets: of the experts only `top_k`, embedding and head included."""
+    """Those that one token meets: of the routed experts only `top_k`, embedding and head included."""
     embedding: int
     """The input embedding, which does no arithmetic unless it is tied to the head."""
 
@@ -44,13 +51,13 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     total = embedding * (1 if config.tie_embeddings else 2) + dim
     active = total
     for layer in range(config.num_layers):
-        shared = 2 * dim + _attention_weights(config)
+        shared = (4 if config.sandwich_norm else 2) * dim + _attention_weights(config)
         if config.qk_norm:
             shared += 2 * config.size_per_head
         ffn = config.ffn_at(layer)
         expert = 3 * dim * ffn.hidden_dim
         if isinstance(ffn, MoEFFNConfig):
-            shared += dim * ffn.num_experts
+            shared += _router_weights(dim, ffn) + ffn.shared_experts * expert
             total += shared + ffn.num_experts * expert
             active += shared + ffn.top_k * expert
         else:
@@ -69,7 +76,7 @@ def count_flops(config: ModelConfig, seq_len: int) -> FlopCount:
         ffn = config.ffn_at(layer)
         weights += _attention_weights(config) + scores_and_mix
         if isinstance(ffn, MoEFFNConfig):
-            weights += ffn.top_k * 3 * dim * ffn.hidden_dim + dim * ffn.num_experts
+            weights += (ffn.top_k + ffn.shared_experts) * 3 * dim * ffn.hidden_dim + _router_weights(dim, ffn)
         else:
             weights += 3 * dim * ffn.hidden_dim
     return FlopCount(forward=2 * weights, backward=4 * weights)
@@ -78,3 +85,16 @@ def count_flops(config: ModelConfig, seq_len: int) -> FlopCount:
 def _attention_weights(config: ModelConfig) -> int:
     width = config.size_per_head
     return config.dim * width * (2 * config.num_heads + 2 * config.kv_heads)
+
+
+def _router_weights(dim: int, ffn: MoEFFNConfig) -> int:
+    """Weights of one router; each gives one product per token, those of the noise in training alone."""
+    match ffn.router:
+        case HashRouterConfig() | RandomRouterConfig():
+            return 0
+        case NoisyTopKRouterConfig():
+            return 2 * dim * ffn.num_experts
+        case HierarchicalRouterConfig(groups=groups):
+            return 2 * dim * (ffn.num_experts + groups)
+        case _:
+            return dim * ffn.num_experts

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import ModelConfig, MoEFFNConfig
+from moelm.model import noise
 from moelm.model.attention import Attention, KVCache, attention_mask, rope_tables
+from moelm.model.balance import bias_step
 from moelm.model.ffn import DenseFFN
 from moelm.model.moe import MoE
-from moelm.model.router import Routing
+from moelm.model.router import Routing, TokenContext
 
 
 class ModelOutput(NamedTuple):
@@ -30,24 +32,37 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), then x + ffn(norm(x)); sandwich norms also stand before each sum."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+        def norm(wanted: bool = True) -> nn.Module:
+            return nn.RMSNorm(config.dim, eps=config.norm_eps) if wanted else nn.Identity()
+
+        self.attention_norm = norm()
         self.attention = Attention(config, layer)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_out_norm = norm(config.sandwich_norm)
+        self.ffn_norm = norm()
         ffn = config.ffn_at(layer)
         self.ffn: nn.Module = (
-            MoE(config.dim, ffn) if isinstance(ffn, MoEFFNConfig) else DenseFFN(config.dim, ffn.hidden_dim)
+            MoE(config, ffn, layer)
+            if isinstance(ffn, MoEFFNConfig)
+            else DenseFFN(config.dim, ffn.hidden_dim, config.activation)
         )
+        self.ffn_out_norm = norm(config.sandwich_norm)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        context: TokenContext,
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, cache)
-        y_BTD, routing = self.ffn(self.ffn_norm(x_BTD))
-        return x_BTD + y_BTD, routing
+        x_BTD = x_BTD + self.attention_out_norm(self.attention(self.attention_norm(x_BTD), rope, mask, cache))
+        y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), context)
+        return x_BTD + self.ffn_out_norm(y_BTD), routing
 
 
 class Transformer(nn.Module):
@@ -67,13 +82,22 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None, cache: KVCache | None = None) -> ModelOutput:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        valid_BT: Tensor | None = None,
+        draws_B: Tensor | None = None,
+    ) -> ModelOutput:
         """Score the next token at every position.
 
         Args:
             tokens_BT: token ids.
             segments_BT: document number of each position, to stop attention at document borders.
             cache: what was seen before these positions; it is extended by them.
+            valid_BT: False for padding, which takes no place in an expert.
+            draws_B: a key for each row's random numbers (`noise.row_keys`), for routers that draw.
         """
         config = self.config
         past = cache.length if cache is not None else 0
@@ -82,16 +106,28 @@ class Transformer(nn.Module):
         positions_T = torch.arange(past, past + queries, device=tokens_BT.device)
         rope = rope_tables(positions_T, config.size_per_head, config.rope_theta)
         mask = attention_mask(queries, past + queries, config.window, tokens_BT.device, segments_BT, starts_B)
-        x_BTD = self.embedding(tokens_BT)
+        positions_BT = positions_T[None] if starts_B is None else positions_T - starts_B[:, None]
+        keys_BT = noise.token_keys(torch.zeros_like(tokens_BT[:, 0]) if draws_B is None else draws_B, positions_BT)
+        context = TokenContext(tokens_BT.flatten(), keys_BT.flatten(), None if valid_BT is None else valid_BT.flatten())
+        x_BTD = self.embedding(tokens_BT) * config.embedding_multiplier
         routings: dict[int, Routing] = {}
         for number, layer in enumerate(self.layers):
-            x_BTD, routing = layer(x_BTD, rope, mask, cache)
+            x_BTD, routing = layer(x_BTD, rope, mask, cache, context)
             if routing is not None:
                 routings[number] = routing
         if cache is not None:
             cache.advance(queries)
         head = self.embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(F.linear(self.norm(x_BTD), head), routings)
+        return ModelOutput(F.linear(self.norm(x_BTD) * config.output_multiplier, head), routings)
+
+    @torch.no_grad()
+    def move_biases(self, counts: dict[int, Tensor]) -> None:
+        """After an optimizer step: move the selection bias of each layer that has one, by its assignments `(E,)`."""
+        ffn = self.config.ffn
+        if isinstance(ffn, MoEFFNConfig) and ffn.balance.bias:
+            for layer, counts_E in counts.items():
+                bias_E = self.get_buffer(f"layers.{layer}.ffn.router.bias")
+                bias_E += bias_step(counts_E, ffn.balance.bias).to(bias_E)
 
 
 def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:
@@ -108,13 +144,15 @@ def initialise(model: Transformer, seed: int) -> None:
     """Scaled normal init (GPT-2): std `init_std`, over sqrt(2 num_layers) for projections into the residual stream.
 
     Every matrix draws from its own stream, keyed by seed and name, and a dense block shares its name with the first
-    expert. So a dense and a sparse model start with the same values wherever both have a weight.
+    expert. So a dense and a sparse model start with the same values wherever both have a weight. Norms start at one, and
+    routers that say so at zero.
     """
     config = model.config
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    zeros = {p for module in model.modules() if getattr(module, "zero_init", False) for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
+        if parameter.dim() == 1 or parameter in zeros:
+            parameter.fill_(0.0 if parameter in zeros else 1.0)
             continue
         key = name.replace(".experts.", ".")
         std = residual_std if key.endswith(("wo.weight", "ffn.w2")) else config.init_std

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from moelm.checkpoint import DamagedCheckpoint, list_checkpoints, load_training
-from moelm.config import RunConfig, dump_config, load_config
+from moelm.config import MoEFFNConfig, RunConfig, dump_config, load_config
 from moelm.console import console
 from moelm.data.loader import PreparedData, open_data
 from moelm.data.prepare import prepare
@@ -43,6 +43,12 @@ def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto") -> Eval
     model = build_model(config.model, config.seed).to(device)
     optimizer = build_optimizer(model, config.optim)
     progress = _resume(run, model, optimizer) if begun else None
+    if isinstance(config.model.ffn, MoEFFNConfig) and config.model.ffn.router.kind == "expert_choice":
+        console.print(
+            "Warning: with expert_choice a token's experts depend on the tokens after it, which leaks the future: "
+            "losses are too good and the model cannot be sampled.",
+            soft_wrap=True,
+        )
     if progress is None:
         _create(run, config, data, describe_environment(config, data, device, dtype))
         progress = fresh_progress()

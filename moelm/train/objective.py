@@ -6,17 +6,24 @@ A global batch may be cut into micro-batches; with scope `global` the objective 
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moelm.config import BalanceConfig
 from moelm.data.loader import IGNORE, Batch
 from moelm.model import Routing, balance
+from moelm.model.balance import Sums
 from moelm.model.transformer import ModelOutput
 
-Counts = dict[int, Tensor]
-"""Assignments per expert, by layer."""
+LayerSums = dict[int, Sums]
+"""What `moelm.model.balance` sums up, by layer."""
+
+LOSSES = {
+    "aux": balance.aux_loss,
+    "z": balance.z_loss,
+    "importance": balance.importance_loss,
+    "load": balance.load_loss,
+}
 
 
 def token_loss(output: ModelOutput, batch: Batch, num_tokens: float) -> Tensor:
@@ -25,43 +32,58 @@ def token_loss(output: ModelOutput, batch: Batch, num_tokens: float) -> Tensor:
     return F.cross_entropy(logits_NV, batch.targets_BT.flatten(), ignore_index=IGNORE, reduction="sum") / num_tokens
 
 
-def count_assignments(routings: dict[int, Routing], batch: Batch) -> Counts:
-    """Assignments per expert of one micro-batch."""
+def layer_sums(routings: dict[int, Routing], batch: Batch) -> LayerSums:
+    """The sums of one micro-batch."""
     valid_N = batch.valid_N
-    return {layer: balance.expert_counts(routing, valid_N) for layer, routing in routings.items()}
+    return {layer: balance.routing_sums(routing, valid_N) for layer, routing in routings.items()}
 
 
-def add_counts(parts: Iterable[Counts]) -> Counts:
-    """Assignments of a batch from those of its micro-batches."""
-    total: Counts = {}
-    for part in parts:
-        for layer, counts_E in part.items():
-            total[layer] = total[layer] + counts_E if layer in total else counts_E
-    return total
+def add_layer_sums(parts: Iterable[LayerSums]) -> LayerSums:
+    """The sums of a batch from those of its micro-batches, without gradients."""
+    known = list(parts)
+    return {layer: balance.add_sums(part[layer] for part in known) for layer in (known[0] if known else ())}
+
+
+def needs_whole_batch(config: BalanceConfig) -> bool:
+    """Whether a micro-batch's gradient depends on the rest of its batch: on the load there, or on a variation."""
+    return config.scope == "global" and (config.aux > 0 or config.importance > 0 or config.load > 0)
 
 
 def balance_loss(
-    output: ModelOutput, batch: Batch, counts: Counts, num_tokens: float, config: BalanceConfig
-) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+    routings: dict[int, Routing],
+    own: LayerSums,
+    whole: LayerSums | None,
+    batch: Batch,
+    num_tokens: float,
+    config: BalanceConfig,
+) -> tuple[Tensor | float, dict[int, Sums]]:
     """The weighted balance losses of one micro-batch, summed over layers, and each layer's unweighted ones.
 
     Args:
-        counts: assignments of the whole batch (scope `global`) or of this micro-batch (`micro`).
+        own: the micro-batch's sums.
+        whole: the sums of the whole batch, when it is cut up and `needs_whole_batch`; the losses are then those of the
+            batch, and only their gradient is this micro-batch's.
         num_tokens: valid tokens of the whole batch.
+
+    Returns:
+        A loss whose gradients add up to the batch's, and by layer the losses in use, which add up to the batch's.
     """
-    valid_N = batch.valid_N
-    total = output.logits.new_zeros((), dtype=torch.float32)
-    layers: dict[int, dict[str, Tensor]] = {}
-    for layer, routing in output.routings.items():
-        if routing.logits_NE.shape[-1] == 1:
+    total: Tensor | float = 0.0
+    layers: dict[int, Sums] = {}
+    for layer, mine in own.items():
+        routing = routings[layer]
+        if routing.num_experts == 1:
             continue  # one expert has nothing to balance, and its router must not pull at the model
-        load_E = counts[layer] / counts[layer].sum()
-        losses = {
-            "aux_loss": balance.aux_loss(routing, valid_N, load_E, num_tokens),
-            "z_loss": balance.z_loss(routing, valid_N, num_tokens),
-        }
-        total = total + config.aux * losses["aux_loss"] + config.z * losses["z_loss"]
-        layers[layer] = {name: loss.detach() for name, loss in losses.items()}
+        share = mine["tokens"] / num_tokens
+        sums = mine if whole is None else {name: whole[layer][name] + (mine[name] - mine[name].detach()) for name in mine}
+        layers[layer] = {}
+        for name, loss_of in LOSSES.items():
+            if not (weight := getattr(config, name)):
+                continue
+            by_sequence = name == "aux" and config.scope == "sequence"
+            loss = balance.sequence_aux_loss(routing, batch.valid_BT) if by_sequence else loss_of(sums)
+            total = total + weight * (loss * share if whole is None else loss)
+            layers[layer][f"{name}_loss"] = (loss * share).detach()
     return total, layers
 
 
@@ -69,22 +91,13 @@ class RoutingStatistics:
     """What the metrics say of a batch's routing, gathered micro-batch by micro-batch."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, dict[str, Tensor]] = {}
+        self.layers: LayerSums = {}
 
-    @torch.no_grad()
-    def add(self, output: ModelOutput, batch: Batch, losses: dict[int, dict[str, Tensor]]) -> None:
+    def add(self, sums: LayerSums, losses: LayerSums) -> None:
         """Take in one micro-batch."""
-        valid_N = batch.valid_N
-        for layer, routing in output.routings.items():
-            sums = {
-                "load": balance.expert_counts(routing, valid_N),
-                "importance": balance.importance(routing, valid_N),
-                "entropy": balance.entropy(routing, valid_N),
-                "tokens": valid_N.sum(),
-                **losses.get(layer, {}),
-            }
-            known = self.layers.get(layer)
-            self.layers[layer] = {key: known[key] + sums[key] for key in sums} if known else sums
+        for layer, own in sums.items():
+            known = [self.layers[layer]] if layer in self.layers else []
+            self.layers[layer] = balance.add_sums([*known, {**own, **losses.get(layer, {})}])
 
     def as_metrics(self) -> dict[str, Any]:
         """Means over layers under `moe/...`, and every layer's own figures under `moe/layers`."""
@@ -96,16 +109,22 @@ class RoutingStatistics:
         return means | {"moe/layers": rows}
 
     @staticmethod
-    def _row(layer: int, sums: dict[str, Tensor]) -> dict[str, Any]:
-        load_E = sums["load"] / sums["load"].sum()
-        return {
+    def _row(layer: int, sums: Sums) -> dict[str, Any]:
+        load_E = sums["counts"] / sums["counts"].sum()
+        row = {
             "layer": layer,
             "load": [round(share, 6) for share in load_E.tolist()],
             "load_max_over_mean": float(load_E.max() * load_E.numel()),
-            "load_cv": balance.variation(load_E),
-            "importance_cv": balance.variation(sums["importance"]),
+            "load_cv": float(balance.squared_variation(load_E).sqrt()),
+            "importance_cv": float(balance.squared_variation(sums["importance"]).sqrt()),
             "entropy": float(sums["entropy"] / sums["tokens"]),
             "dead_experts": int((load_E == 0).sum()),
-            "aux_loss": float(sums.get("aux_loss", 0.0)),
-            "z_loss": float(sums.get("z_loss", 0.0)),
         }
+        # Losses that train nothing are still told, those of the whole batch.
+        row["aux_loss"] = float(sums["aux_loss"] if "aux_loss" in sums else balance.aux_loss(sums))
+        row["z_loss"] = float(balance.z_loss(sums)) if "z" in sums else 0.0
+        if "load" in sums:
+            row["smooth_load_cv"] = float(balance.load_loss(sums).sqrt())
+        if "dropped" in sums:
+            row["dropped"] = float(sums["dropped"] / sums["counts"].sum())
+        return row

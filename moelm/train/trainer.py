@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +18,16 @@ from moelm.data.loader import Batch, PreparedData, TrainOrder
 from moelm.errors import MoelmError
 from moelm.evaluate import Evaluation, evaluate
 from moelm.hardware import peak_flops, peak_memory
-from moelm.model import Transformer, count_flops
+from moelm.model import ModelOutput, Transformer, count_flops, noise
 from moelm.rundir import RunDirectory
 from moelm.train.metrics import Line, MetricsFile, Wandb
 from moelm.train.objective import (
-    Counts,
+    LayerSums,
     RoutingStatistics,
-    add_counts,
+    add_layer_sums,
     balance_loss,
-    count_assignments,
+    layer_sums,
+    needs_whole_batch,
     token_loss,
 )
 from moelm.train.optim import clip_gradients, learning_rate
@@ -42,6 +43,14 @@ class Stopped(MoelmError):
     def __init__(self, sentence: str, signum: int) -> None:
         super().__init__(sentence)
         self.signum = signum
+
+
+class Part(NamedTuple):
+    """One micro-batch."""
+
+    batch: Batch
+    draws_B: torch.Tensor
+    """Keys of its rows' random numbers, for routers that draw."""
 
 
 class Trainer:
@@ -115,12 +124,13 @@ class Trainer:
         rate = learning_rate(step, config.train.steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        parts = [self.data.train.batch(rows).to(self.device) for rows in self._micro_rows(step)]
+        parts = [self._part(step, rows) for rows in self._micro_rows(step)]
         loss, statistics = self._gradients(parts)
         norm = clip_gradients(self.model.parameters(), config.optim.clip)
         self._check(step, loss, float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.move_biases({layer: sums["counts"] for layer, sums in statistics.layers.items()})
         took = time.perf_counter() - started
         tokens = config.train.batch_tokens
         progress = self.progress
@@ -147,44 +157,45 @@ class Trainer:
         rows = self.order.rows(step)
         return np.split(rows, len(rows) // self.config.micro_batch_rows)
 
-    def _gradients(self, parts: list[Batch]) -> tuple[float, RoutingStatistics]:
+    def _part(self, step: int, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Part:
+        """One micro-batch, with the keys of its rows' random numbers."""
+        keys_B = noise.row_keys(self.config.seed, step, torch.from_numpy(rows))
+        return Part(self.data.train.batch(rows).to(self.device), keys_B.to(self.device))
+
+    def _gradients(self, parts: list[Part]) -> tuple[float, RoutingStatistics]:
         """Accumulate the gradient of the whole batch; returns its next-token loss, balance losses left out."""
-        num_tokens = float(sum(int(part.valid_N.sum()) for part in parts))
-        everywhere = self._global_counts(parts)
+        num_tokens = float(sum(int(part.batch.valid_N.sum()) for part in parts))
+        whole = self._whole_sums(parts)
         statistics = RoutingStatistics()
         losses = []
         for part in parts:
-            with self._autocast():
-                output = self.forward(part.tokens_BT, self._segments(part))
-            loss = token_loss(output, part, num_tokens)
+            output = self._forward(part)
+            loss = token_loss(output, part.batch, num_tokens)
             losses.append(loss.detach())
             if self.balance is not None and output.routings:
-                counts = everywhere or count_assignments(output.routings, part)
-                extra, layers = balance_loss(output, part, counts, num_tokens, self.balance)
-                statistics.add(output, part, layers)
+                own = layer_sums(output.routings, part.batch)
+                extra, layers = balance_loss(output.routings, own, whole, part.batch, num_tokens, self.balance)
+                statistics.add(own, layers)
                 loss = loss + extra
             loss.backward()  # type: ignore[no-untyped-call]
         return float(torch.stack(losses).sum()), statistics
 
     @torch.no_grad()
-    def _global_counts(self, parts: list[Batch]) -> Counts | None:
-        """Loads of the whole batch, by a forward pass ahead when it is cut up; None where each part sees its own.
+    def _whole_sums(self, parts: list[Part]) -> LayerSums | None:
+        """Sums of the whole batch, by a forward pass ahead when it is cut up; None where each part sees its own.
 
         The load multiplies the gradient of every part, so the first part's backward needs the last part's routing.
         """
-        if self.balance is None or self.balance.scope == "micro" or self.balance.aux == 0 or len(parts) == 1:
+        if self.balance is None or len(parts) == 1 or not needs_whole_batch(self.balance):
             return None
-        counts = []
-        for part in parts:
-            with self._autocast():
-                counts.append(count_assignments(self.forward(part.tokens_BT, self._segments(part)).routings, part))
-        return add_counts(counts)
+        return add_layer_sums(layer_sums(self._forward(part).routings, part.batch) for part in parts)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def _segments(self, batch: Batch) -> torch.Tensor | None:
-        return batch.fragments_BT if self.config.data.document_mask else None
+    def _forward(self, part: Part) -> ModelOutput:
+        batch = part.batch
+        segments_BT = batch.fragments_BT if self.config.data.document_mask else None
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            output: ModelOutput = self.forward(batch.tokens_BT, segments_BT, valid_BT=batch.valid_BT, draws_B=part.draws_B)
+        return output
 
     def _check(self, step: int, loss: float, norm: float) -> None:
         """Stop before a bad gradient reaches the weights."""

@@ -7,6 +7,7 @@ import pytest
 from moelm.config import DenseFFNConfig, check_config, dump_config, load_config
 from moelm.errors import MoelmError
 
+TINY = "kind: moe, hidden_dim: 8, num_experts: 4, top_k: 2"
 MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
 
 
@@ -29,6 +30,17 @@ MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
         ("name=a b", "letters, digits, dots"),
         ("model.ffn.balance=5", "a section of settings"),
         ("parallel.dp_shard=2", "one process"),
+        ("model.ffn.router.kind=softmax", "expected one of 'topk', 'noisy_topk'"),
+        ("model.ffn.router.normalise=true", "did you mean normalize"),
+        ("model.ffn.router.normalize=3", "router.normalize is 3, but it should be true or false"),
+        ("model.ffn.balance.bias=0.001", "loss-free balancing needs router.kind sigmoid, not topk"),
+        ("model.ffn.balance.load=0.1", "noisy_topk or hierarchical, not topk"),
+        ("model.ffn.balance={importance: 0.1, scope: sequence}", "which aux alone knows"),
+        ("model.ffn.router={kind: hierarchical, groups: 3, group_k: 1}", "does not divide num_experts = 8"),
+        ("model.ffn.router={kind: hierarchical, groups: 2, group_k: 3}", "only groups = 2"),
+        ("model.ffn.router={kind: hierarchical, groups: 8, group_k: 1}", "at most 1"),
+        (f"model.ffn={{{TINY}, router: {{kind: hash}}, balance: {{aux: 1}}}}", "kind hash"),
+        (f"model.ffn={{{TINY}, capacity_factor: 1, router: {{kind: expert_choice}}}}", "exactly full"),
         ("steps", "key.sub=value is expected"),
     ],
 )
@@ -42,6 +54,28 @@ def test_mistakes_are_sentences(word: str, told: str) -> None:
 def test_another_kind_drops_the_old_keys_in_any_order() -> None:
     config = load_config(MOE, ["model.ffn.hidden_dim=64", "model.ffn.kind=dense"])
     assert config.model.ffn == DenseFFNConfig(kind="dense", hidden_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("topk", {"aux": 0.01, "z": 0.001}),
+        ("noisy_topk", {"importance": 0.1, "load": 0.1}),
+        ("sigmoid", {"bias": 0.001}),
+        ("random", {}),
+    ],
+)
+def test_balance_follows_the_router(tmp_path: Path, kind: str, weights: dict[str, float]) -> None:
+    config = load_config(MOE, [f"model.ffn.router.kind={kind}"])
+    balance = config.model.ffn.balance.model_dump(exclude={"scope"})
+    assert {name: value for name, value in balance.items() if value} == weights
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_named_weight_leaves_the_others_as_they_are() -> None:
+    config = load_config(MOE, ["model.ffn.balance.aux=0.1"])
+    assert (config.model.ffn.balance.aux, config.model.ffn.balance.z) == (0.1, 0.001)
 
 
 def test_numbers_with_an_exponent_are_numbers() -> None:

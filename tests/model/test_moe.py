@@ -1,89 +1,92 @@
-"""The sparse layer against a loop over tokens and experts written from the papers' equations, in float64."""
-
-import math
+"""The sparse layer beyond its router: dispatch, capacity, shared experts."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
+import torch.nn.functional as F
 
-from moelm.config import MoEFFNConfig
-from moelm.model.moe import MoE, take_rows
-
-
-def naive(x: Tensor, router: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, k: int) -> Tensor:
-    """y = sum over the k best experts of softmax-over-those(h)_i * w2_i (silu(w1_i x) * w3_i x)."""
-    rows = []
-    for token in x:
-        logits = [token @ router[e] for e in range(len(router))]
-        best = sorted(range(len(router)), key=lambda e: -logits[e].item())[:k]
-        norm = sum(logits[e].exp() for e in best)
-        total = torch.zeros_like(token)
-        for e in best:
-            gate = w1[e] @ token
-            hidden = gate / (1 + (-gate).exp()) * (w3[e] @ token)
-            total = total + logits[e].exp() / norm * (w2[e] @ hidden)
-        rows.append(total)
-    return torch.stack(rows)
+from moelm.model.dispatch import combine, drop_over_capacity, plan_dispatch, send
+from moelm.model.router import Routing
+from tests.model.test_router import DIM, HIDDEN, build, context
 
 
-def layer(dim: int, hidden: int, experts: int, k: int, seed: int) -> MoE:
-    torch.manual_seed(seed)
-    moe = MoE(dim, MoEFFNConfig(kind="moe", hidden_dim=hidden, num_experts=experts, top_k=k))
-    for parameter in moe.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return moe
-
-
-@settings(max_examples=25, deadline=None)
-@given(tokens=st.integers(1, 12), experts=st.integers(1, 7), data=st.data(), seed=st.integers(0, 99))
-def test_matches_the_equations_in_values_and_gradients(tokens: int, experts: int, data: st.DataObject, seed: int) -> None:
-    k = data.draw(st.integers(1, experts))
-    moe = layer(6, 5, experts, k, seed)
-    x = torch.randn(1, tokens, 6, requires_grad=True)
-    weight = torch.randn(tokens, 6)
-    y, _ = moe(x)
-    (y[0] * weight).sum().backward()
-
-    doubles = [
-        p.detach().double().requires_grad_() for p in (moe.router.weight, moe.experts.w1, moe.experts.w2, moe.experts.w3)
-    ]
-    x64 = x.detach()[0].double().requires_grad_()
-    expected = naive(x64, *doubles, k)
-    (expected * weight.double()).sum().backward()
-    torch.testing.assert_close(y[0].double(), expected, rtol=1e-4, atol=1e-5)
-    ours = [x.grad[0], moe.router.weight.grad, moe.experts.w1.grad, moe.experts.w2.grad, moe.experts.w3.grad]
-    for mine, theirs in zip(ours, [x64.grad, *(d.grad for d in doubles)], strict=True):
-        theirs = torch.zeros_like(mine).double() if theirs is None else theirs
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-5)
+def routing(experts: list[list[int]], num_experts: int) -> Routing:
+    chosen = torch.tensor(experts)
+    gates = torch.rand(chosen.shape, dtype=torch.float64)
+    return Routing(gates, chosen, torch.full((len(experts), num_experts), 1 / num_experts))
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient() -> None:
-    moe = layer(4, 4, 3, 1, 0)
+    moe = build(3, 1, {"kind": "topk"})
     with torch.no_grad():
         moe.router.weight.zero_()
         moe.router.weight[0] = 1.0
-    y, routing = moe(torch.ones(1, 5, 4))
+    y, route = moe(torch.ones(1, 5, DIM), context(5))
     y.sum().backward()
-    assert set(routing.experts_NK.flatten().tolist()) == {0}
+    assert set(route.experts_NK.flatten().tolist()) == {0}
     assert moe.experts.w1.grad[0].abs().sum() > 0
     assert moe.experts.w1.grad[1:].abs().sum() == 0
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_gates_equal_softmax_topk_renormalise(k: int) -> None:
-    moe = layer(8, 4, 8, k, 1)
-    _, routing = moe(torch.randn(1, 16, 8))
-    top, chosen = routing.probs_NE.topk(k)
-    assert torch.equal(chosen, routing.experts_NK)
-    torch.testing.assert_close(routing.gates_NK, top / top.sum(dim=-1, keepdim=True))
-    torch.testing.assert_close(routing.gates_NK.sum(dim=-1), torch.ones(16))
+    moe = build(8, k, {"kind": "topk"})
+    _, route = moe(torch.randn(1, 16, DIM), context(16))
+    top, chosen = route.probs_NE.topk(k)
+    assert torch.equal(chosen, route.experts_NK)
+    torch.testing.assert_close(route.gates_NK, top / top.sum(dim=-1, keepdim=True))
 
 
-def test_take_rows_has_the_gradient_of_indexing() -> None:
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    order = torch.randperm(8)
-    inverse = order.argsort()
-    assert torch.autograd.gradcheck(lambda rows: take_rows(rows, order, inverse, 2), x)
-    assert math.isclose(take_rows(x, order, inverse, 2).sum().item(), 2 * x.sum().item(), abs_tol=1e-9)
+def test_sending_and_combining_have_the_gradients_of_indexing() -> None:
+    route = routing([[0, 2], [2, 1], [3, 0], [2, 3]], 4)
+    for plan in (
+        plan_dispatch(route),
+        plan_dispatch(route._replace(dropped_NK=torch.tensor([[False, True], [True, True], [False] * 2, [False] * 2]))),
+    ):
+        x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        gates = route.gates_NK.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda rows, p=plan: send(rows, p), x)
+        y = torch.randn(len(plan.order_S), 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda rows, weights, p=plan: combine(rows, weights, p), (y, gates))
+
+
+def test_full_experts_drop_the_latest_of_the_last_choices() -> None:
+    # 4 tokens, 2 choices, 2 experts: at factor 0.75 an expert takes 3 of its 4.
+    route = routing([[0, 1], [0, 1], [1, 0], [0, 1]], 2)
+    kept = drop_over_capacity(route, 0.75, None)
+    assert kept.dropped_NK.tolist() == [[False, False], [False, False], [False, True], [False, True]]
+    assert plan_dispatch(kept).counts == [3, 3]
+
+
+def test_padding_takes_no_capacity() -> None:
+    route = routing([[0], [0], [0], [1]], 2)
+    valid = torch.tensor([False, True, True, True])
+    kept = drop_over_capacity(route, 1.0, valid)  # 3 tokens, 2 experts: room for 2 each
+    assert kept.dropped_NK.flatten().tolist() == [True, False, False, False]
+
+
+def test_a_dropped_assignment_adds_nothing() -> None:
+    moe = build(2, 2, {"kind": "topk"}, capacity_factor=0.5)
+    x = torch.randn(1, 6, DIM)
+    y, route = moe(x, context(6))
+    assert int(route.dropped_NK.sum()) == 6
+    w1, w2, w3 = (getattr(moe.experts, name) for name in ("w1", "w2", "w3"))
+    for n in range(6):
+        expected = torch.zeros(DIM)
+        for k in range(2):
+            if not route.dropped_NK[n, k]:
+                e = int(route.experts_NK[n, k])
+                hidden = F.silu(w1[e] @ x[0, n]) * (w3[e] @ x[0, n])
+                expected = expected + route.gates_NK[n, k] * (w2[e] @ hidden)
+        torch.testing.assert_close(y[0, n], expected)
+    free = moe.eval()(x, context(6))[1]
+    assert free.dropped_NK is None
+
+
+def test_shared_experts_are_added_for_every_token() -> None:
+    moe = build(4, 1, {"kind": "topk"}, shared_experts=2)
+    assert moe.shared.w1.shape == (2 * HIDDEN, DIM)
+    x = torch.randn(1, 5, DIM)
+    whole, shared = moe(x, context(5))[0], moe.shared
+    hidden = F.silu(x @ shared.w1.t()) * (x @ shared.w3.t())
+    moe.shared = None
+    torch.testing.assert_close(whole, moe(x, context(5))[0] + hidden @ shared.w2.t())

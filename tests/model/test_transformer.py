@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moelm.config import BalanceConfig, ModelConfig, OptimConfig, load_config
 from moelm.data.loader import Batch
 from moelm.model import KVCache, build_model, count_flops, count_parameters
-from moelm.train.objective import balance_loss, count_assignments, token_loss
+from moelm.train.objective import balance_loss, layer_sums, token_loss
 from moelm.train.optim import build_optimizer, clip_gradients
 
 MOE = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
@@ -27,7 +27,11 @@ SHAPES = [
     shape(),
     shape(ffn={"kind": "dense", "hidden_dim": 24}),
     shape(num_kv_heads=2, qk_norm=True, tie_embeddings=False),
-    shape(num_layers=4, ffn={**MOE, "every": 2}, head_dim=6),
+    shape(num_layers=4, ffn={**MOE, "every": 2, "shared_experts": 1}, head_dim=6),
+    shape(ffn={**MOE, "router": {"kind": "noisy_topk"}}, sandwich_norm=True, activation="gelu", attention_logit_cap=30.0),
+    shape(ffn={**MOE, "router": {"kind": "sigmoid"}, "num_experts": 16, "top_k": 4, "hidden_dim": 8}),
+    shape(ffn={**MOE, "router": {"kind": "hierarchical", "groups": 2, "group_k": 1}}),
+    shape(ffn={**MOE, "router": {"kind": "hash"}}),
 ]
 
 
@@ -112,8 +116,8 @@ def train_losses(ffn: dict[str, Any]) -> list[float]:
         loss = token_loss(output, batch, 128.0)
         losses.append(loss.item())
         if output.routings:
-            counts = count_assignments(output.routings, batch)
-            loss = loss + balance_loss(output, batch, counts, 128.0, BalanceConfig(aux=0.1, z=0.1))[0]
+            own = layer_sums(output.routings, batch)
+            loss = loss + balance_loss(output.routings, own, None, batch, 128.0, BalanceConfig(aux=0.1, z=0.1))[0]
         loss.backward()
         clip_gradients(model.parameters(), 0.5)
         optimizer.step()

@@ -1,0 +1,270 @@
+"""The model's side of a run's config: its shape, its feed-forward blocks, their routers and balancing.
+
+Every field carries its unit and the reason for its default; contradictions are refused here, in one sentence each.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from moelm.config.base import Config
+
+
+class TopKRouterConfig(Config):
+    """Softmax over the k largest logits (Mixtral 2024)."""
+
+    kind: Literal["topk"] = "topk"
+    normalize: bool = True
+    """Gates sum to 1 over the chosen; false keeps the weights of the full softmax (Switch, Grok-1)."""
+
+
+class NoisyTopKRouterConfig(Config):
+    """Top-k of logits with learned noise in training (Shazeer et al. 2017, eqs 3-5)."""
+
+    kind: Literal["noisy_topk"]
+
+
+class SigmoidRouterConfig(Config):
+    """Sigmoid scores, chosen with a bias that balances the load and enters no gate (DeepSeek-V3 2024)."""
+
+    kind: Literal["sigmoid"]
+    normalize: bool = True
+    """Gates sum to `scale` over the chosen; false keeps the bare scores."""
+    scale: float = Field(default=1.0, gt=0)
+    """Factor on all gates; DeepSeek-V3 has 2.5."""
+
+
+class HierarchicalRouterConfig(Config):
+    """Two levels of noisy top-k gates: first groups, then experts inside them (Shazeer et al. 2017, appendix B)."""
+
+    kind: Literal["hierarchical"]
+    groups: int = Field(gt=0)
+    """Groups that the experts are divided into, in order and evenly."""
+    group_k: int = Field(gt=0)
+    """Groups that a token visits; in each it visits `top_k / group_k` experts."""
+
+
+class ExpertChoiceRouterConfig(Config):
+    """Each expert takes its best tokens (Zhou et al. 2022); a token's place then depends on later ones, which leaks."""
+
+    kind: Literal["expert_choice"]
+
+
+class HashRouterConfig(Config):
+    """A fixed random table from token to experts (Roller et al. 2021): the control for learned routing."""
+
+    kind: Literal["hash"]
+
+
+class RandomRouterConfig(Config):
+    """Experts drawn anew for each token at each step: the control for any specialisation."""
+
+    kind: Literal["random"]
+
+
+RouterConfig = Annotated[
+    TopKRouterConfig
+    | NoisyTopKRouterConfig
+    | SigmoidRouterConfig
+    | HierarchicalRouterConfig
+    | ExpertChoiceRouterConfig
+    | HashRouterConfig
+    | RandomRouterConfig,
+    Field(discriminator="kind"),
+]
+
+BALANCE_OF_ROUTER: dict[str, dict[str, float]] = {
+    "topk": {"aux": 0.01, "z": 0.001},
+    "noisy_topk": {"importance": 0.1, "load": 0.1},
+    "hierarchical": {"importance": 0.1, "load": 0.1},
+    "sigmoid": {"bias": 0.001},
+}
+"""What each router's paper balances it with; the routers left out need none."""
+
+
+class BalanceConfig(Config):
+    """What keeps the experts evenly used; each weight applies to every MoE layer, and what is not named keeps the default
+    of the router."""
+
+    aux: float = Field(default=0, ge=0)
+    """Weight of the Switch/GShard load-balance loss, balanced at 1 (`topk`: 0.01)."""
+    z: float = Field(default=0, ge=0)
+    """Weight of the router z-loss, the mean squared log-partition of the logits (`topk`: 0.001)."""
+    importance: float = Field(default=0, ge=0)
+    """Weight of CV(Importance)^2, balanced at 0 (`noisy_topk`, `hierarchical`: 0.1)."""
+    load: float = Field(default=0, ge=0)
+    """Weight of CV(Load)^2 with the smooth estimator of noisy gates, balanced at 0 (there: 0.1)."""
+    bias: float = Field(default=0, ge=0)
+    """Step of the loss-free selection bias after each optimizer step (`sigmoid`: 0.001)."""
+    scope: Literal["micro", "global", "sequence"] = "global"
+    """Tokens over which a loss is taken: one micro-batch, the whole global batch, or (aux alone) each sequence."""
+
+
+class DenseFFNConfig(Config):
+    """A plain gated feed-forward block in every layer."""
+
+    kind: Literal["dense"]
+    hidden_dim: int = Field(gt=0)
+    """Width of the SwiGLU hidden layer."""
+
+
+class MoEFFNConfig(Config):
+    """A sparse mixture of gated feed-forward experts."""
+
+    kind: Literal["moe"]
+    hidden_dim: int = Field(gt=0)
+    """Width of one expert; `(top_k + shared_experts) * hidden_dim` is the dense width with equal active parameters."""
+    num_experts: int = Field(gt=0)
+    """Routed experts; many narrow ones make them fine-grained (DeepSeekMoE)."""
+    top_k: int = Field(gt=0)
+    """Experts that each token visits (on average, when experts choose)."""
+    shared_experts: int = Field(default=0, ge=0)
+    """Experts beside the routed ones that every token visits (DeepSeekMoE)."""
+    every: int = Field(default=1, gt=0)
+    """One layer in this many is sparse, the others stay dense at equal active parameters (1: all are sparse)."""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """In training an expert takes at most this many times its even share of a forward pass and drops the rest (GShard);
+    default: none is dropped."""
+    router: RouterConfig = TopKRouterConfig()
+    balance: BalanceConfig = BalanceConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _balance_follows_router(cls, tree: Any) -> Any:
+        """Fill in what was not named: the router's kind, and the losses of its paper."""
+        if not isinstance(tree, dict):
+            return tree
+        router, balance = tree.get("router", {}), tree.get("balance", {})
+        if isinstance(router, dict):
+            router = {"kind": "topk", **router}
+            if isinstance(balance, dict):
+                balance = {**BALANCE_OF_ROUTER.get(router["kind"], {}), **balance}
+        return {**tree, "router": router, "balance": balance}
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> "MoEFFNConfig":
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k is {self.top_k} but there are only num_experts = {self.num_experts}; "
+                f"top_k must be at most {self.num_experts}"
+            )
+        router = self.router
+        if isinstance(router, HierarchicalRouterConfig):
+            if self.num_experts % router.groups:
+                raise ValueError(
+                    f"router.groups is {router.groups}, which does not divide num_experts = {self.num_experts}"
+                )
+            if router.group_k > router.groups:
+                raise ValueError(f"router.group_k is {router.group_k} but there are only groups = {router.groups}")
+            if self.top_k % router.group_k or self.top_k // router.group_k > self.num_experts // router.groups:
+                raise ValueError(
+                    f"top_k is {self.top_k}; with group_k = {router.group_k} groups of "
+                    f"{self.num_experts // router.groups} experts it must be a multiple of {router.group_k}, "
+                    f"at most {router.group_k * (self.num_experts // router.groups)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _balance_fits_router(self) -> "MoEFFNConfig":
+        kind, balance = self.router.kind, self.balance
+        if balance.bias and kind != "sigmoid":
+            raise ValueError(
+                f"balance.bias is {balance.bias}, but loss-free balancing needs router.kind sigmoid, not {kind}"
+            )
+        if balance.load and kind not in ("noisy_topk", "hierarchical"):
+            raise ValueError(
+                f"balance.load is {balance.load}, but the load loss estimates with the router's noise; "
+                f"it needs router.kind noisy_topk or hierarchical, not {kind}"
+            )
+        if kind in ("expert_choice", "hash", "random"):
+            for name, weight in (("aux", balance.aux), ("z", balance.z), ("importance", balance.importance)):
+                if weight:
+                    raise ValueError(
+                        f"balance.{name} is {weight}, but a router of kind {kind} has nothing to balance; leave it 0"
+                    )
+        if balance.z and kind == "hierarchical":
+            raise ValueError(
+                f"balance.z is {balance.z}, but hierarchical gates have no single softmax to keep small; leave it 0"
+            )
+        if balance.scope == "sequence" and (balance.importance or balance.load):
+            raise ValueError("balance.scope is sequence, which aux alone knows; importance and load take micro or global")
+        if self.capacity_factor is not None and kind == "expert_choice":
+            raise ValueError(
+                f"capacity_factor is {self.capacity_factor}, but with expert_choice every expert is exactly full"
+            )
+        return self
+
+    @property
+    def dense_hidden_dim(self) -> int:
+        """Width of a dense block with the same active parameters."""
+        return (self.top_k + self.shared_experts) * self.hidden_dim
+
+
+FFNConfig = Annotated[DenseFFNConfig | MoEFFNConfig, Field(discriminator="kind")]
+
+
+class ModelConfig(Config):
+    """A pre-norm decoder; dense and sparse models differ in `ffn` alone."""
+
+    dim: int = Field(gt=0)
+    """Width of the residual stream."""
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int | None = Field(default=None, gt=0)
+    """Key/value heads for grouped-query attention (default: `num_heads`)."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Width of one head (default: `dim / num_heads`); even, because rotary embeddings turn pairs."""
+    vocab_size: int | None = Field(default=None, gt=0)
+    """Rows of the embedding (default: the size of the tokenizer)."""
+    max_seq_len: int | None = Field(default=None, gt=0)
+    """Longest context in tokens (default: `data.seq_len`)."""
+    window: int | None = Field(default=None, gt=0)
+    """Sliding-window attention: a token sees itself and the `window - 1` before it (default: all before it)."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head; steadies training at high learning rates."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
+    tie_embeddings: bool = True
+    """Share the input embedding with the output head; at small scale the head would dominate."""
+    sandwich_norm: bool = False
+    """RMS-normalise also what attention and feed-forward give back to the residual stream (Grok-1)."""
+    activation: Literal["silu", "gelu"] = "silu"
+    """Gate of the feed-forward blocks, dense and sparse alike: SwiGLU, or GeGLU in the tanh form (Grok-1)."""
+    attention_logit_cap: float | None = Field(default=None, gt=0)
+    """Squash attention logits into ±cap by cap * tanh(logit / cap) (Grok-1: 30; default: as they are)."""
+    embedding_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the input embedding; with tied weights it lets the two sides have their own scale (Grok-1: sqrt(dim))."""
+    output_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the output logits (Grok-1: 1/sqrt(3))."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; projections into the residual stream get /sqrt(2 num_layers)."""
+    ffn: FFNConfig
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ModelConfig":
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"dim is {self.dim}, which num_heads = {self.num_heads} does not divide; "
+                f"choose a multiple of {self.num_heads} or set head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads is {self.kv_heads}, which does not divide num_heads = {self.num_heads}")
+        if self.size_per_head % 2:
+            raise ValueError(f"head_dim is {self.size_per_head}; rotary embeddings need an even number")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, with the default resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def size_per_head(self) -> int:
+        """Width of one head, with the default resolved."""
+        return self.head_dim or self.dim // self.num_heads
+
+    def ffn_at(self, layer: int) -> DenseFFNConfig | MoEFFNConfig:
+        """The feed-forward block of one layer; `ffn.every` leaves all but each n-th layer dense."""
+        if isinstance(self.ffn, MoEFFNConfig) and (layer + 1) % self.ffn.every:
+            return DenseFFNConfig(kind="dense", hidden_dim=self.ffn.dense_hidden_dim)
+        return self.ffn
