@@ -1,6 +1,7 @@
 """A tiny run for the tests: a small text, a byte tokenizer, a model that trains in a second."""
 
 import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+# The models here are so small that a second thread costs more than it brings; torch reads this at its import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = [
     "the",

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
 
 from moelm.analysis.compare import AXES, AXIS_NAMES, Axis, Comparison
 from moelm.analysis.runs import Load, RunRecord
@@ -133,16 +134,23 @@ def _visible(runs: Sequence[RunRecord]) -> tuple[float, float]:
 def _load_over_time(axes: Axes, name: str, load: Load) -> None:
     shades = mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(load.layers)))
     for i, layer in enumerate(load.layers):
-        peak = load.max_over_mean[:, i]
-        axes.plot(load.steps, peak, color=shades[i], linewidth=1.5, label=f"layer {layer}")
+        steps, peak = _in_stretches(load.steps, load.max_over_mean[:, i])
+        axes.plot(steps, peak, color=shades[i], linewidth=1.5, label=f"layer {layer}")
     axes.axhline(1, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_title(f"{name}: busiest expert")
     axes.set_xlabel("step")
-    axes.set_ylabel("max / mean load")
+    axes.set_ylabel("max / mean load of a batch")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0.9)
     if len(load.layers) <= 12:
         axes.legend(ncols=2 if len(load.layers) > 4 else 1, fontsize=9, loc="upper right")
+
+
+def _in_stretches(steps: NDArray[Any], values: NDArray[Any], most: int = 100) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Means over at most so many stretches of equal length: single batches scatter more than layers differ."""
+    parts = min(most, len(steps))
+    means = [[part.mean() for part in np.array_split(each, parts)] for each in (steps, values)]
+    return np.asarray(means[0]), np.asarray(means[1])
 
 
 def _final_load(figure: Figure, axes: Axes, name: str, load: Load) -> None:

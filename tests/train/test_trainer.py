@@ -1,6 +1,7 @@
 """Training as its user meets it: the real command, real files, real signals."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -169,6 +170,14 @@ def test_wandb_offline_writes_our_figures(moelm: Moelm, workplace: Path) -> None
     assert b"train/loss" in written
     for _, loss in losses(workplace / "runs/tiny-dense"):
         assert str(loss).encode() in written
+
+
+def test_wandb_online_without_a_login_is_a_sentence(moelm: Moelm, workplace: Path) -> None:
+    nobody = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    done = moelm("train", "dense.yaml", "wandb.mode=online", env={**nobody, "HOME": str(workplace)})
+    assert done.returncode == 2
+    assert "wandb.mode is online" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
