@@ -49,6 +49,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(moelm: Moelm, workplace: Path, wo
     assert [path for path in sorted(workplace.iterdir()) if path.name != "data"] == before
 
 
+@pytest.mark.slow
 def test_from_text_to_a_comparison(moelm: Moelm, workplace: Path) -> None:
     for kind in ("dense", "moe"):
         assert moelm("train", f"{kind}.yaml", "train.eval_every=2").returncode == 0

@@ -5,6 +5,7 @@ The noisy gates of 2017 live in `moelm.model.noisy_router`.
 Shapes: B batch, T positions, N = B*T tokens, D model width, E experts, K choices per token, A groups, C tokens per expert.
 """
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class Routing(NamedTuple):
         return self.probs_NE.shape[-1]
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Base of the routers with one matrix of logits."""
 
     zero_init = False
@@ -80,9 +81,9 @@ class Router(nn.Module):
         with torch.autocast(x_ND.device.type, enabled=False):
             return self.route(F.linear(x_ND.float(), self.weight.float()), context)
 
+    @abstractmethod
     def route(self, logits_NE: Tensor, context: TokenContext) -> Routing:
         """From logits to a choice."""
-        raise NotImplementedError
 
 
 class TopKRouter(Router):
