@@ -3,7 +3,7 @@
     python scripts/reproduce_shazeer_table6.py --out docs
 
 Trains configs/shazeer-table6.yaml under the paper's six weightings on the same batches (words after the options are
-overrides for all of them), prints the table beside the paper's, checks its shape and writes page and figure.
+overrides for all of them), prints the table beside the paper's, checks its shape and draws it.
 """
 
 import argparse
@@ -76,6 +76,11 @@ def plot(variants: list[Variant], path: Path) -> None:
     over_time.set(xlabel="step", ylabel="max / mean load of a batch", yscale="log")
     at_end.set(xlabel="expert, by load", ylabel="load / mean load, last tenth of the run", yscale="log")
     at_end.legend(frameon=False, fontsize=8)
+    for axes in (over_time, at_end):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e4e7eb")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     figure.savefig(path, dpi=140)
 
 
@@ -94,7 +99,6 @@ def main() -> int:
     print(text)
     (arguments.out / "images").mkdir(parents=True, exist_ok=True)
     plot(variants, arguments.out / "images/shazeer-table6.png")
-    (arguments.out / "shazeer-table6-table.md").write_text(text + "\n", encoding="utf-8")
     wrong = broken_shapes(variants, experts, k)
     print("\n".join(wrong) if wrong else "The paper's shape holds.")
     return len(wrong)
