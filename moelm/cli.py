@@ -163,6 +163,23 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
         typer.echo(f"{key:28}{value:>28,}" if isinstance(value, int) else f"{key:28}{value:>28}")
 
 
+@app.command()
+def bench(
+    configs: Annotated[
+        list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Configs; settings for all of them.")
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 10,
+    peers: Annotated[bool, typer.Option("--peers", help="The same shapes in Hugging Face's library too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time training steps of several configs, taking turns; nothing is kept."""
+    from moelm.commands import bench_and_show
+
+    timings = bench_and_show(configs, rounds, peers, quiet=as_json)
+    if as_json:
+        _print_json({"rounds": rounds, "contestants": timings})
+
+
 def _print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content))
 

@@ -66,3 +66,34 @@ def plan_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         "tokens": config.train.steps * config.train.batch_tokens,
         "training_flops": config.train.steps * config.train.batch_tokens * flops.training,
     }
+
+
+def bench_and_show(words: Sequence[str], rounds: int, peers: bool, quiet: bool) -> list[dict[str, Any]]:
+    """Time the configs among `words` with the settings among them and, unless quiet, print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from moelm.bench import contestants, run_bench
+    from moelm.console import Ticker
+
+    settings = [word for word in words if "=" in word]
+    entries = contestants([Path(word) for word in words if "=" not in word], settings, peers)
+    with Ticker("Starting the contestants …") as ticker:
+        timings = run_bench(entries, rounds, ticker.update)
+    if not quiet:
+        table = Table("contestant", box=None, header_style="")
+        for heading in ("ms/step", "least", "times the first", "tokens/s", "MFU", "peak MiB"):
+            table.add_column(heading, justify="right")
+        for timing in timings:
+            told = timing.as_dict()
+            table.add_row(
+                timing.name,
+                f"{1e3 * timing.median_s:,.1f}",
+                f"{1e3 * min(timing.seconds):,.1f}",
+                f"{timing.times(timings[0]):.2f}",
+                f"{told['tokens_per_s']:,.0f}",
+                f"{told['mfu']:.1%}",
+                f"{timing.memory / 2**20:,.0f}",
+            )
+        Console(highlight=False).print(table)
+    return [timing.as_dict() for timing in timings]

@@ -14,6 +14,7 @@ FLOORS = [
     ["checkpoint", "evaluate", "generate"],
     ["rundir"],
     ["train", "analysis"],
+    ["bench"],
     ["commands"],
     ["cli"],
     ["__main__"],
