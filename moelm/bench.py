@@ -25,7 +25,7 @@ from moelm.data.loader import Batch
 from moelm.errors import MoelmError
 from moelm.hardware import keep_memory, peak_flops, peak_memory, pick_device, pick_dtype
 from moelm.model import build_model, count_flops
-from moelm.train.objective import balance_loss, layer_sums, token_loss
+from moelm.train.objective import balance_loss, layer_sums
 from moelm.train.optim import build_optimizer, clip_gradients
 
 WARMUP = 2
@@ -189,8 +189,8 @@ def build_own(shape: ModelConfig, config: RunConfig, batch: Batch) -> tuple[nn.M
     tokens = float(batch.targets_BT.numel())
 
     def loss() -> Tensor:
-        output = forward(batch.tokens_BT, valid_BT=batch.valid_BT)
-        value = token_loss(output, batch, tokens)
+        output = forward(batch.tokens_BT, valid_BT=batch.valid_BT, targets_BT=batch.targets_BT)
+        value: Tensor = output.losses.total / tokens
         if isinstance(shape.ffn, MoEFFNConfig):
             own = layer_sums(output.routings, batch)
             value = value + balance_loss(output.routings, own, None, batch, tokens, shape.ffn.balance)[0]

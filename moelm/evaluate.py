@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from moelm.data.loader import IGNORE, Rows
+from moelm.data.loader import Rows
 from moelm.model import Transformer
 
 EVAL_TOKENS = 8192
@@ -68,13 +67,10 @@ def evaluate(
         batch = rows.batch(np.arange(start, min(start + per_batch, len(rows)))).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             segments_BT = batch.fragments_BT if document_mask else None
-            logits = model(batch.tokens_BT, segments_BT, valid_BT=batch.valid_BT).logits
-        losses_N = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets_BT.flatten(), ignore_index=IGNORE, reduction="none"
-        )
+            output = model(batch.tokens_BT, segments_BT, valid_BT=batch.valid_BT, targets_BT=batch.targets_BT)
         valid_N = batch.valid_N
         numbers = batch.fragments_BT.flatten()[valid_N].cpu().numpy()
-        np.add.at(losses_F, numbers, losses_N[valid_N].double().cpu().numpy())
+        np.add.at(losses_F, numbers, output.losses.each_N[valid_N].double().cpu().numpy())
     if world > 1:
         # Every fragment belongs to one rank and is zero on the others: the sum is exact.
         shared = torch.from_numpy(losses_F).to(device)

@@ -129,7 +129,7 @@ def generate_tokens(
     for _ in range(sampling.max_new_tokens):
         with torch.inference_mode():
             for part_BT in torch.split(tokens_BT, PREFILL, dim=1):
-                logits_BV = model(part_BT, cache=cache).logits[:, -1].float()
+                logits_BV = model(part_BT, cache=cache, last_only=True).logits[:, -1].float()
             tokens_B = draw(logits_BV, seen_BV, sampling, generator)
             seen_BV.scatter_(1, tokens_B[:, None], True)
             tokens_BT = tokens_B[:, None]

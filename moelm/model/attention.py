@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import ModelConfig
+from moelm.model.passes import RMSNorm, rotate
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -20,13 +21,6 @@ def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     angles = positions_T.float()[:, None] * theta**-powers
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-
-
-def apply_rope(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Turn each head by its position; the dtype of the input is kept."""
-    first, second = x_BTHC.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_BTHC * cos_TC[:, None] + turned * sin_TC[:, None]).to(x_BTHC.dtype)
 
 
 def attention_mask(
@@ -131,16 +125,15 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
         """Mix positions; `mask` is that of `attention_mask` for these queries and all keys, the cached ones included."""
-        q_BTHC = apply_rope(self.q_norm(self.wq(x_BTD).unflatten(-1, (self.heads, -1))), *rope)
-        k_BTGC = apply_rope(self.k_norm(self.wk(x_BTD).unflatten(-1, (self.kv_heads, -1))), *rope)
-        v_BTGC = self.wv(x_BTD).unflatten(-1, (self.kv_heads, -1))
+        q_BTHC, k_BTGC, v_BTGC = self._project(x_BTD)
+        q_BTHC, k_BTGC = rotate(self.q_norm(q_BTHC), *rope), rotate(self.k_norm(k_BTGC), *rope)
         q_BHTC, k_BGSC, v_BGSC = q_BTHC.transpose(1, 2), k_BTGC.transpose(1, 2), v_BTGC.transpose(1, 2)
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC)
@@ -157,3 +150,9 @@ class Attention(nn.Module):
             mixed_BHTC = capped_attention(q_BHTC, k_BGSC, v_BGSC, mask, self.logit_cap)
         mixed: Tensor = self.wo(mixed_BHTC.transpose(1, 2).flatten(2))
         return mixed
+
+    def _project(self, x_BTD: Tensor) -> list[Tensor]:
+        """Queries, keys and values, by one product."""
+        weight = torch.cat((self.wq.weight, self.wk.weight, self.wv.weight))
+        heads = [self.heads, self.kv_heads, self.kv_heads]
+        return list(torch.split(F.linear(x_BTD, weight).view(*x_BTD.shape[:2], -1, self.head_dim), heads, dim=-2))

@@ -1,6 +1,6 @@
-"""Moving tokens to their experts and the results back: sort by expert, gather, weigh, sum.
+"""Moving tokens to their experts and the results back: sort by expert, gather, sum.
 
-Both directions are gathers along a permutation and so are their gradients: autograd's own scatter-add is slow on CPUs and,
+Both directions are gathers along a permutation, each the other's gradient: autograd's own scatter-add is slow on CPUs and,
 on GPUs, differs from run to run.
 
 Shapes: N tokens, D model width, K choices per token, M = N*K of them, S assignments that reach an expert (S = M unless some
@@ -21,32 +21,36 @@ class Dispatch(NamedTuple):
 
     order_S: Tensor
     """The choice n*K + k that each sorted row serves."""
-    row_M: Tensor
+    row_NK: Tensor
     """The sorted row of each choice; S for those that reach no expert."""
-    counts: list[int]
-    """Rows of each expert."""
-    top_k: int
+    ends_E: Tensor
+    """Where each expert's rows end."""
 
     @property
-    def complete(self) -> bool:
-        """Whether every choice reaches its expert."""
-        return len(self.order_S) == len(self.row_M)
+    def token_S(self) -> Tensor:
+        """The token of each sorted row."""
+        return self.order_S // self.row_NK.shape[1]
 
 
 def plan_dispatch(routing: Routing) -> Dispatch:
-    """Sort the assignments by expert, in token order within each."""
+    """Sort the assignments by expert, in token order within each.
+
+    Unless some are dropped, nothing here depends on the host knowing a value.
+    """
     experts_M = routing.experts_NK.flatten()
     away_NK = routing.dropped_NK
     if routing.chosen_NK is not None:
         away_NK = ~routing.chosen_NK if away_NK is None else away_NK | ~routing.chosen_NK
     if away_NK is not None:
         experts_M = experts_M.masked_fill(away_NK.flatten(), routing.num_experts)
-    order_M = experts_M.argsort(stable=True)
+    sorted_M, order_M = experts_M.sort(stable=True)
     row_M = torch.empty_like(order_M)
     row_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    counts = torch.bincount(experts_M, minlength=routing.num_experts).tolist()[: routing.num_experts]
-    reached = sum(counts)
-    return Dispatch(order_M[:reached], row_M.clamp_max(reached), counts, routing.experts_NK.shape[1])
+    ends_E = torch.searchsorted(sorted_M, torch.arange(routing.num_experts, device=order_M.device), right=True)
+    if away_NK is not None:
+        reached = int(ends_E[-1])
+        order_M, row_M = order_M[:reached], row_M.clamp_max(reached)
+    return Dispatch(order_M, row_M.view_as(routing.experts_NK), ends_E)
 
 
 def drop_over_capacity(routing: Routing, capacity_factor: float, valid_N: Tensor | None) -> Routing:
@@ -71,68 +75,47 @@ def drop_over_capacity(routing: Routing, capacity_factor: float, valid_N: Tensor
     return routing._replace(dropped_NK=full_M.view(top_k, -1).t())
 
 
-class _Scatter(torch.autograd.Function):
-    """Copies of the tokens, sorted by expert."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, plan: Dispatch) -> Tensor:
-        ctx.plan = plan
-        return x_ND.index_select(0, plan.order_S // plan.top_k)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        plan: Dispatch = ctx.plan
-        rows_NK = plan.row_M.view(-1, plan.top_k)
-        grad_SD = _with_zero_row(grads[0], plan)
-        return sum_of_rows(grad_SD, rows_NK), None
-
-
-class _Combine(torch.autograd.Function):
-    """Each token's results, weighed and summed, without a copy of them per choice."""
-
-    @staticmethod
-    def forward(ctx: Any, y_SD: Tensor, gates_NK: Tensor, plan: Dispatch) -> Tensor:
-        ctx.plan = plan
-        ctx.save_for_backward(y_SD, gates_NK)
-        return sum_of_rows(_with_zero_row(y_SD, plan), plan.row_M.view(-1, plan.top_k), gates_NK.to(y_SD.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        plan: Dispatch = ctx.plan
-        y_SD, gates_NK = ctx.saved_tensors
-        grad_SD = grads[0].index_select(0, plan.order_S // plan.top_k)
-        grad_gate_S = (grad_SD * y_SD).sum(dim=-1, dtype=gates_NK.dtype)
-        grad_gate_M = _with_zero_row(grad_gate_S, plan).index_select(0, plan.row_M)
-        gates_S1 = gates_NK.flatten().index_select(0, plan.order_S)[:, None]
-        return grad_SD * gates_S1.to(grad_SD.dtype), grad_gate_M.view_as(gates_NK), None
-
-
-def sum_of_rows(y_SD: Tensor, rows_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
-    """`sum_k weights[n, k] * y[rows[n, k]]`, added up in the order of k."""
-    total_ND = y_SD.index_select(0, rows_NK[:, 0])
-    if weights_NK is not None:
-        total_ND *= weights_NK[:, :1]
-    for k in range(1, rows_NK.shape[1]):
-        y_ND = y_SD.index_select(0, rows_NK[:, k])
-        if weights_NK is None:
-            total_ND += y_ND
-        else:
-            total_ND.addcmul_(y_ND, weights_NK[:, k : k + 1])
-    return total_ND
-
-
-def _with_zero_row(rows: Tensor, plan: Dispatch) -> Tensor:
-    """What a choice that reached no expert finds at row S."""
-    return rows if plan.complete else torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
-
-
 def send(x_ND: Tensor, plan: Dispatch) -> Tensor:
     """Tokens to experts: `(S, D)`, sorted by expert."""
-    sent: Tensor = _Scatter.apply(x_ND, plan)  # type: ignore[no-untyped-call]
+    sent: Tensor = _Send.apply(x_ND, plan.token_S, plan.row_NK)  # type: ignore[no-untyped-call]
     return sent
 
 
-def combine(y_SD: Tensor, gates_NK: Tensor, plan: Dispatch) -> Tensor:
-    """Results back to tokens: each one's, weighed by the gates and summed, `(N, D)`."""
-    combined: Tensor = _Combine.apply(y_SD, gates_NK, plan)  # type: ignore[no-untyped-call]
+def combine(y_SD: Tensor, plan: Dispatch) -> Tensor:
+    """Results back to tokens: the sum of each one's, `(N, D)`."""
+    combined: Tensor = _Combine.apply(y_SD, plan.token_S, plan.row_NK)  # type: ignore[no-untyped-call]
     return combined
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, token_S: Tensor, row_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_NK)
+        return x_ND.index_select(0, token_S)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (row_NK,) = ctx.saved_tensors
+        return _sum_of_rows(grads[0], row_NK), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_SD: Tensor, token_S: Tensor, row_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_S)
+        return _sum_of_rows(y_SD, row_NK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (token_S,) = ctx.saved_tensors
+        return grads[0].index_select(0, token_S), None, None
+
+
+def _sum_of_rows(y_SD: Tensor, row_NK: Tensor) -> Tensor:
+    """`sum_k y[row[n, k]]`, added up in the order of k; row S is zero."""
+    if len(y_SD) < row_NK.numel():
+        y_SD = torch.cat((y_SD, y_SD.new_zeros(1, y_SD.shape[1])))
+    total_ND = y_SD.index_select(0, row_NK[:, 0])
+    for k in range(1, row_NK.shape[1]):
+        total_ND += y_SD.index_select(0, row_NK[:, k])
+    return total_ND

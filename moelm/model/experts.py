@@ -1,4 +1,4 @@
-"""The experts' computation on tokens already sorted by expert: small functions behind one signature.
+"""The weights of a layer's experts.
 
 Shapes: S assignments (token, expert) sorted by expert, D model width, F hidden width, E experts.
 """
@@ -6,23 +6,14 @@ Shapes: S assignments (token, expert) sorted by expert, D model width, F hidden 
 import torch
 from torch import Tensor, nn
 
-from moelm.model.ffn import gated_ffn
-
-
-def experts_loop(
-    x_SD: Tensor, counts: list[int], w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, activation: str
-) -> Tensor:
-    """One expert after another, each on its slice: the reference, and the fastest on CPUs.
-
-    The weights are unbound once: indexing them inside the loop would make backward write E full-size gradients.
-    """
-    slices = torch.split(x_SD, counts)
-    weights = zip(w1_EFD.unbind(), w2_EDF.unbind(), w3_EFD.unbind(), strict=True)
-    return torch.cat([gated_ffn(x, w1, w2, w3, activation) for x, (w1, w2, w3) in zip(slices, weights, strict=True)])
+from moelm.model.gated import gated_ffn
 
 
 class Experts(nn.Module):
     """The weights of all experts of a layer, stacked."""
+
+    recompute = False
+    """Whether hidden activations are made again in the backward pass rather than kept."""
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, activation: str) -> None:
         super().__init__()
@@ -31,6 +22,6 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
-    def forward(self, x_SD: Tensor, counts: list[int]) -> Tensor:
-        """Send each slice of `counts[e]` rows through expert e."""
-        return experts_loop(x_SD, counts, self.w1, self.w2, self.w3, self.activation)
+    def forward(self, x_SD: Tensor, gates_S: Tensor, ends_E: Tensor) -> Tensor:
+        """Send the rows up to `ends_E[e]` through expert e, and weigh what comes out."""
+        return gated_ffn(x_SD, ends_E, (self.w1, self.w2, self.w3), self.activation, gates_S, self.recompute)

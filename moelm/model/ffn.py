@@ -1,24 +1,20 @@
-"""The gated feed-forward block, dense or as the body of one expert.
+"""The dense feed-forward block.
 
-Shapes: B batch, T positions, N tokens, D model width, F hidden width.
+Shapes: B batch, T positions, D model width, F hidden width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelm.model.gated import gated_ffn
 from moelm.model.router import TokenContext
-
-
-def gated_ffn(x_ND: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3_FD: Tensor, activation: str) -> Tensor:
-    """w2 (act(w1 x) * w3 x), as Mixtral names them: SwiGLU or, with `gelu` in its tanh form, GeGLU (Shazeer 2020)."""
-    gate_NF = F.linear(x_ND, w1_FD)
-    gate_NF = F.silu(gate_NF) if activation == "silu" else F.gelu(gate_NF, approximate="tanh")
-    return F.linear(gate_NF * F.linear(x_ND, w3_FD), w2_DF)
 
 
 class DenseFFN(nn.Module):
     """One gated block that every token passes."""
+
+    recompute = False
+    """Whether hidden activations are made again in the backward pass rather than kept."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: str) -> None:
         super().__init__()
@@ -29,5 +25,8 @@ class DenseFFN(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: TokenContext) -> tuple[Tensor, None]:
         """The block's output; a dense block has no routing to report, and asks nothing about its tokens."""
-        y_ND = gated_ffn(x_BTD.flatten(0, 1), self.w1, self.w2, self.w3, self.activation)
+        x_ND = x_BTD.flatten(0, 1)
+        weights = (self.w1[None], self.w2[None], self.w3[None])
+        all_rows = torch.tensor([len(x_ND)])
+        y_ND = gated_ffn(x_ND, all_rows, weights, self.activation, recompute=self.recompute)
         return y_ND.view_as(x_BTD), None

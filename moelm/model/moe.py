@@ -59,8 +59,8 @@ class MoE(nn.Module):
         if self.capacity_factor is not None and self.training:
             routing = drop_over_capacity(routing, self.capacity_factor, context.valid_N)
         plan = plan_dispatch(routing)
-        y_SD = self.experts(send(x_ND, plan), plan.counts)
-        y_BTD = combine(y_SD, routing.gates_NK, plan).view_as(x_BTD)
+        gates_S = routing.gates_NK.flatten().index_select(0, plan.order_S)
+        y_BTD = combine(self.experts(send(x_ND, plan), gates_S, plan.ends_E), plan).view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, context)[0]
         return y_BTD, routing

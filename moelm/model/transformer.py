@@ -18,17 +18,21 @@ from moelm.model import noise
 from moelm.model.attention import Attention, KVCache, attention_mask, rope_tables
 from moelm.model.balance import bias_step
 from moelm.model.ffn import DenseFFN
+from moelm.model.loss import TokenLosses, next_token_losses
 from moelm.model.moe import MoE
+from moelm.model.passes import RMSNorm
 from moelm.model.router import Routing, TokenContext
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass gives: scores of the next token, and each MoE layer's routing."""
+    """What a forward pass gives: scores of the next token or, where the targets are known, losses; and the routing."""
 
-    logits: Tensor
-    """`(B, T, V)`."""
+    logits: Tensor | None
+    """`(B, T, V)`, of the last position alone `(B, 1, V)` if so asked; None where targets were given."""
+    losses: TokenLosses | None
+    """Of the targets; None where none were given."""
     routings: dict[int, Routing]
-    """Keyed by layer number; empty for a dense model."""
+    """Each MoE layer's, keyed by layer number; empty for a dense model."""
 
 
 class Block(nn.Module):
@@ -38,7 +42,7 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(wanted: bool = True) -> nn.Module:
-            return nn.RMSNorm(config.dim, eps=config.norm_eps) if wanted else nn.Identity()
+            return RMSNorm(config.dim, eps=config.norm_eps) if wanted else nn.Identity()
 
         self.attention_norm = norm()
         self.attention = Attention(config, layer)
@@ -79,7 +83,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(
@@ -89,6 +93,8 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         valid_BT: Tensor | None = None,
         draws_B: Tensor | None = None,
+        targets_BT: Tensor | None = None,
+        last_only: bool = False,
     ) -> ModelOutput:
         """Score the next token at every position.
 
@@ -98,6 +104,8 @@ class Transformer(nn.Module):
             cache: what was seen before these positions; it is extended by them.
             valid_BT: False for padding, which takes no place in an expert.
             draws_B: a key for each row's random numbers (`noise.row_keys`), for routers that draw.
+            targets_BT: the next tokens, negative where there is none to predict; asks for losses in place of logits.
+            last_only: whether only the last position's logits are wanted.
         """
         config = self.config
         past = cache.length if cache is not None else 0
@@ -118,7 +126,12 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(queries)
         head = self.embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(F.linear(self.norm(x_BTD) * config.output_multiplier, head), routings)
+        if last_only:
+            x_BTD = x_BTD[:, -1:]
+        x_BTD = self.norm(x_BTD) * config.output_multiplier
+        if targets_BT is not None:
+            return ModelOutput(None, next_token_losses(x_BTD.flatten(0, 1), head, targets_BT.flatten()), routings)
+        return ModelOutput(F.linear(x_BTD, head), None, routings)
 
     @torch.no_grad()
     def move_biases(self, counts: dict[int, Tensor]) -> None:

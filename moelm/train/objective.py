@@ -6,14 +6,12 @@ A global batch may be cut into micro-batches; with scope `global` the objective 
 from collections.abc import Iterable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from moelm.config import BalanceConfig
-from moelm.data.loader import IGNORE, Batch
+from moelm.data.loader import Batch
 from moelm.model import Routing, balance
 from moelm.model.balance import Sums
-from moelm.model.transformer import ModelOutput
 
 LayerSums = dict[int, Sums]
 """What `moelm.model.balance` sums up, by layer."""
@@ -24,12 +22,6 @@ LOSSES = {
     "importance": balance.importance_loss,
     "load": balance.load_loss,
 }
-
-
-def token_loss(output: ModelOutput, batch: Batch, num_tokens: float) -> Tensor:
-    """Cross-entropy summed over valid targets, divided by the valid tokens of the whole batch."""
-    logits_NV = output.logits.flatten(0, 1).float()
-    return F.cross_entropy(logits_NV, batch.targets_BT.flatten(), ignore_index=IGNORE, reduction="sum") / num_tokens
 
 
 def layer_sums(routings: dict[int, Routing], batch: Batch) -> LayerSums:

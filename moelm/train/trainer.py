@@ -28,7 +28,6 @@ from moelm.train.objective import (
     balance_loss,
     layer_sums,
     needs_whole_batch,
-    token_loss,
 )
 from moelm.train.optim import clip_gradients, learning_rate
 
@@ -170,7 +169,8 @@ class Trainer:
         losses = []
         for part in parts:
             output = self._forward(part)
-            loss = token_loss(output, part.batch, num_tokens)
+            assert output.losses is not None
+            loss = output.losses.total / num_tokens
             losses.append(loss.detach())
             if self.balance is not None and output.routings:
                 own = layer_sums(output.routings, part.batch)
@@ -194,7 +194,13 @@ class Trainer:
         batch = part.batch
         segments_BT = batch.fragments_BT if self.config.data.document_mask else None
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            output: ModelOutput = self.forward(batch.tokens_BT, segments_BT, valid_BT=batch.valid_BT, draws_B=part.draws_B)
+            output: ModelOutput = self.forward(
+                batch.tokens_BT,
+                segments_BT,
+                valid_BT=batch.valid_BT,
+                draws_B=part.draws_B,
+                targets_BT=batch.targets_BT,
+            )
         return output
 
     def _check(self, step: int, loss: float, norm: float) -> None:

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from moelm.config import BalanceConfig, ModelConfig, OptimConfig, load_config
 from moelm.data.loader import Batch
 from moelm.model import KVCache, build_model, count_flops, count_parameters
-from moelm.train.objective import balance_loss, layer_sums, token_loss
+from moelm.model.gated import gated_loop
+from moelm.train.objective import balance_loss, layer_sums
 from moelm.train.optim import build_optimizer, clip_gradients
 
 MOE = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
@@ -42,7 +43,10 @@ def test_counts_are_those_of_the_built_model(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("config", SHAPES)
-def test_flops_are_those_torch_counts(config: ModelConfig) -> None:
+def test_flops_are_those_torch_counts(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The counter does not see products that are written into place, and a norm's sum looks like a product to it.
+    monkeypatch.setattr("moelm.model.passes.by_hand", lambda x: False)
+    monkeypatch.setattr("moelm.model.gated.gated_sliced", lambda *inputs: gated_loop(*inputs[:-1]))
     model = build_model(config, seed=0)
     tokens = torch.randint(0, 50, (2, 12))
     expected = count_flops(config, 12)
@@ -112,8 +116,8 @@ def train_losses(ffn: dict[str, Any]) -> list[float]:
     losses = []
     for _ in range(20):
         batch = Batch(rows[:, :-1], rows[:, 1:], torch.zeros(8, 16, dtype=torch.long))
-        output = model(batch.tokens_BT)
-        loss = token_loss(output, batch, 128.0)
+        output = model(batch.tokens_BT, targets_BT=batch.targets_BT)
+        loss = output.losses.total / 128.0
         losses.append(loss.item())
         if output.routings:
             own = layer_sums(output.routings, batch)

@@ -1,0 +1,170 @@
+"""The gated feed-forward computation on rows sorted by expert: small functions behind one signature.
+
+`gated_loop` says what is meant and is the reference; `gated_sliced` is for CPUs, `gated_grouped` for GPUs and compilers.
+A dense block is one expert that gets all rows.
+
+Shapes: S rows sorted by expert, D model width, F hidden width, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moelm.model.passes import by_hand, compute_dtype
+
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward, {}),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward, {"approximate": "tanh"}),
+}
+"""By name: the function, its gradient, and the arguments of both. SwiGLU and GeGLU (Shazeer 2020)."""
+
+
+def gated_ffn(
+    x_SD: Tensor,
+    ends_E: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    activation: str,
+    gates_S: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """g * w2 (act(w1 x) * w3 x) with each expert's weights on its rows, named as in Mixtral.
+
+    Args:
+        x_SD: rows sorted by expert.
+        ends_E: where each expert's rows end.
+        weights: w1 `(E, F, D)`, w2 `(E, D, F)`, w3 `(E, F, D)`.
+        activation: `silu` or `gelu`.
+        gates_S: weight of each row's result (default: 1).
+        recompute: make the hidden activations again for the gradient rather than keep them: slower, and less memory.
+    """
+    if by_hand(x_SD):
+        return gated_sliced(x_SD, ends_E, weights, activation, gates_S, recompute)
+    if recompute:
+        y_SD: Tensor = checkpoint(gated_grouped, x_SD, ends_E, weights, activation, gates_S, use_reentrant=False)
+        return y_SD
+    return gated_grouped(x_SD, ends_E, weights, activation, gates_S)
+
+
+def gated_loop(
+    x_SD: Tensor,
+    ends_E: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    activation: str,
+    gates_S: Tensor | None = None,
+) -> Tensor:
+    """One expert after another, its gradient left to autograd."""
+    act, _, options = ACTIVATIONS[activation]
+    parts = []
+    # Unbound once: indexing the stacks inside the loop would make backward write E gradients of full size.
+    for (start, end), w1, w2, w3 in zip(_spans(ends_E), *(w.unbind() for w in weights), strict=True):
+        x = x_SD[start:end]
+        parts.append(F.linear(act(F.linear(x, w1), **options) * F.linear(x, w3), w2))
+    y_SD = torch.cat(parts)
+    return y_SD if gates_S is None else y_SD * gates_S[:, None].to(y_SD.dtype)
+
+
+def gated_grouped(
+    x_SD: Tensor,
+    ends_E: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    activation: str,
+    gates_S: Tensor | None = None,
+) -> Tensor:
+    """All experts in one kernel, whose bounds never leave the device, so that a compiler sees no break."""
+    dtype = compute_dtype(x_SD)
+    act, _, options = ACTIVATIONS[activation]
+    w1, w2, w3 = (w.to(dtype).transpose(1, 2) for w in weights)
+    x_SD = x_SD.to(dtype)
+    if len(w1) == 1:
+        h_SF = act(x_SD @ w1[0], **options) * (x_SD @ w3[0])
+        y_SD = h_SF @ w2[0]
+        return y_SD if gates_S is None else y_SD * gates_S[:, None].to(dtype)
+    ends_E = ends_E.to(torch.int32)
+    h_SF = act(F.grouped_mm(x_SD, w1, offs=ends_E), **options) * F.grouped_mm(x_SD, w3, offs=ends_E)
+    if gates_S is not None:
+        h_SF = h_SF * gates_S[:, None].to(dtype)
+    return F.grouped_mm(h_SF, w2, offs=ends_E)
+
+
+def gated_sliced(
+    x_SD: Tensor,
+    ends_E: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    activation: str,
+    gates_S: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """One expert after another, with a gradient that keeps two hidden activations of five and works in place."""
+    gates_S1 = None if gates_S is None else gates_S[:, None]
+    y_SD: Tensor = _GatedSlices.apply(x_SD, gates_S1, *weights, _spans(ends_E), activation, recompute)  # type: ignore[no-untyped-call]
+    return y_SD
+
+
+class _GatedSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SD: Tensor,
+        gates_S1: Tensor | None,
+        w1_EFD: Tensor,
+        w2_EDF: Tensor,
+        w3_EFD: Tensor,
+        spans: list[tuple[int, int]],
+        activation: str,
+        recompute: bool,
+    ) -> Tensor:
+        dtype = compute_dtype(x_SD)
+        ctx.dtypes = x_SD.dtype, w1_EFD.dtype
+        x_SD, w1_EFD, w2_EDF, w3_EFD = (tensor.to(dtype) for tensor in (x_SD, w1_EFD, w2_EDF, w3_EFD))
+        act, ctx.act_backward, ctx.options = ACTIVATIONS[activation]
+        ctx.act, ctx.spans = act, spans
+        kept: list[Tensor] = []
+        y_SD = torch.empty_like(x_SD)
+        for e, (start, end) in enumerate(ctx.spans):
+            x = x_SD[start:end]
+            a, b = x @ w1_EFD[e].t(), x @ w3_EFD[e].t()
+            h = act(a, **ctx.options).mul_(b)
+            if gates_S1 is not None:
+                h *= gates_S1[start:end]
+            torch.mm(h, w2_EDF[e].t(), out=y_SD[start:end])
+            if not recompute:
+                kept += (a, b)
+        ctx.save_for_backward(x_SD, gates_S1, w1_EFD, w2_EDF, w3_EFD, *kept)
+        return y_SD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """A gate's gradient is taken on the hidden side, <w2^T dy, h>, so that no result need be kept for it."""
+        x_SD, gates_S1, w1_EFD, w2_EDF, w3_EFD, *kept = ctx.saved_tensors
+        dy_SD, dx_SD = grads[0].to(x_SD.dtype), torch.empty_like(x_SD)
+        dgates_S1 = None if gates_S1 is None else torch.empty_like(gates_S1)
+        dw1_EFD, dw2_EDF, dw3_EFD = (torch.empty_like(w) for w in (w1_EFD, w2_EDF, w3_EFD))
+        for e, (start, end) in enumerate(ctx.spans):
+            x, dy = x_SD[start:end], dy_SD[start:end]
+            a, b = kept[2 * e : 2 * e + 2] if kept else (x @ w1_EFD[e].t(), x @ w3_EFD[e].t())
+            s = ctx.act(a, **ctx.options)
+            h, dh = s * b, dy @ w2_EDF[e]
+            if gates_S1 is not None and dgates_S1 is not None:
+                gates = gates_S1[start:end]
+                torch.sum(dh * h, dim=-1, keepdim=True, dtype=gates.dtype, out=dgates_S1[start:end])
+                h *= gates
+                dh *= gates
+            torch.mm(dy.t(), h, out=dw2_EDF[e])
+            db = s.mul_(dh)
+            torch.mm(db.t(), x, out=dw3_EFD[e])
+            da = ctx.act_backward(torch.mul(dh, b, out=h), a, **ctx.options)
+            torch.mm(da.t(), x, out=dw1_EFD[e])
+            torch.mm(da, w1_EFD[e], out=dx_SD[start:end]).addmm_(db, w3_EFD[e])
+        given, learned = ctx.dtypes
+        weights = (dw.to(learned) for dw in (dw1_EFD, dw2_EDF, dw3_EFD))
+        return dx_SD.to(given), dgates_S1, *weights, None, None, None
+
+
+def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
+    """First row of each expert, and the one after its last."""
+    ends = ends_E.tolist()
+    return list(zip([0, *ends], ends, strict=False))

@@ -1,0 +1,86 @@
+"""Normalisation and rotary positions in few passes over memory, with gradients written out by hand.
+
+On a CPU without a compiler each elementwise operation is a pass over memory, and autograd's own gradient of these two takes
+three to five times as many as it needs. Where a compiler or a GPU does the work, the plain formula is left to it.
+
+Shapes: B batch, T positions, H heads, C width of the last dimension.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def by_hand(x: Tensor) -> bool:
+    """Whether nobody else saves passes here: neither a GPU's speed nor a compiler."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What products of this tensor are computed in: autocast's dtype, or its own."""
+    device = x.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as the input."""
+        if not by_hand(x):
+            return F.rms_norm(x, list(self.normalized_shape), self.weight, self.eps)
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight_C.dtype)
+        scale = scale.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_C, scale)
+        y: Tensor = (x * scale).mul_(weight_C)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With s the scale: dx = s (g w - x s^2 mean(g w x)), dw = sum(g x s) over all vectors."""
+        x, weight_C, scale = ctx.saved_tensors
+        product = (grads[0] * x).to(weight_C.dtype)
+        pull = (product @ weight_C)[..., None] * scale.pow(3) / -x.shape[-1]
+        grad: Tensor = (grads[0] * weight_C).mul_(scale).addcmul_(x, pull)
+        return grad.to(x.dtype), scale.flatten() @ product.flatten(0, -2), None
+
+
+def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Turn each head by its position (Su et al. 2021), in the rotate-half layout; the dtype of the input is kept."""
+    if by_hand(x_BTHC):
+        turned: Tensor = _Rotate.apply(x_BTHC, cos_TC[:, None], sin_TC[:, None])  # type: ignore[no-untyped-call]
+        return turned
+    first, second = x_BTHC.chunk(2, dim=-1)
+    crossed = torch.cat((-second, first), dim=-1)
+    return (x_BTHC * cos_TC[:, None] + crossed * sin_TC[:, None]).to(x_BTHC.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTHC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_T1C, sin_T1C)
+        return _turn(x_BTHC, cos_T1C, sin_T1C)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient is turned back."""
+        cos_T1C, sin_T1C = ctx.saved_tensors
+        return _turn(grads[0], cos_T1C, -sin_T1C), None, None
+
+
+def _turn(x_BTHC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
+    half = x_BTHC.shape[-1] // 2
+    y_BTHC = x_BTHC * cos_T1C
+    y_BTHC[..., :half].addcmul_(x_BTHC[..., half:], sin_T1C[..., :half], value=-1)
+    y_BTHC[..., half:].addcmul_(x_BTHC[..., :half], sin_T1C[..., half:])
+    return y_BTHC.to(x_BTHC.dtype)
