@@ -168,14 +168,18 @@ def bench(
     configs: Annotated[
         list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Configs; settings for all of them.")
     ],
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 10,
+    vary: Annotated[str | None, typer.Option(metavar="KEY=A,B,...", help="One contestant for each value.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each.")] = 10,
     peers: Annotated[bool, typer.Option("--peers", help="The same shapes in Hugging Face's library too.")] = False,
+    generate: Annotated[
+        int, typer.Option(min=0, metavar="B", help="Time the continuation of B prompts instead of training steps.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Time training steps of several configs, taking turns; nothing is kept."""
+    """Time training steps (or generation) of several configs, taking turns; nothing is kept."""
     from moelm.commands import bench_and_show
 
-    timings = bench_and_show(configs, rounds, peers, quiet=as_json)
+    timings = bench_and_show(configs, vary, rounds, peers, generate, quiet=as_json)
     if as_json:
         _print_json({"rounds": rounds, "contestants": timings})
 

@@ -1,6 +1,7 @@
 """What the shorter commands do with a run once its name is known; the command line only words it."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
 
     from moelm.data.loader import open_data
     from moelm.evaluate import evaluate
-    from moelm.hardware import keep_memory, pick_device, pick_dtype
+    from moelm.hardware import dtype_of, keep_memory, pick_device
     from moelm.rundir import load_run
 
     keep_memory()
@@ -26,7 +27,7 @@ def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
     if together:
         dist.init_process_group("gloo")
     try:
-        dtype = pick_dtype(config.train.precision, device)
+        dtype = dtype_of(config.train.precision, device)
         evaluation = evaluate(model, rows, device, dtype, config.data.document_mask)
         return evaluation if not together or dist.get_rank() == 0 else None
     finally:
@@ -68,32 +69,37 @@ def plan_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def bench_and_show(words: Sequence[str], rounds: int, peers: bool, quiet: bool) -> list[dict[str, Any]]:
+def bench_and_show(
+    words: Sequence[str], vary: str | None, rounds: int, peers: bool, prompts: int, quiet: bool
+) -> list[dict[str, Any]]:
     """Time the configs among `words` with the settings among them and, unless quiet, print the table."""
     from rich.console import Console
     from rich.table import Table
 
-    from moelm.bench import contestants, run_bench
+    from moelm.bench import enter, run_contest
+    from moelm.bench.jobs import Work
     from moelm.console import Ticker
 
     settings = [word for word in words if "=" in word]
-    entries = contestants([Path(word) for word in words if "=" not in word], settings, peers)
+    entries = enter([Path(word) for word in words if "=" not in word], settings, vary, peers)
     with Ticker("Starting the contestants …") as ticker:
-        timings = run_bench(entries, rounds, ticker.update)
+        timings = run_contest(entries, Work(prompts), rounds, ticker.update)
     if not quiet:
-        table = Table("contestant", box=None, header_style="")
-        for heading in ("ms/step", "least", "times the first", "tokens/s", "MFU", "peak MiB"):
+        phases = list(timings[0].phases)
+        table = Table("contestant", "precision", "allocator", box=None, header_style="")
+        for heading in ("ms", *phases, "ratio", "tokens/s", "MFU", "peak MiB"):
             table.add_column(heading, justify="right")
         for timing in timings:
             told = timing.as_dict()
             table.add_row(
-                timing.name,
-                f"{1e3 * timing.median_s:,.1f}",
-                f"{1e3 * min(timing.seconds):,.1f}",
+                timing.entry.name,
+                told["precision"],
+                "keeps" if timing.entry.keeps_memory else "default",
+                *(f"{1e3 * seconds:,.1f}" for seconds in (told["step_s"], *timing.phases.values())),
                 f"{timing.times(timings[0]):.2f}",
                 f"{told['tokens_per_s']:,.0f}",
-                f"{told['mfu']:.1%}",
+                f"{told['mfu']:.0%}" if timing.flops else "",
                 f"{timing.memory / 2**20:,.0f}",
             )
-        Console(highlight=False).print(table)
+        Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(table)
     return [timing.as_dict() for timing in timings]

@@ -13,6 +13,7 @@ from moelm.config import MoEFFNConfig
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.model import KVCache, Transformer
+from moelm.model.decoding import build_decoder
 
 PREFILL = 512
 """Prompt positions read at once, to bound the memory of long prompts."""
@@ -126,14 +127,29 @@ def generate_tokens(
     seen_BV = torch.zeros(len(prompts), model.embedding.num_embeddings, dtype=torch.bool, device=device)
     for row, ids in enumerate(prompts):
         seen_BV[row, list(ids)] = True
-    for _ in range(sampling.max_new_tokens):
+    with torch.inference_mode():
+        for part_BT in torch.split(tokens_BT, PREFILL, dim=1):
+            logits_BV = model(part_BT, cache=cache, last_only=True).logits[:, -1]
+        step = _stepper(model, cache)
+    for left in reversed(range(sampling.max_new_tokens)):
         with torch.inference_mode():
-            for part_BT in torch.split(tokens_BT, PREFILL, dim=1):
-                logits_BV = model(part_BT, cache=cache, last_only=True).logits[:, -1].float()
-            tokens_B = draw(logits_BV, seen_BV, sampling, generator)
+            tokens_B = draw(logits_BV.float(), seen_BV, sampling, generator)
             seen_BV.scatter_(1, tokens_B[:, None], True)
-            tokens_BT = tokens_B[:, None]
         yield tokens_B.tolist()
+        if left:
+            with torch.inference_mode():
+                logits_BV = step(tokens_B)
+
+
+def _stepper(model: Transformer, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    if model.embedding.weight.device.type == "cpu":
+        return build_decoder(model, cache)
+
+    def step(tokens_B: Tensor) -> Tensor:
+        logits_BTV: Tensor = model(tokens_B[:, None], cache=cache).logits
+        return logits_BTV[:, -1]
+
+    return step
 
 
 def draw(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -145,6 +161,8 @@ def draw(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling, generator: torc
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     probs_BV = (logits_BV / sampling.temperature).softmax(dim=-1)
+    if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
+        return torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
     sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         sorted_BV[:, sampling.top_k :] = 0

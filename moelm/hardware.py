@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,11 @@ PEAK_BF16 = {
     "B200": 2250e12,
 }
 """Dense bf16 FLOP/s by a part of the device's name, from the vendor's data sheets."""
+
+WORTH_ROUNDING = 1.25
+"""How many times as fast as in float32 a CPU's bfloat16 products must be; where they are native it is 2 and more."""
+
+Precision = Literal["float32", "bf16"]
 
 
 def keep_memory() -> None:
@@ -40,15 +46,23 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for `train.precision`; `auto` wants hardware that multiplies bfloat16 natively."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
+def pick_precision(device: torch.device) -> Precision:
+    """What `train.precision: auto` means here: bfloat16 products where they are worth their rounding, else float32.
+
+    A CPU may list bfloat16 among its instructions and still multiply it at half the speed of float32, so it is timed.
+    """
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = _cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} != set()
-    return torch.bfloat16 if native else torch.float32
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if not _cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
+        return "float32"
+    gain = peak_flops(device, torch.bfloat16) / peak_flops(device, torch.float32)
+    return "bf16" if gain > WORTH_ROUNDING else "float32"
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products for a `train.precision`."""
+    wanted = pick_precision(device) if precision == "auto" else precision
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
 def _cpu_flags() -> set[str]:

@@ -108,7 +108,10 @@ class TrainConfig(Config):
     log_every: int = Field(default=1, gt=0)
     """Steps between lines of metrics.jsonl; a line tells of its own step."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """`auto`: bfloat16 autocast where the hardware multiplies it natively, else float32."""
+    """`auto`: bfloat16 autocast where the hardware multiplies it faster, else float32; settled when the run begins."""
+    recompute: bool = False
+    """Make the hidden activations of the feed-forward blocks again in the backward pass: less memory, more time. Which
+    experts a token visits is never decided twice."""
     compile: bool | Auto = "auto"
     """torch.compile the model; `auto`: on GPUs only, for on CPUs a short run would not earn the compilation back."""
 

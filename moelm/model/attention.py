@@ -12,15 +12,15 @@ from moelm.model.passes import RMSNorm, rotate
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (Su et al. 2021), in the rotate-half layout.
+    """Cosines and sines of the rotary embedding (Su et al. 2021), in the rotate-half layout, for `rotate`.
 
     Returns:
-        Two float32 tensors of shape `(T, head_dim)`.
+        Two float32 tensors of shape `(T, head_dim)`; the sines of the first half are negated.
     """
     powers = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
     angles = positions_T.float()[:, None] * theta**-powers
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def attention_mask(
@@ -95,18 +95,22 @@ class KVCache:
         device: torch.device,
         starts_B: Tensor | None = None,
     ) -> None:
-        shape = (config.num_layers, 2, batch, config.kv_heads, capacity, config.size_per_head)
-        self.memory = torch.empty(shape, device=device)
+        shape = (batch, config.kv_heads, capacity, config.size_per_head)
+        self.memory = [
+            (torch.empty(shape, device=device), torch.empty(shape, device=device)) for _ in range(config.num_layers)
+        ]
+        self.rope = rope_tables(torch.arange(capacity, device=device), config.size_per_head, config.rope_theta)
         self.length = 0
         self.starts_B = starts_B
 
     def append(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest keys and values of one layer and return all of them; `advance` moves on afterwards."""
-        end = self.length + k_BGTC.shape[2]
-        memory = self.memory[layer]
-        memory[0, :, :, self.length : end] = k_BGTC
-        memory[1, :, :, self.length : end] = v_BGTC
-        return memory[0, :, :, :end].to(k_BGTC.dtype), memory[1, :, :, :end].to(v_BGTC.dtype)
+        new = k_BGTC.shape[2]
+        seen = []
+        for memory, latest in zip(self.memory[layer], (k_BGTC, v_BGTC), strict=True):
+            memory.narrow(2, self.length, new).copy_(latest)
+            seen.append(memory.narrow(2, 0, self.length + new).to(latest.dtype))
+        return seen[0], seen[1]
 
     def advance(self, positions: int) -> None:
         """Count the positions that every layer has now appended."""
@@ -125,6 +129,7 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.normed = config.qk_norm
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -132,27 +137,30 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:
         """Mix positions; `mask` is that of `attention_mask` for these queries and all keys, the cached ones included."""
-        q_BTHC, k_BTGC, v_BTGC = self._project(x_BTD)
-        q_BTHC, k_BTGC = rotate(self.q_norm(q_BTHC), *rope), rotate(self.k_norm(k_BTGC), *rope)
-        q_BHTC, k_BGSC, v_BGSC = q_BTHC.transpose(1, 2), k_BTGC.transpose(1, 2), v_BTGC.transpose(1, 2)
+        q_BHTC, k_BGSC, v_BGSC = self._project(x_BTD, rope)
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC)
-        if self.logit_cap is None:
-            mixed_BHTC = F.scaled_dot_product_attention(
-                q_BHTC,
-                k_BGSC,
-                v_BGSC,
-                attn_mask=mask,
-                is_causal=mask is None and q_BHTC.shape[2] > 1,
-                enable_gqa=self.heads != self.kv_heads,
-            )
-        else:
-            mixed_BHTC = capped_attention(q_BHTC, k_BGSC, v_BGSC, mask, self.logit_cap)
-        mixed: Tensor = self.wo(mixed_BHTC.transpose(1, 2).flatten(2))
+        mixed_BTHC = self._mix(q_BHTC, k_BGSC, v_BGSC, mask).transpose(1, 2)
+        mixed: Tensor = self.wo(mixed_BTHC.flatten(2))
         return mixed
 
-    def _project(self, x_BTD: Tensor) -> list[Tensor]:
-        """Queries, keys and values, by one product."""
-        weight = torch.cat((self.wq.weight, self.wk.weight, self.wv.weight))
-        heads = [self.heads, self.kv_heads, self.kv_heads]
-        return list(torch.split(F.linear(x_BTD, weight).view(*x_BTD.shape[:2], -1, self.head_dim), heads, dim=-2))
+    def _mix(self, q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
+        if self.logit_cap is not None:
+            return capped_attention(q_BHTC, k_BGSC, v_BGSC, mask, self.logit_cap)
+        causal, grouped = mask is None and q_BHTC.shape[2] > 1, self.heads != self.kv_heads
+        return F.scaled_dot_product_attention(q_BHTC, k_BGSC, v_BGSC, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+    def fuse(self) -> Tensor:
+        """Queries', keys' and values' weights in one matrix."""
+        return torch.cat((self.wq.weight, self.wk.weight, self.wv.weight))
+
+    def _project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by one product, the first two turned by their positions; heads before positions."""
+        all_BTJC = F.linear(x_BTD, self.fuse()).view(*x_BTD.shape[:2], -1, self.head_dim)
+        turned_BTJC, v_BTGC = torch.split(all_BTJC, [self.heads + self.kv_heads, self.kv_heads], dim=2)
+        if self.normed:
+            q_BTHC, k_BTGC = torch.split(turned_BTJC, [self.heads, self.kv_heads], dim=2)
+            turned_BTJC = torch.cat((self.q_norm(q_BTHC), self.k_norm(k_BTGC)), dim=2)
+        turned_BJTC = rotate(turned_BTJC, *rope).transpose(1, 2)
+        q_BHTC, k_BGTC = torch.split(turned_BJTC, [self.heads, self.kv_heads], dim=1)
+        return q_BHTC, k_BGTC, v_BTGC.transpose(1, 2)

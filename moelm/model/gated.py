@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moelm.model.passes import by_hand, compute_dtype
+from moelm.model.passes import by_hand, by_hand_backward, compute_dtype
 
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward, {}),
@@ -41,12 +41,21 @@ def gated_ffn(
         gates_S: weight of each row's result (default: 1).
         recompute: make the hidden activations again for the gradient rather than keep them: slower, and less memory.
     """
+    alone = len(weights[0]) == 1 and gates_S is None
+    if alone and not by_hand_backward(x_SD):
+        return gated(x_SD, weights[0][0], weights[1][0], weights[2][0], activation)
     if by_hand(x_SD):
         return gated_sliced(x_SD, ends_E, weights, activation, gates_S, recompute)
     if recompute:
         y_SD: Tensor = checkpoint(gated_grouped, x_SD, ends_E, weights, activation, gates_S, use_reentrant=False)
         return y_SD
     return gated_grouped(x_SD, ends_E, weights, activation, gates_S)
+
+
+def gated(x_ND: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3_FD: Tensor, activation: str) -> Tensor:
+    """w2 (act(w1 x) * w3 x), as Mixtral names them."""
+    act, _, options = ACTIVATIONS[activation]
+    return F.linear(act(F.linear(x_ND, w1_FD), **options) * F.linear(x_ND, w3_FD), w2_DF)
 
 
 def gated_loop(
@@ -57,12 +66,10 @@ def gated_loop(
     gates_S: Tensor | None = None,
 ) -> Tensor:
     """One expert after another, its gradient left to autograd."""
-    act, _, options = ACTIVATIONS[activation]
     parts = []
     # Unbound once: indexing the stacks inside the loop would make backward write E gradients of full size.
     for (start, end), w1, w2, w3 in zip(_spans(ends_E), *(w.unbind() for w in weights), strict=True):
-        x = x_SD[start:end]
-        parts.append(F.linear(act(F.linear(x, w1), **options) * F.linear(x, w3), w2))
+        parts.append(gated(x_SD[start:end], w1, w2, w3, activation))
     y_SD = torch.cat(parts)
     return y_SD if gates_S is None else y_SD * gates_S[:, None].to(y_SD.dtype)
 
@@ -79,10 +86,6 @@ def gated_grouped(
     act, _, options = ACTIVATIONS[activation]
     w1, w2, w3 = (w.to(dtype).transpose(1, 2) for w in weights)
     x_SD = x_SD.to(dtype)
-    if len(w1) == 1:
-        h_SF = act(x_SD @ w1[0], **options) * (x_SD @ w3[0])
-        y_SD = h_SF @ w2[0]
-        return y_SD if gates_S is None else y_SD * gates_S[:, None].to(dtype)
     ends_E = ends_E.to(torch.int32)
     h_SF = act(F.grouped_mm(x_SD, w1, offs=ends_E), **options) * F.grouped_mm(x_SD, w3, offs=ends_E)
     if gates_S is not None:
@@ -100,7 +103,37 @@ def gated_sliced(
 ) -> Tensor:
     """One expert after another, with a gradient that keeps two hidden activations of five and works in place."""
     gates_S1 = None if gates_S is None else gates_S[:, None]
+    if not torch.is_grad_enabled():
+        dtype = compute_dtype(x_SD)
+        low = (weights[0].to(dtype), weights[1].to(dtype), weights[2].to(dtype))
+        return _forward_slices(x_SD.to(dtype), gates_S1, low, _spans(ends_E), activation)
     y_SD: Tensor = _GatedSlices.apply(x_SD, gates_S1, *weights, _spans(ends_E), activation, recompute)  # type: ignore[no-untyped-call]
+    return y_SD
+
+
+def _forward_slices(
+    x_SD: Tensor,
+    gates_S1: Tensor | None,
+    weights: tuple[Tensor, Tensor, Tensor],
+    spans: list[tuple[int, int]],
+    activation: str,
+    kept: list[Tensor] | None = None,
+) -> Tensor:
+    """The results; what the gradient needs of each expert, w1 x and w3 x, is added to `kept`."""
+    act, _, options = ACTIVATIONS[activation]
+    w1_EFD, w2_EDF, w3_EFD = weights
+    y_SD = torch.empty_like(x_SD)
+    for e, (start, end) in enumerate(spans):
+        if start == end and kept is None:
+            continue  # nobody chose this expert, and its weights are not read
+        x = x_SD[start:end]
+        a, b = x @ w1_EFD[e].t(), x @ w3_EFD[e].t()
+        h = act(a, **options).mul_(b)
+        if gates_S1 is not None:
+            h *= gates_S1[start:end]
+        torch.mm(h, w2_EDF[e].t(), out=y_SD[start:end])
+        if kept is not None:
+            kept += (a, b)
     return y_SD
 
 
@@ -120,19 +153,9 @@ class _GatedSlices(torch.autograd.Function):
         dtype = compute_dtype(x_SD)
         ctx.dtypes = x_SD.dtype, w1_EFD.dtype
         x_SD, w1_EFD, w2_EDF, w3_EFD = (tensor.to(dtype) for tensor in (x_SD, w1_EFD, w2_EDF, w3_EFD))
-        act, ctx.act_backward, ctx.options = ACTIVATIONS[activation]
-        ctx.act, ctx.spans = act, spans
+        ctx.activation, ctx.spans = activation, spans
         kept: list[Tensor] = []
-        y_SD = torch.empty_like(x_SD)
-        for e, (start, end) in enumerate(ctx.spans):
-            x = x_SD[start:end]
-            a, b = x @ w1_EFD[e].t(), x @ w3_EFD[e].t()
-            h = act(a, **ctx.options).mul_(b)
-            if gates_S1 is not None:
-                h *= gates_S1[start:end]
-            torch.mm(h, w2_EDF[e].t(), out=y_SD[start:end])
-            if not recompute:
-                kept += (a, b)
+        y_SD = _forward_slices(x_SD, gates_S1, (w1_EFD, w2_EDF, w3_EFD), spans, activation, None if recompute else kept)
         ctx.save_for_backward(x_SD, gates_S1, w1_EFD, w2_EDF, w3_EFD, *kept)
         return y_SD
 
@@ -140,13 +163,14 @@ class _GatedSlices(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """A gate's gradient is taken on the hidden side, <w2^T dy, h>, so that no result need be kept for it."""
         x_SD, gates_S1, w1_EFD, w2_EDF, w3_EFD, *kept = ctx.saved_tensors
+        act, act_backward, options = ACTIVATIONS[ctx.activation]
         dy_SD, dx_SD = grads[0].to(x_SD.dtype), torch.empty_like(x_SD)
         dgates_S1 = None if gates_S1 is None else torch.empty_like(gates_S1)
         dw1_EFD, dw2_EDF, dw3_EFD = (torch.empty_like(w) for w in (w1_EFD, w2_EDF, w3_EFD))
         for e, (start, end) in enumerate(ctx.spans):
             x, dy = x_SD[start:end], dy_SD[start:end]
             a, b = kept[2 * e : 2 * e + 2] if kept else (x @ w1_EFD[e].t(), x @ w3_EFD[e].t())
-            s = ctx.act(a, **ctx.options)
+            s = act(a, **options)
             h, dh = s * b, dy @ w2_EDF[e]
             if gates_S1 is not None and dgates_S1 is not None:
                 gates = gates_S1[start:end]
@@ -156,7 +180,7 @@ class _GatedSlices(torch.autograd.Function):
             torch.mm(dy.t(), h, out=dw2_EDF[e])
             db = s.mul_(dh)
             torch.mm(db.t(), x, out=dw3_EFD[e])
-            da = ctx.act_backward(torch.mul(dh, b, out=h), a, **ctx.options)
+            da = act_backward(torch.mul(dh, b, out=h), a, **options)
             torch.mm(da.t(), x, out=dw1_EFD[e])
             torch.mm(da, w1_EFD[e], out=dx_SD[start:end]).addmm_(db, w3_EFD[e])
         given, learned = ctx.dtypes

@@ -46,7 +46,7 @@ class NoisyTopKRouter(nn.Module):
     Both matrices start at zero, so that at first the noise alone decides, evenly; evaluation has no noise.
     """
 
-    zero_init = True
+    zero_init = draws = True
 
     def __init__(self, dim: int, num_experts: int, top_k: int, layer: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class HierarchicalRouter(nn.Module):
     A token visits `group_k` groups and `top_k / group_k` experts in each of them.
     """
 
-    zero_init = True
+    zero_init = draws = True
 
     def __init__(self, dim: int, num_experts: int, top_k: int, layer: int, config: HierarchicalRouterConfig) -> None:
         super().__init__()

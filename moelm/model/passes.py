@@ -6,6 +6,7 @@ three to five times as many as it needs. Where a compiler or a GPU does the work
 Shapes: B batch, T positions, H heads, C width of the last dimension.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ def by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def by_hand_backward(x: Tensor) -> bool:
+    """Whether a gradient written out here is worth its call."""
+    return torch.is_grad_enabled() and by_hand(x)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What products of this tensor are computed in: autocast's dtype, or its own."""
     device = x.device.type
@@ -28,19 +34,34 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
 
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps)
+        self.register_buffer("floor", torch.tensor(math.sqrt(width * eps)), persistent=False)
+
+    floor: Tensor
+    """The norm of a vector whose mean square is eps."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as the input."""
         if not by_hand(x):
             return F.rms_norm(x, list(self.normalized_shape), self.weight, self.eps)
-        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled():
+            return x.div(_size(x, self.floor)).mul_(self.weight).to(x.dtype)
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.floor)  # type: ignore[no-untyped-call]
         return y
+
+
+def _size(x: Tensor, floor: Tensor) -> Tensor:
+    """sqrt(mean(x^2) + eps) of each vector, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return norm.hypot_(floor).mul_(x.shape[-1] ** -0.5)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight_C.dtype)
-        scale = scale.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    def forward(ctx: Any, x: Tensor, weight_C: Tensor, floor: Tensor) -> Tensor:
+        scale = _size(x, floor).reciprocal_()
         ctx.save_for_backward(x, weight_C, scale)
         y: Tensor = (x * scale).mul_(weight_C)
         return y.to(x.dtype)
@@ -56,13 +77,20 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Turn each head by its position (Su et al. 2021), in the rotate-half layout; the dtype of the input is kept."""
-    if by_hand(x_BTHC):
+    """Turn each head by its position (Su et al. 2021), in the rotate-half layout; the dtype of the input is kept.
+
+    Args:
+        cos_TC, sin_TC: the tables of `rope_tables`; the sines of the first half are negated.
+    """
+    if by_hand_backward(x_BTHC):
         turned: Tensor = _Rotate.apply(x_BTHC, cos_TC[:, None], sin_TC[:, None])  # type: ignore[no-untyped-call]
         return turned
-    first, second = x_BTHC.chunk(2, dim=-1)
-    crossed = torch.cat((-second, first), dim=-1)
-    return (x_BTHC * cos_TC[:, None] + crossed * sin_TC[:, None]).to(x_BTHC.dtype)
+    return _turn(x_BTHC, cos_TC[:, None], sin_TC[:, None])
+
+
+def _turn(x_BTHC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
+    swapped_BTHC = x_BTHC.roll(x_BTHC.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BTHC * cos_T1C, swapped_BTHC, sin_T1C).to(x_BTHC.dtype)
 
 
 class _Rotate(torch.autograd.Function):
@@ -76,11 +104,3 @@ class _Rotate(torch.autograd.Function):
         """The gradient is turned back."""
         cos_T1C, sin_T1C = ctx.saved_tensors
         return _turn(grads[0], cos_T1C, -sin_T1C), None, None
-
-
-def _turn(x_BTHC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
-    half = x_BTHC.shape[-1] // 2
-    y_BTHC = x_BTHC * cos_T1C
-    y_BTHC[..., :half].addcmul_(x_BTHC[..., half:], sin_T1C[..., :half], value=-1)
-    y_BTHC[..., half:].addcmul_(x_BTHC[..., :half], sin_T1C[..., half:])
-    return y_BTHC.to(x_BTHC.dtype)

@@ -6,6 +6,7 @@ Shapes: B batch, T positions, N = B*T tokens, D model width, E experts, K choice
 """
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class TokenContext(NamedTuple):
     tokens_N: Tensor
     """Token ids."""
     keys_N: Tensor
-    """What names a token for `moelm.model.noise`."""
+    """What names a token for `moelm.model.noise`; empty where no router draws."""
     valid_N: Tensor | None = None
     """False for padding, which takes no place in an expert; None where there is none."""
 
@@ -70,6 +71,8 @@ class Router(nn.Module, ABC):
 
     zero_init = False
     """Whether the weights start at zero rather than at random."""
+    draws = False
+    """Whether it needs random numbers."""
 
     def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -78,7 +81,9 @@ class Router(nn.Module, ABC):
 
     def forward(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Choose in float32 whatever the model computes in: a rounded logit would send tokens elsewhere."""
-        with torch.autocast(x_ND.device.type, enabled=False):
+        device = x_ND.device.type
+        plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with plain:
             return self.route(F.linear(x_ND.float(), self.weight.float()), context)
 
     @abstractmethod
@@ -163,6 +168,7 @@ class BlindRouter(nn.Module):
 
     def __init__(self, num_experts: int, top_k: int, layer: int, by_token: bool) -> None:
         super().__init__()
+        self.draws = not by_token
         self.num_experts, self.top_k, self.layer, self.by_token = num_experts, top_k, layer, by_token
 
     def forward(self, x_ND: Tensor, context: TokenContext) -> Routing:

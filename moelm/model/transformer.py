@@ -17,6 +17,7 @@ from moelm.config import ModelConfig, MoEFFNConfig
 from moelm.model import noise
 from moelm.model.attention import Attention, KVCache, attention_mask, rope_tables
 from moelm.model.balance import bias_step
+from moelm.model.experts import Experts
 from moelm.model.ffn import DenseFFN
 from moelm.model.loss import TokenLosses, next_token_losses
 from moelm.model.moe import MoE
@@ -84,6 +85,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.draws = any(getattr(module, "draws", False) for module in self.modules())
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(
@@ -111,12 +113,19 @@ class Transformer(nn.Module):
         past = cache.length if cache is not None else 0
         queries = tokens_BT.shape[1]
         starts_B = cache.starts_B if cache is not None else None
-        positions_T = torch.arange(past, past + queries, device=tokens_BT.device)
-        rope = rope_tables(positions_T, config.size_per_head, config.rope_theta)
-        mask = attention_mask(queries, past + queries, config.window, tokens_BT.device, segments_BT, starts_B)
-        positions_BT = positions_T[None] if starts_B is None else positions_T - starts_B[:, None]
-        keys_BT = noise.token_keys(torch.zeros_like(tokens_BT[:, 0]) if draws_B is None else draws_B, positions_BT)
-        context = TokenContext(tokens_BT.flatten(), keys_BT.flatten(), None if valid_BT is None else valid_BT.flatten())
+        device = tokens_BT.device
+        if cache is None:
+            rope = rope_tables(torch.arange(queries, device=device), config.size_per_head, config.rope_theta)
+        else:
+            rope = cache.rope[0][past : past + queries], cache.rope[1][past : past + queries]
+        mask = attention_mask(queries, past + queries, config.window, device, segments_BT, starts_B)
+        keys_N = tokens_BT.new_empty(0)
+        if self.draws:
+            positions_BT = torch.arange(past, past + queries, device=device)[None]
+            positions_BT = positions_BT if starts_B is None else positions_BT - starts_B[:, None]
+            rows_B = torch.zeros_like(tokens_BT[:, 0]) if draws_B is None else draws_B
+            keys_N = noise.token_keys(rows_B, positions_BT).flatten()
+        context = TokenContext(tokens_BT.flatten(), keys_N, None if valid_BT is None else valid_BT.flatten())
         x_BTD = self.embedding(tokens_BT) * config.embedding_multiplier
         routings: dict[int, Routing] = {}
         for number, layer in enumerate(self.layers):
@@ -132,6 +141,17 @@ class Transformer(nn.Module):
         if targets_BT is not None:
             return ModelOutput(None, next_token_losses(x_BTD.flatten(0, 1), head, targets_BT.flatten()), routings)
         return ModelOutput(F.linear(x_BTD, head), None, routings)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
+    def recompute_hidden(self, wanted: bool) -> None:
+        """Whether training makes the feed-forward blocks' hidden activations again rather than keep them."""
+        for module in self.modules():
+            if isinstance(module, DenseFFN | Experts):
+                module.recompute = wanted
 
     @torch.no_grad()
     def move_biases(self, counts: dict[int, Tensor]) -> None:

@@ -13,7 +13,7 @@ from moelm.data.loader import PreparedData, open_data
 from moelm.data.prepare import prepare
 from moelm.errors import MoelmError
 from moelm.evaluate import Evaluation
-from moelm.hardware import keep_memory, pick_device, pick_dtype
+from moelm.hardware import dtype_of, keep_memory, pick_device, pick_precision
 from moelm.model import Transformer, build_model
 from moelm.rundir import RunDirectory
 from moelm.train.environment import describe_environment
@@ -33,16 +33,17 @@ def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto") -> Eval
         raise MoelmError("Training runs in one process; start it without torchrun.")
     keep_memory()
     data = _data(config)
-    config = _resolved(config, data.tokenizer.vocab_size)
-    torch.manual_seed(config.seed)
     device = pick_device()
-    dtype = pick_dtype(config.train.precision, device)
-    begun = run.config.exists()
-    if begun:
-        _check_same(config, run, resume)
+    saved = load_config(run.config) if run.config.exists() else None
+    config = _resolved(config, data.tokenizer.vocab_size, device, saved)
+    if saved is not None:
+        _check_same(config, saved, run, resume)
+    torch.manual_seed(config.seed)
+    dtype = dtype_of(config.train.precision, device)
     model = build_model(config.model, config.seed).to(device)
+    model.recompute_hidden(config.train.recompute)
     optimizer = build_optimizer(model, config.optim)
-    progress = _resume(run, model, optimizer) if begun else None
+    progress = _resume(run, model, optimizer) if saved is not None else None
     if isinstance(config.model.ffn, MoEFFNConfig) and config.model.ffn.router.kind == "expert_choice":
         console.print(
             "Warning: with expert_choice a token's experts depend on the tokens after it, which leaks the future: "
@@ -62,21 +63,30 @@ def _data(config: RunConfig) -> PreparedData:
     return open_data(config)
 
 
-def _resolved(config: RunConfig, vocab_size: int) -> RunConfig:
+def _resolved(config: RunConfig, vocab_size: int, device: torch.device, saved: RunConfig | None) -> RunConfig:
+    """Put figures for what was left open; a run that goes on keeps its precision, on whatever machine."""
     asked = config.model.vocab_size
     if asked is not None and asked < vocab_size:
         raise MoelmError(
             f"model.vocab_size is {asked}, but the tokenizer has {vocab_size} tokens; at least that is needed."
         )
     known = {"vocab_size": asked or vocab_size, "max_seq_len": config.max_seq_len}
-    return config.model_copy(update={"model": config.model.model_copy(update=known)})
+    precision = config.train.precision
+    if precision == "auto":
+        precision = saved.train.precision if saved is not None else pick_precision(device)
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=known),
+            "train": config.train.model_copy(update={"precision": precision}),
+        }
+    )
 
 
-def _check_same(config: RunConfig, run: RunDirectory, resume: Resume) -> None:
+def _check_same(config: RunConfig, begun: RunConfig, run: RunDirectory, resume: Resume) -> None:
     """A directory is only ever continued by its own run."""
     if resume == "never":
         raise MoelmError(f"The run {run.path} exists already; choose another name=..., or --resume auto to go on with it.")
-    saved, wanted = (_identity(each) for each in (load_config(run.config), config))
+    saved, wanted = (_identity(each) for each in (begun, config))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if different:
         raise MoelmError(
@@ -102,6 +112,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.log_every",
+        "train.recompute",
         "name",
     ):
         flat.pop(free)

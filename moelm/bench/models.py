@@ -1,0 +1,103 @@
+"""Models to time, ours and Hugging Face's, with random weights of the same shapes."""
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelm.config import ModelConfig, MoEFFNConfig, RunConfig
+from moelm.data.loader import Batch
+from moelm.model import Transformer, build_model
+from moelm.train.objective import balance_loss, layer_sums
+
+Loss = Callable[[], Tensor]
+
+
+def shape_of(config: RunConfig) -> ModelConfig:
+    """The model's shape, its vocabulary taken from the tokenizer's wish where it has none of its own."""
+    return config.model.model_copy(
+        update={
+            "vocab_size": config.model.vocab_size or config.data.tokenizer.vocab_size,
+            "max_seq_len": config.max_seq_len,
+        }
+    )
+
+
+def random_batch(config: RunConfig) -> Batch:
+    """A batch of the config's shape whose tokens are drawn evenly."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = shape_of(config).vocab_size or 0
+    rows = torch.randint(0, vocab_size, (config.batch_rows, config.data.seq_len + 1), generator=generator)
+    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.zeros_like(rows[:, 1:]))
+
+
+def build_own(config: RunConfig) -> Transformer:
+    """Our model."""
+    model = build_model(shape_of(config), config.seed)
+    model.recompute_hidden(config.train.recompute)
+    return model
+
+
+def own_loss(model: Transformer, config: RunConfig, batch: Batch) -> Loss:
+    """Our training loss on a batch, balance losses included."""
+    wanted = config.train.compile
+    compiled = wanted is True or (wanted == "auto" and batch.tokens_BT.device.type == "cuda")
+    forward = torch.compile(model) if compiled else model
+    tokens = float(batch.targets_BT.numel())
+    ffn = config.model.ffn
+
+    def loss() -> Tensor:
+        output = forward(batch.tokens_BT, valid_BT=batch.valid_BT, targets_BT=batch.targets_BT)
+        value: Tensor = output.losses.total / tokens
+        if isinstance(ffn, MoEFFNConfig):
+            own = layer_sums(output.routings, batch)
+            value = value + balance_loss(output.routings, own, None, batch, tokens, ffn.balance)[0]
+        return value
+
+    return loss
+
+
+def build_peer(config: RunConfig, positions: int, train: bool) -> nn.Module:
+    """Mixtral or Llama of the same shape, with the library's own defaults.
+
+    Args:
+        positions: longest context that it will see.
+        train: whether its balance loss is wanted; in generation the library fails on it.
+    """
+    transformers: Any = import_module("transformers")
+    shape = shape_of(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.dim,
+        "intermediate_size": shape.ffn.hidden_dim,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.size_per_head,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    if isinstance(shape.ffn, MoEFFNConfig):
+        experts = {"num_local_experts": shape.ffn.num_experts, "num_experts_per_tok": shape.ffn.top_k}
+        wanted = transformers.MixtralConfig(**sizes, **experts, output_router_logits=train, sliding_window=shape.window)
+    else:
+        wanted = transformers.LlamaConfig(**sizes)
+    torch.manual_seed(config.seed)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(wanted)
+    return model
+
+
+def peer_loss(model: nn.Module, batch: Batch) -> Loss:
+    """The library's own training loss on a batch."""
+    return partial(_peer_loss, model, batch)
+
+
+def _peer_loss(model: nn.Module, batch: Batch) -> Tensor:
+    loss: Tensor = model(input_ids=batch.tokens_BT, labels=batch.tokens_BT, use_cache=False).loss
+    return loss
