@@ -59,6 +59,9 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[Literal["auto", "never"], typer.Option(help="Go on with a run of this name, or refuse to.")] = "auto",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace a few steps: a table, and trace.json in the run.")
+    ] = False,
 ) -> None:
     """Train a run; interrupted, it goes on from its newest checkpoint."""
     from moelm.config import load_config
@@ -68,7 +71,7 @@ def train(
     from moelm.train.launch import train as train_run
 
     run = RunDirectory(Path("runs") / run_config.name)
-    score = train_run(run_config, run, resume).overall
+    score = train_run(run_config, run, resume, profile).overall
     typer.echo(f"{run.path}: validation loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte.")
 
 

@@ -8,16 +8,37 @@ from pathlib import Path
 
 import pytest
 
-from moelm.bench import Timing
+from moelm.bench import Contestant, Timing, enter
+from moelm.config import load_config
+from moelm.errors import MoelmError
 from tests.conftest import Moelm
 
 
-def test_a_ratio_is_that_of_steps_side_by_side() -> None:
+def test_a_ratio_is_that_of_turns_side_by_side(workplace: Path) -> None:
     """A machine that slows down for both changes nothing."""
-    ours = Timing("a", [1.0, 10.0, 100.0], 8, 8, 0, 1.0)
-    theirs = Timing("b", [2.0, 20.0, 200.0], 8, 8, 0, 1.0)
+    entry = Contestant("a", load_config(workplace / "moe.yaml"))
+    ours = Timing(entry, [{"step": 1.0}, {"step": 10.0}, {"step": 60.0, "rest": 40.0}], 8, 8, 0, 1.0)
+    theirs = Timing(entry, [{"step": 2.0}, {"step": 20.0}, {"step": 200.0}], 8, 8, 0, 1.0)
     assert theirs.times(ours) == 2.0
     assert ours.as_dict()["tokens_per_s"] == 0.8
+
+
+def test_one_setting_is_varied(workplace: Path) -> None:
+    entries = enter([workplace / "moe.yaml"], ["seed=3"], "model.ffn.num_experts=2,8", peers=False)
+    assert [(e.name, e.config.seed, e.config.model.ffn.num_experts) for e in entries] == [
+        ("tiny-moe num_experts=2", 3, 2),
+        ("tiny-moe num_experts=8", 3, 8),
+    ]
+    with pytest.raises(MoelmError, match="a setting and its values are expected"):
+        enter([workplace / "moe.yaml"], [], "num_experts", peers=False)
+
+
+def test_generation_is_timed_by_phase(moelm: Moelm, workplace: Path) -> None:
+    done = moelm("bench", "moe.yaml", "model.vocab_size=260", "--generate", "2", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (told,) = json.loads(done.stdout)["contestants"]
+    assert set(told["phases_s"]) == {"prefill", "decode"}
+    assert told["tokens_per_s"] == pytest.approx(2 * 64 / told["phases_s"]["decode"])
 
 
 def test_contestants_take_turns(moelm: Moelm, workplace: Path) -> None:
@@ -37,7 +58,7 @@ def test_contestants_take_turns(moelm: Moelm, workplace: Path) -> None:
 def test_peers_that_are_not_there_are_told_of(workplace: Path) -> None:
     """Also where they are: the finder of the library is taken away."""
     program = (
-        "import sys, moelm.bench as bench\n"
+        "import sys, moelm.bench.contestants as bench\n"
         "bench.find_spec = lambda name: None\n"
         "from moelm.cli import main\n"
         "sys.argv = ['moelm', 'bench', 'moe.yaml', '--peers']\n"
@@ -50,12 +71,11 @@ def test_peers_that_are_not_there_are_told_of(workplace: Path) -> None:
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="the extra `bench` is not installed")
 def test_peers_have_our_parameters(workplace: Path) -> None:
-    from moelm.bench import build_peer, random_batch
-    from moelm.config import load_config
+    from moelm.bench.models import build_peer, peer_loss, random_batch
     from moelm.model import count_parameters
 
     for kind in ("dense", "moe"):
         config = load_config(workplace / f"{kind}.yaml", ["model.vocab_size=260"])
-        model, loss = build_peer(config.model, config, random_batch(config, 260))
-        loss().backward()
+        model = build_peer(config, 32, train=True)
+        peer_loss(model, random_batch(config))().backward()
         assert sum(p.numel() for p in model.parameters()) == count_parameters(config.model).total

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moelm.config import ModelConfig
 from moelm.model.passes import RMSNorm, rotate
+from moelm.model.window import Windows, plan_windows, windowed_attention
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -21,6 +22,22 @@ def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     angles = positions_T.float()[:, None] * theta**-powers
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def visible_keys(
+    config: ModelConfig,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    segments_BT: Tensor | None = None,
+    starts_B: Tensor | None = None,
+) -> Tensor | Windows | None:
+    """What every layer's queries see, in the form that costs least: nothing to say, a window in blocks, or a mask."""
+    window = config.window
+    whole = queries == keys and segments_BT is None and starts_B is None
+    if window is not None and window < keys and whole and config.attention_logit_cap is None:
+        return plan_windows(window, device)
+    return attention_mask(queries, keys, window, device, segments_BT, starts_B)
 
 
 def attention_mask(
@@ -134,9 +151,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None = None
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Windows | None, cache: KVCache | None = None
     ) -> Tensor:
-        """Mix positions; `mask` is that of `attention_mask` for these queries and all keys, the cached ones included."""
+        """Mix positions; `mask` is that of `visible_keys` for these queries and all keys, the cached ones included."""
         q_BHTC, k_BGSC, v_BGSC = self._project(x_BTD, rope)
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC)
@@ -144,7 +161,9 @@ class Attention(nn.Module):
         mixed: Tensor = self.wo(mixed_BTHC.flatten(2))
         return mixed
 
-    def _mix(self, q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | None) -> Tensor:
+    def _mix(self, q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | Windows | None) -> Tensor:
+        if isinstance(mask, Windows):
+            return windowed_attention(q_BHTC, k_BGSC, v_BGSC, mask)
         if self.logit_cap is not None:
             return capped_attention(q_BHTC, k_BGSC, v_BGSC, mask, self.logit_cap)
         causal, grouped = mask is None and q_BHTC.shape[2] > 1, self.heads != self.kv_heads

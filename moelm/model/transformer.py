@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moelm.config import ModelConfig, MoEFFNConfig
 from moelm.model import noise
-from moelm.model.attention import Attention, KVCache, attention_mask, rope_tables
+from moelm.model.attention import Attention, KVCache, rope_tables, visible_keys
 from moelm.model.balance import bias_step
 from moelm.model.experts import Experts
 from moelm.model.ffn import DenseFFN
@@ -23,6 +23,7 @@ from moelm.model.loss import TokenLosses, next_token_losses
 from moelm.model.moe import MoE
 from moelm.model.passes import RMSNorm
 from moelm.model.router import Routing, TokenContext
+from moelm.model.window import Windows
 
 
 class ModelOutput(NamedTuple):
@@ -61,7 +62,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Windows | None,
         cache: KVCache | None,
         context: TokenContext,
     ) -> tuple[Tensor, Routing | None]:
@@ -118,7 +119,7 @@ class Transformer(nn.Module):
             rope = rope_tables(torch.arange(queries, device=device), config.size_per_head, config.rope_theta)
         else:
             rope = cache.rope[0][past : past + queries], cache.rope[1][past : past + queries]
-        mask = attention_mask(queries, past + queries, config.window, device, segments_BT, starts_B)
+        mask = visible_keys(config, queries, past + queries, device, segments_BT, starts_B)
         keys_N = tokens_BT.new_empty(0)
         if self.draws:
             positions_BT = torch.arange(past, past + queries, device=device)[None]

@@ -23,8 +23,11 @@ from moelm.train.trainer import Trainer, fresh_progress
 Resume = Literal["auto", "never"]
 
 
-def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto") -> Evaluation:
+def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto", profile: bool = False) -> Evaluation:
     """Train a run from its start or from its newest whole checkpoint.
+
+    Args:
+        profile: whether to trace a few steps into the run's directory.
 
     Raises:
         MoelmError: the name is taken by a run of another config, or unusable input; see `Trainer.fit`.
@@ -53,7 +56,7 @@ def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto") -> Eval
     if progress is None:
         _create(run, config, data, describe_environment(config, data, device, dtype))
         progress = fresh_progress()
-    return Trainer(config, run, data, model, optimizer, device, dtype, progress).fit()
+    return Trainer(config, run, data, model, optimizer, device, dtype, progress).fit(profile)
 
 
 def _data(config: RunConfig) -> PreparedData:

@@ -30,6 +30,7 @@ from moelm.train.objective import (
     needs_whole_batch,
 )
 from moelm.train.optim import clip_gradients, learning_rate
+from moelm.train.profile import profiling
 
 
 class Stopped(MoelmError):
@@ -80,8 +81,11 @@ class Trainer:
         self.balance = config.model.ffn.balance if isinstance(config.model.ffn, MoEFFNConfig) else None
         self.caught: int | None = None
 
-    def fit(self) -> Evaluation:
+    def fit(self, profile: bool = False) -> Evaluation:
         """Train to the last step, evaluating and saving on the way.
+
+        Args:
+            profile: whether to trace a few steps into the run's directory.
 
         Returns:
             The last evaluation.
@@ -98,9 +102,11 @@ class Trainer:
         evaluation: Evaluation | None = None
         begun = time.monotonic()
         try:
-            with Ticker(f"Training {config.name} …") as ticker, self._signals():
+            tracing = profiling(self.run.path if profile else None)
+            with Ticker(f"Training {config.name} …") as ticker, self._signals(), tracing as traced:
                 for step in range(first, steps):
                     line = self._step(step)
+                    traced()
                     if line["step"] % config.train.eval_every == 0 or line["step"] == steps:
                         evaluation = self._evaluate(line, ticker)
                     if line["step"] % config.train.log_every == 0 or "val/loss" in line:

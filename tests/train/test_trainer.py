@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Moelm
+from moelm.config import load_config
+from tests.conftest import Moelm, train_here
 
 CONTRACT = {"step", "tokens", "flops", "time_s", "train/loss", "train/lr", "train/grad_norm"}
 CONTRACT |= {"perf/tokens_per_s", "perf/mfu"}
@@ -193,3 +194,27 @@ def test_two_processes_evaluate_to_the_same_digits(moelm: Moelm, workplace: Path
     )
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout) == json.loads(moelm("eval", "tiny-moe", "--json").stdout)
+
+
+def test_recomputing_changes_no_loss(workplace: Path) -> None:
+    kept = train_here(workplace, "moe", "train.steps=4", "name=kept")
+    made_again = train_here(workplace, "moe", "train.steps=4", "name=made-again", "train.recompute=true")
+    assert losses(kept) == losses(made_again)
+
+
+def test_a_profile_is_a_table_and_a_trace(moelm: Moelm, workplace: Path) -> None:
+    done = moelm("train", "moe.yaml", "--profile")
+    assert done.returncode == 0, done.stderr
+    assert "aten::mm" in done.stderr
+    trace = json.loads((workplace / "runs/tiny-moe/trace.json").read_text())
+    assert any("aten::mm" in event["name"] for event in trace["traceEvents"] if "name" in event)
+
+
+def test_a_run_keeps_the_precision_it_began_with(workplace: Path) -> None:
+    run = train_here(workplace, "moe", "train.precision=bf16", "train.steps=8", "name=low")
+    before = losses(run)
+    for path in sorted((run / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(path)
+    train_here(workplace, "moe", "train.precision=auto", "train.steps=8", "name=low")
+    assert losses(run) == before
+    assert load_config(run / "config.yaml").train.precision == "bf16"
