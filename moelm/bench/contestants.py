@@ -64,8 +64,9 @@ def _peers(entry: Contestant) -> list[Contestant]:
     config = entry.config
     kind = "Mixtral" if isinstance(config.model.ffn, MoEFFNConfig) else "Llama"
     found = []
+    on_host = pick_device().type == "cpu"
     for precision in dict.fromkeys((config.train.precision, "bf16")):
         own = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
-        for keeps in (False, True):
+        for keeps in (False, True) if on_host else (True,):
             found.append(Contestant(f"{kind} for {entry.name}", own, peer=True, keeps_memory=keeps))
     return found

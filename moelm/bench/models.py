@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moelm.config import ModelConfig, MoEFFNConfig, RunConfig
 from moelm.data.loader import Batch
 from moelm.model import Transformer, build_model
-from moelm.train.objective import balance_loss, layer_sums
+from moelm.train.objective import part_loss
 
 Loss = Callable[[], Tensor]
 
@@ -43,19 +43,16 @@ def build_own(config: RunConfig) -> Transformer:
 
 def own_loss(model: Transformer, config: RunConfig, batch: Batch) -> Loss:
     """Our training loss on a batch, balance losses included."""
-    wanted = config.train.compile
-    compiled = wanted is True or (wanted == "auto" and batch.tokens_BT.device.type == "cuda")
+    device = batch.tokens_BT.device
+    compiled = config.train.compile is True or (config.train.compile == "auto" and device.type == "cuda")
     forward = torch.compile(model) if compiled else model
-    tokens = float(batch.targets_BT.numel())
-    ffn = config.model.ffn
+    objective = torch.compile(part_loss) if compiled else part_loss
+    tokens = batch.valid_N.sum().double()
+    balance = config.model.ffn.balance if isinstance(config.model.ffn, MoEFFNConfig) else None
 
     def loss() -> Tensor:
         output = forward(batch.tokens_BT, valid_BT=batch.valid_BT, targets_BT=batch.targets_BT)
-        value: Tensor = output.losses.total / tokens
-        if isinstance(ffn, MoEFFNConfig):
-            own = layer_sums(output.routings, batch)
-            value = value + balance_loss(output.routings, own, None, batch, tokens, ffn.balance)[0]
-        return value
+        return objective(output, batch, None, tokens, balance).total
 
     return loss
 

@@ -6,7 +6,7 @@ Shapes: S assignments (token, expert) sorted by expert, D model width, F hidden 
 import torch
 from torch import Tensor, nn
 
-from moelm.model.gated import gated_ffn
+from moelm.model.gated import gated_experts
 
 
 class Experts(nn.Module):
@@ -24,4 +24,4 @@ class Experts(nn.Module):
 
     def forward(self, x_SD: Tensor, gates_S: Tensor, ends_E: Tensor) -> Tensor:
         """Send the rows up to `ends_E[e]` through expert e, and weigh what comes out."""
-        return gated_ffn(x_SD, ends_E, (self.w1, self.w2, self.w3), self.activation, gates_S, self.recompute)
+        return gated_experts(x_SD, ends_E, (self.w1, self.w2, self.w3), self.activation, gates_S, self.recompute)

@@ -6,7 +6,7 @@ Shapes: B batch, T positions, D model width, F hidden width.
 import torch
 from torch import Tensor, nn
 
-from moelm.model.gated import gated_ffn
+from moelm.model.gated import gated_dense
 from moelm.model.router import TokenContext
 
 
@@ -26,7 +26,5 @@ class DenseFFN(nn.Module):
     def forward(self, x_BTD: Tensor, context: TokenContext) -> tuple[Tensor, None]:
         """The block's output; a dense block has no routing to report, and asks nothing about its tokens."""
         x_ND = x_BTD.flatten(0, 1)
-        weights = (self.w1[None], self.w2[None], self.w3[None])
-        all_rows = torch.tensor([len(x_ND)])
-        y_ND = gated_ffn(x_ND, all_rows, weights, self.activation, recompute=self.recompute)
+        y_ND = gated_dense(x_ND, self.w1, self.w2, self.w3, self.activation, self.recompute)
         return y_ND.view_as(x_BTD), None

@@ -57,11 +57,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append(((sum_R1.log() - target_R1) * valid_R1)[:, 0])
             if not learn:
                 continue
-            # d loss / d scores = softmax - onehot(target)
-            probs_RV *= valid_R1 / sum_R1
-            probs_RV.scatter_add_(1, at_R1, -valid_R1.to(probs_RV))
+            # d loss / d scores = softmax - onehot(target); what is divided by the softmax's sum is the smaller factor.
+            probs_RV.scatter_add_(1, at_R1, -sum_R1)
+            scale_R1 = valid_R1 / sum_R1
             errors_RV = probs_RV.to(dtype)
-            grad_RD.copy_(errors_RV @ weight_VD)
+            torch.mul(errors_RV @ weight_VD, scale_R1, out=grad_RD)
+            x_RD = x_RD * scale_R1.to(dtype)
             if dtype == grad_VD.dtype:
                 grad_VD.addmm_(errors_RV.t(), x_RD)
             else:

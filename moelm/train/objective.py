@@ -4,13 +4,14 @@ A global batch may be cut into micro-batches; with scope `global` the objective 
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moelm.config import BalanceConfig
 from moelm.data.loader import Batch
-from moelm.model import Routing, balance
+from moelm.model import ModelOutput, Routing, balance
 from moelm.model.balance import Sums
 
 LayerSums = dict[int, Sums]
@@ -46,7 +47,7 @@ def balance_loss(
     own: LayerSums,
     whole: LayerSums | None,
     batch: Batch,
-    num_tokens: float,
+    num_tokens: Tensor,
     config: BalanceConfig,
 ) -> tuple[Tensor | float, dict[int, Sums]]:
     """The weighted balance losses of one micro-batch, summed over layers, and each layer's unweighted ones.
@@ -79,6 +80,31 @@ def balance_loss(
     return total, layers
 
 
+class PartLoss(NamedTuple):
+    """A micro-batch's part of the objective; the parts' gradients and figures add up to the batch's."""
+
+    total: Tensor
+    """What is differentiated."""
+    tokens: Tensor
+    """The next-token loss in it."""
+    sums: LayerSums
+    balance: LayerSums
+    """By layer, the balance losses in use, unweighted."""
+
+
+def part_loss(
+    output: ModelOutput, batch: Batch, whole: LayerSums | None, num_tokens: Tensor, config: BalanceConfig | None
+) -> PartLoss:
+    """The objective on one micro-batch; `whole` and `num_tokens` are those of `balance_loss`."""
+    assert output.losses is not None
+    tokens = output.losses.total / num_tokens
+    if config is None or not output.routings:
+        return PartLoss(tokens, tokens.detach(), {}, {})
+    sums = layer_sums(output.routings, batch)
+    extra, layers = balance_loss(output.routings, sums, whole, batch, num_tokens, config)
+    return PartLoss(tokens + extra, tokens.detach(), sums, layers)
+
+
 class RoutingStatistics:
     """What the metrics say of a batch's routing, gathered micro-batch by micro-batch."""
 
@@ -95,7 +121,7 @@ class RoutingStatistics:
         """Means over layers under `moe/...`, and every layer's own figures under `moe/layers`."""
         if not self.layers:
             return {}
-        rows = [self._row(layer, sums) for layer, sums in self.layers.items()]
+        rows = [self._row(layer, sums) for layer, sums in _on_host(self.layers).items()]
         names = [name for name in rows[0] if name not in ("layer", "load")]
         means = {f"moe/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
         return means | {"moe/layers": rows}
@@ -120,3 +146,14 @@ class RoutingStatistics:
         if "dropped" in sums:
             row["dropped"] = float(sums["dropped"] / sums["counts"].sum())
         return row
+
+
+def _on_host(layers: LayerSums) -> LayerSums:
+    """The same sums on the CPU, brought there in one piece: a device waits for every transfer."""
+    places = [(layer, name, value) for layer, sums in layers.items() for name, value in sums.items()]
+    values = torch.cat([value.flatten().double() for _, _, value in places]).cpu()
+    parts = torch.split(values, [value.numel() for _, _, value in places])
+    host: LayerSums = {layer: {} for layer in layers}
+    for (layer, name, value), part in zip(places, parts, strict=True):
+        host[layer][name] = part.view(value.shape)
+    return host

@@ -25,9 +25,9 @@ from moelm.train.objective import (
     LayerSums,
     RoutingStatistics,
     add_layer_sums,
-    balance_loss,
     layer_sums,
     needs_whole_batch,
+    part_loss,
 )
 from moelm.train.optim import clip_gradients, learning_rate
 from moelm.train.profile import profiling
@@ -74,8 +74,9 @@ class Trainer:
         self.config, self.run, self.data = config, run, data
         self.model, self.optimizer, self.device, self.dtype = model, optimizer, device, dtype
         self.progress = progress
-        wanted = config.train.compile
-        self.forward = torch.compile(model) if wanted is True or (wanted == "auto" and device.type == "cuda") else model
+        compiled = config.train.compile is True or (config.train.compile == "auto" and device.type == "cuda")
+        self.forward = torch.compile(model) if compiled else model
+        self.loss = torch.compile(part_loss) if compiled else part_loss
         self.order = TrainOrder(len(data.train), config.batch_rows, config.seed)
         self.flops_per_token = count_flops(config.model, config.data.seq_len).training
         self.balance = config.model.ffn.balance if isinstance(config.model.ffn, MoEFFNConfig) else None
@@ -169,21 +170,15 @@ class Trainer:
 
     def _gradients(self, parts: list[Part]) -> tuple[float, RoutingStatistics]:
         """Accumulate the gradient of the whole batch; returns its next-token loss, balance losses left out."""
-        num_tokens = float(sum(int(part.batch.valid_N.sum()) for part in parts))
+        num_tokens = torch.stack([part.batch.valid_N.sum() for part in parts]).sum().double()
         whole = self._whole_sums(parts)
         statistics = RoutingStatistics()
         losses = []
         for part in parts:
-            output = self._forward(part)
-            assert output.losses is not None
-            loss = output.losses.total / num_tokens
-            losses.append(loss.detach())
-            if self.balance is not None and output.routings:
-                own = layer_sums(output.routings, part.batch)
-                extra, layers = balance_loss(output.routings, own, whole, part.batch, num_tokens, self.balance)
-                statistics.add(own, layers)
-                loss = loss + extra
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self.loss(self._forward(part), part.batch, whole, num_tokens, self.balance)
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.tokens)
+            statistics.add(loss.sums, loss.balance)
         return float(torch.stack(losses).sum()), statistics
 
     @torch.no_grad()

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from moelm.config import ModelConfig
+from moelm.data.loader import Batch
 from moelm.model import build_model
 from moelm.model.gated import gated_grouped, gated_loop, gated_sliced
+from moelm.train.objective import part_loss
 
 D, H, E = 16, 24, 5
 ENDS = {
@@ -80,16 +82,23 @@ def test_in_bfloat16_the_fast_ways_stay_near_the_loop_in_float32(way: Callable[.
         assert (mine.float() - its).norm() < 0.02 * its.norm()
 
 
-def test_a_compiler_takes_a_whole_sparse_model_without_a_break() -> None:
+def test_a_compiler_takes_a_whole_sparse_step_without_a_break() -> None:
     """The way of GPUs, here by tracing alone: no value is needed on the host, forward or backward."""
     ffn = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
     shape = ModelConfig.model_validate({"dim": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "ffn": ffn})
     model = build_model(shape, seed=0)
-    traced = torch.compile(model, fullgraph=True, backend="aot_eager")
     tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        total = traced(tokens, targets_BT=tokens).losses.total
-        plain = model(tokens, targets_BT=tokens).losses.total
+    batch = Batch(tokens, tokens, torch.zeros_like(tokens))
+
+    def step() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(tokens, valid_BT=batch.valid_BT, targets_BT=tokens)
+        loss = part_loss(output, batch, None, batch.valid_N.sum().double(), shape.ffn.balance)
+        return loss.total, loss.sums[0]["counts"]
+
+    total, counts = torch.compile(step, fullgraph=True, backend="aot_eager")()
     total.backward()
+    plain, plain_counts = step()
     torch.testing.assert_close(total, plain, rtol=0.01, atol=0)
+    assert counts.sum() == plain_counts.sum() == 32
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

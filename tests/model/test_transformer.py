@@ -12,7 +12,7 @@ from moelm.config import BalanceConfig, ModelConfig, OptimConfig, load_config
 from moelm.data.loader import Batch
 from moelm.model import KVCache, build_model, count_flops, count_parameters
 from moelm.model.gated import gated_loop
-from moelm.train.objective import balance_loss, layer_sums
+from moelm.train.objective import part_loss
 from moelm.train.optim import build_optimizer, clip_gradients
 
 MOE = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
@@ -117,12 +117,9 @@ def train_losses(ffn: dict[str, Any]) -> list[float]:
     for _ in range(20):
         batch = Batch(rows[:, :-1], rows[:, 1:], torch.zeros(8, 16, dtype=torch.long))
         output = model(batch.tokens_BT, targets_BT=batch.targets_BT)
-        loss = output.losses.total / 128.0
-        losses.append(loss.item())
-        if output.routings:
-            own = layer_sums(output.routings, batch)
-            loss = loss + balance_loss(output.routings, own, None, batch, 128.0, BalanceConfig(aux=0.1, z=0.1))[0]
-        loss.backward()
+        loss = part_loss(output, batch, None, torch.tensor(128.0), BalanceConfig(aux=0.1, z=0.1))
+        losses.append(loss.tokens.item())
+        loss.total.backward()
         clip_gradients(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
