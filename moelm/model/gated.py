@@ -7,7 +7,7 @@ Shapes: S rows sorted by expert, D model width, F hidden width, E experts.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,10 @@ from moelm.model.passes import by_hand, by_hand_backward, compute_dtype
 
 Weights = tuple[Tensor, Tensor, Tensor]
 """Stacks of w1, w2 and w3, named as in Mixtral."""
+
+ALIGN = 64
+"""Rows that a CPU's low-precision products are rounded up to: its library compiles a kernel for each number of rows, and an
+expert has another one at every step."""
 
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward, {}),
@@ -71,6 +75,12 @@ def gated(x_ND: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3_FD: Tensor, activation:
     return F.linear(act(F.linear(x_ND, w1_FD), **options) * F.linear(x_ND, w3_FD), w2_DF)
 
 
+def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
+    """First row of each expert, and the one after its last."""
+    ends = ends_E.tolist()
+    return list(zip([0, *ends], ends, strict=False))
+
+
 def gated_loop(
     x_SD: Tensor,
     ends_E: Tensor,
@@ -116,35 +126,66 @@ def gated_sliced(
 ) -> Tensor:
     """One expert after another, with a gradient that keeps two hidden activations of five and works in place."""
     gates_S1 = None if gates_S is None else gates_S[:, None]
+    dtype = compute_dtype(x_SD)
+    slices = _slices(ends_E, dtype)
     if not torch.is_grad_enabled():
-        dtype = compute_dtype(x_SD)
         low = (weights[0].to(dtype), weights[1].to(dtype), weights[2].to(dtype))
-        return _forward_slices(x_SD.to(dtype), gates_S1, low, _spans(ends_E), activation)
-    y_SD: Tensor = _GatedSlices.apply(x_SD, gates_S1, *weights, _spans(ends_E), activation, recompute)  # type: ignore[no-untyped-call]
+        return _forward_slices(_cast(x_SD, dtype, slices), _cast(gates_S1, None, slices), low, slices, activation)[
+            : len(x_SD)
+        ]
+    y_SD: Tensor = _GatedSlices.apply(x_SD, gates_S1, *weights, slices, dtype, activation, recompute)  # type: ignore[no-untyped-call]
     return y_SD
+
+
+class _Slice(NamedTuple):
+    """One expert's rows; products are made of those up to `stop`, where another's rows do no harm."""
+
+    start: int
+    end: int
+    stop: int
+
+
+def _slices(ends_E: Tensor, dtype: torch.dtype) -> list[_Slice]:
+    step = 1 if dtype.itemsize >= 4 else ALIGN
+    return [_Slice(start, end, start + -(-(end - start) // step) * step) for start, end in _spans(ends_E)]
+
+
+def _cast(x_SC: Tensor | None, dtype: torch.dtype | None, slices: list[_Slice]) -> Any:
+    """The rows in another dtype, with zeros after the last where a slice goes on."""
+    if x_SC is None:
+        return None
+    rows = max([len(x_SC), *(piece.stop for piece in slices)])
+    if rows == len(x_SC):
+        return x_SC.to(dtype or x_SC.dtype)
+    y_SC = x_SC.new_zeros(rows, x_SC.shape[1], dtype=dtype)
+    y_SC[: len(x_SC)] = x_SC
+    return y_SC
 
 
 def _forward_slices(
     x_SD: Tensor,
     gates_S1: Tensor | None,
     weights: Weights,
-    spans: list[tuple[int, int]],
+    slices: list[_Slice],
     activation: str,
     kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """The results; what the gradient needs of each expert, w1 x and w3 x, is added to `kept`."""
+    """The results; what the gradient needs of each expert, w1 x and w3 x, is added to `kept`.
+
+    In order: rows that a slice computed past its end are those of the next experts, who write them anew.
+    """
     act, _, options = ACTIVATIONS[activation]
     w1_EFD, w2_EDF, w3_EFD = weights
     y_SD = torch.empty_like(x_SD)
-    for e, (start, end) in enumerate(spans):
+    for e, (start, end, stop) in enumerate(slices):
         if start == end and kept is None:
             continue  # nobody chose this expert, and its weights are not read
-        x = x_SD[start:end]
+        x = x_SD[start:stop]
         a, b = x @ w1_EFD[e].t(), x @ w3_EFD[e].t()
         h = act(a, **options).mul_(b)
         if gates_S1 is not None:
-            h *= gates_S1[start:end]
-        torch.mm(h, w2_EDF[e].t(), out=y_SD[start:end])
+            h *= gates_S1[start:stop]
+        torch.mm(h, w2_EDF[e].t(), out=y_SD[start:stop])
         if kept is not None:
             kept += (a, b)
     return y_SD
@@ -159,49 +200,46 @@ class _GatedSlices(torch.autograd.Function):
         w1_EFD: Tensor,
         w2_EDF: Tensor,
         w3_EFD: Tensor,
-        spans: list[tuple[int, int]],
+        slices: list[_Slice],
+        dtype: torch.dtype,
         activation: str,
         recompute: bool,
     ) -> Tensor:
-        dtype = compute_dtype(x_SD)
-        ctx.dtypes = x_SD.dtype, w1_EFD.dtype
-        x_SD, w1_EFD, w2_EDF, w3_EFD = (tensor.to(dtype) for tensor in (x_SD, w1_EFD, w2_EDF, w3_EFD))
-        ctx.activation, ctx.spans = activation, spans
+        ctx.activation, ctx.slices, ctx.given, ctx.learned = activation, slices, x_SD.dtype, w1_EFD.dtype
+        ctx.rows = len(x_SD)
+        x_SD, gates_S1 = _cast(x_SD, dtype, slices), _cast(gates_S1, None, slices)
+        w1_EFD, w2_EDF, w3_EFD = (weight.to(dtype) for weight in (w1_EFD, w2_EDF, w3_EFD))
         kept: list[Tensor] = []
-        y_SD = _forward_slices(x_SD, gates_S1, (w1_EFD, w2_EDF, w3_EFD), spans, activation, None if recompute else kept)
+        y_SD = _forward_slices(x_SD, gates_S1, (w1_EFD, w2_EDF, w3_EFD), slices, activation, None if recompute else kept)
         ctx.save_for_backward(x_SD, gates_S1, w1_EFD, w2_EDF, w3_EFD, *kept)
-        return y_SD
+        return y_SD[: ctx.rows]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """A gate's gradient is taken on the hidden side, <w2^T dy, h>, so that no result need be kept for it."""
         x_SD, gates_S1, w1_EFD, w2_EDF, w3_EFD, *kept = ctx.saved_tensors
         act, act_backward, options = ACTIVATIONS[ctx.activation]
-        dy_SD, dx_SD = grads[0].to(x_SD.dtype), torch.empty_like(x_SD)
+        dy_SD, dx_SD = _cast(grads[0], x_SD.dtype, ctx.slices), torch.empty_like(x_SD)
         dgates_S1 = None if gates_S1 is None else torch.empty_like(gates_S1)
         dw1_EFD, dw2_EDF, dw3_EFD = (torch.empty_like(w) for w in (w1_EFD, w2_EDF, w3_EFD))
-        for e, (start, end) in enumerate(ctx.spans):
-            x, dy = x_SD[start:end], dy_SD[start:end]
+        for e, (start, end, stop) in enumerate(ctx.slices):
+            x, dy = x_SD[start:stop], dy_SD[start:stop]
             a, b = kept[2 * e : 2 * e + 2] if kept else (x @ w1_EFD[e].t(), x @ w3_EFD[e].t())
             s = act(a, **options)
             h, dh = s * b, dy @ w2_EDF[e]
             if gates_S1 is not None and dgates_S1 is not None:
-                gates = gates_S1[start:end]
-                torch.sum(dh * h, dim=-1, keepdim=True, dtype=gates.dtype, out=dgates_S1[start:end])
+                gates = gates_S1[start:stop]
+                torch.sum(dh * h, dim=-1, keepdim=True, dtype=gates.dtype, out=dgates_S1[start:stop])
                 h *= gates
                 dh *= gates
+            if stop > end:  # another's rows teach this expert nothing
+                h[end - start :], dh[end - start :] = 0, 0
             torch.mm(dy.t(), h, out=dw2_EDF[e])
             db = s.mul_(dh)
             torch.mm(db.t(), x, out=dw3_EFD[e])
             da = act_backward(torch.mul(dh, b, out=h), a, **options)
             torch.mm(da.t(), x, out=dw1_EFD[e])
-            torch.mm(da, w1_EFD[e], out=dx_SD[start:end]).addmm_(db, w3_EFD[e])
-        given, learned = ctx.dtypes
-        weights = (dw.to(learned) for dw in (dw1_EFD, dw2_EDF, dw3_EFD))
-        return dx_SD.to(given), dgates_S1, *weights, None, None, None
-
-
-def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
-    """First row of each expert, and the one after its last."""
-    ends = ends_E.tolist()
-    return list(zip([0, *ends], ends, strict=False))
+            torch.mm(da, w1_EFD[e], out=dx_SD[start:stop]).addmm_(db, w3_EFD[e])
+        weights = (dw.to(ctx.learned) for dw in (dw1_EFD, dw2_EDF, dw3_EFD))
+        dgates = None if dgates_S1 is None else dgates_S1[: ctx.rows]
+        return dx_SD[: ctx.rows].to(ctx.given), dgates, *weights, None, None, None, None

@@ -69,8 +69,9 @@ def test_recomputing_changes_no_digit() -> None:
 
 
 @pytest.mark.parametrize("way", [gated_sliced, gated_grouped])
-def test_in_bfloat16_the_fast_ways_stay_near_the_loop_in_float32(way: Callable[..., Tensor]) -> None:
-    given = inputs(ENDS["none for some"], torch.float32, gated=True)
+@pytest.mark.parametrize("ends", [ENDS["none for some"], [64, 150, 151, 151, 300]], ids=["few", "past one slice"])
+def test_in_bfloat16_the_fast_ways_stay_near_the_loop_in_float32(ends: list[int], way: Callable[..., Tensor]) -> None:
+    given = inputs(ends, torch.float32, gated=True)
     meant = values_and_gradients(gated_loop, given, "silu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x, ends, weights, gates = given
