@@ -1,6 +1,6 @@
 """The gated feed-forward computation on rows sorted by expert: small functions behind one signature.
 
-`gated_loop` says what is meant and is the reference; `gated_sliced` is for CPUs, `gated_grouped` for GPUs and compilers.
+`gated_loop` says what is meant and is the reference; `gated_sliced` is for CPUs, `gated_grouped` for GPUs.
 A dense block is one expert that gets all rows.
 
 Shapes: S rows sorted by expert, D model width, F hidden width, E experts.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moelm.model.passes import by_hand, by_hand_backward, compute_dtype
+from moelm.model.passes import by_hand_backward, compute_dtype
 
 Weights = tuple[Tensor, Tensor, Tensor]
 """Stacks of w1, w2 and w3, named as in Mixtral."""
@@ -48,12 +48,18 @@ def gated_experts(
         gates_S: weight of each row's result.
         recompute: make the hidden activations again for the gradient rather than keep them: slower, and less memory.
     """
-    if by_hand(x_SD):
-        return gated_sliced(x_SD, ends_E, weights, activation, gates_S, recompute)
+    if not _in_one_kernel(x_SD):
+        sliced = torch.compiler.disable(gated_sliced) if torch.compiler.is_compiling() else gated_sliced  # type: ignore[no-untyped-call]
+        return sliced(x_SD, ends_E, weights, activation, gates_S, recompute)
     if recompute:
         y_SD: Tensor = checkpoint(gated_grouped, x_SD, ends_E, weights, activation, gates_S, use_reentrant=False)
         return y_SD
     return gated_grouped(x_SD, ends_E, weights, activation, gates_S)
+
+
+def _in_one_kernel(x: Tensor) -> bool:
+    """Whether there is a fast kernel for all experts at once: on GPUs, in bfloat16 alone."""
+    return x.device.type != "cpu" and compute_dtype(x) == torch.bfloat16
 
 
 def gated_dense(

@@ -83,8 +83,9 @@ def test_in_bfloat16_the_fast_ways_stay_near_the_loop_in_float32(ends: list[int]
         assert (mine.float() - its).norm() < 0.02 * its.norm()
 
 
-def test_a_compiler_takes_a_whole_sparse_step_without_a_break() -> None:
+def test_a_compiler_takes_a_whole_sparse_step_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of GPUs, here by tracing alone: no value is needed on the host, forward or backward."""
+    monkeypatch.setattr("moelm.model.gated._in_one_kernel", lambda x: True)
     ffn = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
     shape = ModelConfig.model_validate({"dim": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "ffn": ffn})
     model = build_model(shape, seed=0)
@@ -103,3 +104,16 @@ def test_a_compiler_takes_a_whole_sparse_step_without_a_break() -> None:
     torch.testing.assert_close(total, plain, rtol=0.01, atol=0)
     assert counts.sum() == plain_counts.sum() == 32
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_compiled_model_on_a_cpu_has_the_same_losses() -> None:
+    """There the experts are left out of the graph."""
+    ffn = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
+    shape = ModelConfig.model_validate({"dim": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 64, "ffn": ffn})
+    model = build_model(shape, seed=0)
+    tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+    plain = model(tokens, targets_BT=tokens).losses.total
+    compiled = torch.compile(model, backend="aot_eager")(tokens, targets_BT=tokens).losses.total
+    torch.testing.assert_close(compiled, plain)
+    for a, b in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (compiled, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
