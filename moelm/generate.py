@@ -130,7 +130,7 @@ def generate_tokens(
     with torch.inference_mode():
         for part_BT in torch.split(tokens_BT, PREFILL, dim=1):
             logits_BV = model(part_BT, cache=cache, last_only=True).logits[:, -1]
-        step = _stepper(model, cache)
+    step: Callable[[Tensor], Tensor] | None = None
     for left in reversed(range(sampling.max_new_tokens)):
         with torch.inference_mode():
             tokens_B = draw(logits_BV.float(), seen_BV, sampling, generator)
@@ -138,6 +138,7 @@ def generate_tokens(
         yield tokens_B.tolist()
         if left:
             with torch.inference_mode():
+                step = step or _stepper(model, cache)
                 logits_BV = step(tokens_B)
 
 

@@ -79,3 +79,13 @@ def test_peers_have_our_parameters(workplace: Path) -> None:
         model = build_peer(config, 32, train=True)
         peer_loss(model, random_batch(config))().backward()
         assert sum(p.numel() for p in model.parameters()) == count_parameters(config.model).total
+
+
+@pytest.mark.slow
+def test_the_table_of_a_gpu_is_printed_on_any_machine(workplace: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts/bench_gpu.py"
+    words = ["dense.yaml", "moe.yaml", "--rounds", "1", "--no-peers"]
+    done = subprocess.run([sys.executable, str(script), *words], cwd=workplace, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    sparse = next(line for line in done.stdout.splitlines() if "tiny-moe" in line)
+    assert sparse.rstrip().endswith("%")
