@@ -33,6 +33,15 @@ def test_one_setting_is_varied(workplace: Path) -> None:
         enter([workplace / "moe.yaml"], [], "num_experts", peers=False)
 
 
+@pytest.mark.skipif(find_spec("transformers") is None, reason="the extra `bench` is not installed")
+def test_what_peers_do_not_have_is_refused(workplace: Path) -> None:
+    for setting in ("model.qk_norm=true", "model.ffn.every=2", "model.ffn.router.kind=sigmoid"):
+        with pytest.raises(MoelmError, match=r"^--peers: tiny-moe sets \S+, which the peers' models do not have"):
+            enter([workplace / "moe.yaml"], [setting], None, peers=True)
+    with pytest.raises(MoelmError, match="sets window"):
+        enter([workplace / "dense.yaml"], ["model.window=4"], None, peers=True)
+
+
 def test_generation_is_timed_by_phase(moelm: Moelm, workplace: Path) -> None:
     done = moelm("bench", "moe.yaml", "model.vocab_size=260", "--generate", "2", "--rounds", "1", "--json")
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from moelm.config import MoEFFNConfig, RunConfig, load_config
+from moelm.config import ModelConfig, MoEFFNConfig, RunConfig, TopKRouterConfig, load_config
 from moelm.errors import MoelmError
 from moelm.hardware import pick_device, pick_precision
 
@@ -32,7 +32,7 @@ def enter(paths: Sequence[Path], settings: Sequence[str], vary: str | None, peer
             bfloat16, which its users choose everywhere, where the config's precision is another.
 
     Raises:
-        MoelmError: a bad config or variation, or peers that are not installed.
+        MoelmError: a bad config or variation, peers that are not installed, or a config that they cannot express.
     """
     if peers and find_spec("transformers") is None:
         raise MoelmError("--peers needs the library transformers, which is not installed; moelm's extra `bench` brings it.")
@@ -62,11 +62,35 @@ def _settled(config: RunConfig) -> RunConfig:
 
 def _peers(entry: Contestant) -> list[Contestant]:
     config = entry.config
+    own = [name for name, told in _own_settings(config.model).items() if told]
+    if own:
+        raise MoelmError(f"--peers: {entry.name} sets {', '.join(own)}, which the peers' models do not have; leave it out.")
     kind = "Mixtral" if isinstance(config.model.ffn, MoEFFNConfig) else "Llama"
     found = []
     on_host = pick_device().type == "cpu"
     for precision in dict.fromkeys((config.train.precision, "bf16")):
-        own = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+        wanted = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
         for keeps in (False, True) if on_host else (True,):
-            found.append(Contestant(f"{kind} for {entry.name}", own, peer=True, keeps_memory=keeps))
+            found.append(Contestant(f"{kind} for {entry.name}", wanted, peer=True, keeps_memory=keeps))
     return found
+
+
+def _own_settings(model: ModelConfig) -> dict[str, bool]:
+    """Whether a setting asks for what Mixtral and Llama do not have."""
+    ffn = model.ffn
+    told = {
+        "qk_norm": model.qk_norm,
+        "sandwich_norm": model.sandwich_norm,
+        "activation": model.activation != "silu",
+        "attention_logit_cap": model.attention_logit_cap is not None,
+        "embedding_multiplier": model.embedding_multiplier != 1,
+        "output_multiplier": model.output_multiplier != 1,
+    }
+    if not isinstance(ffn, MoEFFNConfig):
+        return told | {"window": model.window is not None}
+    return told | {
+        "ffn.router": ffn.router != TopKRouterConfig(),
+        "ffn.shared_experts": ffn.shared_experts > 0,
+        "ffn.every": ffn.every > 1,
+        "ffn.capacity_factor": ffn.capacity_factor is not None,
+    }
