@@ -65,6 +65,11 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
+def compiles(wanted: bool | str, device: torch.device) -> bool:
+    """Whether `train.compile` asks for a compiler here: `auto` does on GPUs, where it soon pays for itself."""
+    return device.type == "cuda" if wanted == "auto" else bool(wanted)
+
+
 def _cpu_flags() -> set[str]:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

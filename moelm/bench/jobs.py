@@ -30,16 +30,11 @@ class Work(NamedTuple):
     prompt_tokens: int = 128
     new_tokens: int = 64
 
-    @property
-    def tokens(self) -> dict[str, int]:
-        """Tokens of each phase of a generation."""
-        return {"prefill": self.prompts * self.prompt_tokens, "decode": self.prompts * self.new_tokens}
-
 
 def build_job(entry: Contestant, work: Work) -> tuple[Job, int, int]:
     """A contestant's job, its tokens, and its FLOPs (0 for generation, which is bound by memory)."""
     if work.prompts:
-        return (_peer_generation if entry.peer else _own_generation)(entry, work), work.tokens["decode"], 0
+        return (_peer_generation if entry.peer else _own_generation)(entry, work), work.prompts * work.new_tokens, 0
     config = entry.config
     tokens = config.train.batch_tokens
     return training_step(entry), tokens, tokens * count_flops(shape_of(config), config.data.seq_len).training
@@ -83,8 +78,7 @@ def _prompts(entry: Contestant, work: Work) -> Tensor:
 def _own_generation(entry: Contestant, work: Work) -> Job:
     device = pick_device()
     model = build_own(entry.config).to(device, dtype_of(entry.config.train.precision, device)).eval()
-    limit = model.config.model_copy(update={"max_seq_len": work.prompt_tokens + work.new_tokens + 1})
-    model.config = limit
+    model.config = model.config.model_copy(update={"max_seq_len": work.prompt_tokens + work.new_tokens + 1})
     prompts = _prompts(entry, work).tolist()
     sampling = Sampling(max_new_tokens=work.new_tokens + 1, temperature=0)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moelm.config import ModelConfig, MoEFFNConfig, RunConfig
 from moelm.data.loader import Batch
+from moelm.hardware import compiles
 from moelm.model import Transformer, build_model
 from moelm.train.objective import part_loss
 
@@ -43,8 +44,7 @@ def build_own(config: RunConfig) -> Transformer:
 
 def own_loss(model: Transformer, config: RunConfig, batch: Batch) -> Loss:
     """Our training loss on a batch, balance losses included."""
-    device = batch.tokens_BT.device
-    compiled = config.train.compile is True or (config.train.compile == "auto" and device.type == "cuda")
+    compiled = compiles(config.train.compile, batch.tokens_BT.device)
     forward = torch.compile(model) if compiled else model
     objective = torch.compile(part_loss) if compiled else part_loss
     tokens = batch.valid_N.sum().double()

@@ -46,25 +46,28 @@ class RMSNorm(nn.RMSNorm):
         if not by_hand(x):
             return F.rms_norm(x, list(self.normalized_shape), self.weight, self.eps)
         if not torch.is_grad_enabled():
-            return x.div(_size(x, self.floor)).mul_(self.weight).to(x.dtype)
+            return _scaled(x, _scale(x, self.floor), self.weight)
         y: Tensor = _RMSNorm.apply(x, self.weight, self.floor)  # type: ignore[no-untyped-call]
         return y
 
 
-def _size(x: Tensor, floor: Tensor) -> Tensor:
-    """sqrt(mean(x^2) + eps) of each vector, in float32 at least."""
+def _scaled(x: Tensor, scale: Tensor, weight_C: Tensor) -> Tensor:
+    return (x * scale).mul_(weight_C).to(x.dtype)
+
+
+def _scale(x: Tensor, floor: Tensor) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of each vector, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return norm.hypot_(floor).mul_(x.shape[-1] ** -0.5)
+    return norm.hypot_(floor).mul_(x.shape[-1] ** -0.5).reciprocal_()
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_C: Tensor, floor: Tensor) -> Tensor:
-        scale = _size(x, floor).reciprocal_()
+        scale = _scale(x, floor)
         ctx.save_for_backward(x, weight_C, scale)
-        y: Tensor = (x * scale).mul_(weight_C)
-        return y.to(x.dtype)
+        return _scaled(x, scale, weight_C)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

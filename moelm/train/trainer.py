@@ -17,7 +17,7 @@ from moelm.console import Ticker, clock, short
 from moelm.data.loader import Batch, PreparedData, TrainOrder
 from moelm.errors import MoelmError
 from moelm.evaluate import Evaluation, evaluate
-from moelm.hardware import peak_flops, peak_memory
+from moelm.hardware import compiles, peak_flops, peak_memory
 from moelm.model import ModelOutput, Transformer, count_flops, noise
 from moelm.rundir import RunDirectory
 from moelm.train.metrics import Line, MetricsFile, Wandb
@@ -74,7 +74,7 @@ class Trainer:
         self.config, self.run, self.data = config, run, data
         self.model, self.optimizer, self.device, self.dtype = model, optimizer, device, dtype
         self.progress = progress
-        compiled = config.train.compile is True or (config.train.compile == "auto" and device.type == "cuda")
+        compiled = compiles(config.train.compile, device)
         self.forward = torch.compile(model) if compiled else model
         self.loss = torch.compile(part_loss) if compiled else part_loss
         self.order = TrainOrder(len(data.train), config.batch_rows, config.seed)

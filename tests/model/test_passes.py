@@ -18,6 +18,8 @@ def test_the_norm_has_the_values_and_gradients_of_torch() -> None:
     meant = F.rms_norm(x, [12], norm.weight, 1e-5)
     mine = norm(x)
     torch.testing.assert_close(mine, meant)
+    with torch.no_grad():  # evaluation, and the routing that is looked at ahead, see the same digits
+        assert torch.equal(norm(x), mine)
     for a, b in zip(*(torch.autograd.grad(y, (x, norm.weight), pull) for y in (mine, meant)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
