@@ -1,7 +1,8 @@
 """Checkpoints: written under a temporary name, checksummed, renamed; the newest whole one is what a run resumes from.
 
 A checkpoint is a directory: torch.distributed.checkpoint's files, `progress.json`, and `manifest.json` with the size and
-checksum of every other file.
+checksum of every other file. Weights and moments are stored by their names and places in the whole model, so what one
+number of processes has written any other can read.
 """
 
 import hashlib
@@ -9,10 +10,10 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -20,11 +21,15 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from moelm.distributed.world import ALONE, World
 from moelm.errors import MoelmError
 from moelm.model import Transformer
 
 PREFIX = "step-"
+UNFINISHED = ".writing"
 Progress = dict[str, Any]
+State = dict[str, Any]
+T = TypeVar("T")
 
 
 class DamagedCheckpoint(MoelmError):
@@ -41,29 +46,42 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
 
 
-def save_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer, progress: Progress) -> Path:
-    """Write a checkpoint whole or not at all.
+def training_state(model: Transformer, optimizer: Optimizer) -> State:
+    """Weights and moments under names that do not depend on how they are spread; not copies."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments}
+
+
+def save_checkpoint(folder: Path, state: State, progress: Progress, world: World = ALONE) -> Path:
+    """Write a checkpoint whole or not at all; each process of `world.savers` calls this and writes its part.
 
     Raises:
-        OSError: a full disk or an unwritable folder; earlier checkpoints are untouched.
+        OSError: on every process, for a full disk or an unwritable folder at one; earlier checkpoints are untouched.
     """
     target = checkpoint_path(folder, progress["step"])
-    work = target.with_name(f".{target.name}.writing")
+    work = target.with_name(f".{target.name}{UNFINISHED}")
+
+    def finish() -> None:
+        if world.first:
+            (work / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+            files = {name: about for part in parts for name, about in part.items()}
+            files["progress.json"] = _describe(work / "progress.json")
+            (work / "manifest.json").write_text(json.dumps(dict(sorted(files.items())), indent=1), encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            work.rename(target)
+
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        weights, moments = get_state_dict(model, optimizer)
-        with _one_process():
-            save({"model": weights, "optimizer": moments}, checkpoint_id=work, no_dist=True)
-        (work / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-        files = {path.name: _describe(path) for path in sorted(work.iterdir())}
-        (work / "manifest.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        work.rename(target)
+        if world.first:
+            shutil.rmtree(work, ignore_errors=True)
+        with _quiet():
+            save(state, checkpoint_id=work, process_group=world.savers, no_dist=world.size == 1)
+        parts = _all_or_none(world, lambda: _describe_own(work, world))
+        _all_or_none(world, finish)
     except (CheckpointException, RuntimeError) as error:
         raise OSError(f"{target.name} could not be written: {_cause(error)}") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if world.first:
+            shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -71,18 +89,17 @@ def load_weights(path: Path, model: Transformer) -> None:
     """Fill a model from a verified checkpoint."""
     verify(path)
     state: dict[str, Any] = {"model": model.state_dict()}
-    with _one_process():
+    with _quiet():
         load(state, checkpoint_id=path, no_dist=True)
     model.load_state_dict(state["model"])
 
 
-def load_training(path: Path, model: Transformer, optimizer: Optimizer) -> Progress:
-    """Fill model and optimizer from a verified checkpoint and return where the run stood."""
-    verify(path)
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    with _one_process():
-        load(state, checkpoint_id=path, no_dist=True)
+def load_training(path: Path, model: Transformer, optimizer: Optimizer, world: World = ALONE) -> Progress:
+    """Fill model and optimizer, each process its part, from a verified checkpoint; returns where the run stood."""
+    verify(path, world)
+    state = training_state(model, optimizer)
+    with _quiet():
+        load(state, checkpoint_id=path, no_dist=world.size == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_progress(path)
 
@@ -93,21 +110,37 @@ def read_progress(path: Path) -> Progress:
     return progress
 
 
-def verify(path: Path) -> None:
-    """Compare every file with the manifest.
+def verify(path: Path, world: World = ALONE) -> None:
+    """Compare every file with the manifest, the processes sharing the work.
 
     Raises:
-        DamagedCheckpoint: naming the checkpoint and the file.
+        DamagedCheckpoint: on every process, naming the checkpoint and the file.
     """
+    for problem in world.gather(_damage(path, world)):
+        if problem is not None:
+            raise DamagedCheckpoint(f"The checkpoint {path} is damaged: {problem}.")
+
+
+def _damage(path: Path, world: World) -> str | None:
     try:
         files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise DamagedCheckpoint(f"The checkpoint {path} is damaged: its manifest.json is missing or unreadable.") from None
-    for name, described in files.items():
-        if not (path / name).is_file():
-            raise DamagedCheckpoint(f"The checkpoint {path} is damaged: {name} is missing.")
-        if _describe(path / name) != described:
-            raise DamagedCheckpoint(f"The checkpoint {path} is damaged: {name} is not what was written.")
+        return "its manifest.json is missing or unreadable"
+    for name, described in list(files.items())[world.rank :: world.size]:
+        try:
+            if _describe(path / name) != described:
+                return f"{name} is not what was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what kills in the middle of saving have left."""
+    for work in folder.glob(f".{PREFIX}*{UNFINISHED}"):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int, newest: Path) -> None:
@@ -138,11 +171,32 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keep the library quiet about there being no other process, which is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         yield
+
+
+def _all_or_none(world: World, act: Callable[[], T]) -> list[T]:
+    """Do something on every process, and fail on all of them if it failed on one."""
+    done: T | None = None
+    failure: str | None = None
+    try:
+        done = act()
+    except OSError as error:
+        failure = str(error)
+    results = world.gather((done, failure), world.savers)
+    for _, found in results:
+        if found is not None:
+            raise OSError(found)
+    return [cast(T, result) for result, _ in results]
+
+
+def _describe_own(work: Path, world: World) -> dict[str, Any]:
+    """The files that this process has written; the first one's are also those of all."""
+    own = sorted(work.glob(f"__{world.rank}_*"))
+    return {path.name: _describe(path) for path in own + ([work / ".metadata"] if world.first else [])}
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -62,17 +62,28 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps: a table, and trace.json in the run.")
     ] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often all are started anew when one fails.")] = 0,
 ) -> None:
     """Train a run; interrupted, it goes on from its newest checkpoint."""
     from moelm.config import load_config
 
     run_config = load_config(config, overrides or ())
+    if nproc > 1 or max_restarts:
+        from moelm.distributed.launcher import launch
+        from moelm.distributed.layout import resolve_layout
+
+        resolve_layout(run_config, nproc)
+        words = ["train", str(config), *(overrides or ()), "--resume", resume, *["--profile"] * profile]
+        raise typer.Exit(launch(words, nproc, max_restarts))
     from moelm.rundir import RunDirectory
     from moelm.train.launch import train as train_run
 
     run = RunDirectory(Path("runs") / run_config.name)
-    score = train_run(run_config, run, resume, profile).overall
-    typer.echo(f"{run.path}: validation loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte.")
+    evaluation = train_run(run_config, run, resume, profile)
+    if evaluation is not None:
+        score = evaluation.overall
+        typer.echo(f"{run.path}: validation loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte.")
 
 
 @app.command("eval")
@@ -196,8 +207,9 @@ def main() -> None:
     try:
         app()
     except MoelmError as error:
-        typer.echo(f"moelm: {error}", err=True)
-        sys.exit(128 + error.signum if hasattr(error, "signum") else 2)
+        if not error.told:
+            typer.echo(f"moelm: {error}", err=True)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("moelm: interrupted.", err=True)
         sys.exit(130)

@@ -1,6 +1,5 @@
 """What the shorter commands do with a run once its name is known; the command line only words it."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,8 @@ from moelm.evaluate import Evaluation
 
 def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
     """Score a run on a whole split; under torchrun the processes share the work, and all but the first return None."""
-    import torch.distributed as dist
-
     from moelm.data.loader import open_data
+    from moelm.distributed.world import joined
     from moelm.evaluate import evaluate
     from moelm.hardware import dtype_of, keep_memory, pick_device
     from moelm.rundir import load_run
@@ -23,16 +21,9 @@ def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
     model, _, config = load_run(name, checkpoint, device)
     data = open_data(config)
     rows = data.val if split == "val" else data.train
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if together:
-        dist.init_process_group("gloo")
-    try:
-        dtype = dtype_of(config.train.precision, device)
-        evaluation = evaluate(model, rows, device, dtype, config.data.document_mask)
-        return evaluation if not together or dist.get_rank() == 0 else None
-    finally:
-        if together:
-            dist.destroy_process_group()
+    with joined() as world:
+        evaluation = evaluate(model, rows, device, dtype_of(config.train.precision, device), config.data.document_mask)
+        return evaluation if world.first else None
 
 
 def compare_and_show(runs: Sequence[str], out: Path, force: bool, quiet: bool) -> dict[str, Any]:

@@ -2,4 +2,9 @@
 
 
 class MoelmError(Exception):
-    """A problem with the user's input or machine, told in one sentence (the command exits with code 2)."""
+    """A problem with the user's input or machine, told in one sentence."""
+
+    exit_code = 2
+    """What the command ends with."""
+    told = False
+    """Whether another process of the same run has said it already."""

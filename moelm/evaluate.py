@@ -1,10 +1,12 @@
 """Loss over a whole split, overall and per domain, equal to the last digit on any number of processes.
 
 Batches are fixed, not the ranks' shares of them: rank r takes every batch i with i % world == r, so each batch meets the
-same kernels wherever it runs. Sums are kept per fragment and added up in fragment order at the end.
+same kernels wherever it runs. Sums are kept per fragment and added up in fragment order at the end. (Where experts are
+dealt out they see the rows of several batches at once, which can change a last digit.)
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,20 +56,33 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, rows: Rows, device: torch.device, dtype: torch.dtype, document_mask: bool = False
+    model: Transformer,
+    rows: Rows,
+    device: torch.device,
+    dtype: torch.dtype,
+    document_mask: bool = False,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score every row of a split; under torch.distributed the processes share the batches and all get the result."""
+    """Score every row of a split; under torch.distributed the processes share the batches and all get the result.
+
+    A model may be spread over them, so all make the same number of forward passes; who has no batch left does one again.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training = model.training
     model.eval()
     losses_F = np.zeros(len(rows.packing.document))
     per_batch = max(1, EVAL_TOKENS // rows.row_len)
     starts = range(0, len(rows), per_batch)
-    for start in starts[rank::world]:
+    for first in range(0, len(starts), world):
+        mine = first + rank < len(starts)
+        start = starts[first + rank if mine else first]
         batch = rows.batch(np.arange(start, min(start + per_batch, len(rows)))).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             segments_BT = batch.fragments_BT if document_mask else None
             output = model(batch.tokens_BT, segments_BT, valid_BT=batch.valid_BT, targets_BT=batch.targets_BT)
+        after_batch()
+        if not mine:
+            continue
         valid_N = batch.valid_N
         numbers = batch.fragments_BT.flatten()[valid_N].cpu().numpy()
         np.add.at(losses_F, numbers, output.losses.each_N[valid_N].double().cpu().numpy())

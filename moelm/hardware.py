@@ -1,6 +1,7 @@
 """What the machine offers: device, precision, peak arithmetic, memory. Nothing here knows about models."""
 
 import ctypes
+import os
 import resource
 import sys
 import time
@@ -42,8 +43,12 @@ def keep_memory() -> None:
 
 
 def pick_device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU, that of its number on the machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def pick_precision(device: torch.device) -> Precision:
@@ -66,7 +71,7 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
 
 
 def compiles(wanted: bool | str, device: torch.device) -> bool:
-    """Whether `train.compile` asks for a compiler here: `auto` does on GPUs, where it soon pays for itself."""
+    """Whether `parallel.compile` asks for a compiler here: `auto` does on GPUs, where it soon pays for itself."""
     return device.type == "cuda" if wanted == "auto" else bool(wanted)
 
 

@@ -11,6 +11,7 @@ FLOORS = [
     ["errors"],
     ["config", "console", "hardware"],
     ["data", "model"],
+    ["distributed"],
     ["checkpoint", "evaluate", "generate"],
     ["rundir"],
     ["train", "analysis"],

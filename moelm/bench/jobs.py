@@ -16,7 +16,7 @@ from moelm.bench.models import build_own, build_peer, own_loss, peer_loss, rando
 from moelm.generate import Sampling, generate_tokens
 from moelm.hardware import dtype_of, pick_device
 from moelm.model import count_flops
-from moelm.train.optim import build_optimizer, clip_gradients
+from moelm.train.optim import build_optimizer, clip_gradients, gradient_squares
 
 Phases = dict[str, float]
 Job = Callable[[], Phases]
@@ -61,7 +61,7 @@ def training_step(entry: Contestant) -> Job:
         clock.lap("forward")
         value.backward()  # type: ignore[no-untyped-call]
         clock.lap("backward")
-        clip_gradients(model.parameters(), config.optim.clip)
+        clip_gradients(model.parameters(), gradient_squares(model.parameters()), config.optim.clip)
         optimizer.step()
         optimizer.zero_grad()
         clock.lap("update")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moelm.config import ModelConfig, MoEFFNConfig, RunConfig
 from moelm.data.loader import Batch
+from moelm.distributed.parallelize import checkpoint_activations
 from moelm.hardware import compiles
 from moelm.model import Transformer, build_model
 from moelm.train.objective import part_loss
@@ -38,13 +39,13 @@ def random_batch(config: RunConfig) -> Batch:
 def build_own(config: RunConfig) -> Transformer:
     """Our model."""
     model = build_model(shape_of(config), config.seed)
-    model.recompute_hidden(config.train.recompute)
+    checkpoint_activations(model, config.parallel.activation_checkpointing)
     return model
 
 
 def own_loss(model: Transformer, config: RunConfig, batch: Batch) -> Loss:
     """Our training loss on a batch, balance losses included."""
-    compiled = compiles(config.train.compile, batch.tokens_BT.device)
+    compiled = compiles(config.parallel.compile, batch.tokens_BT.device)
     forward = torch.compile(model) if compiled else model
     objective = torch.compile(part_loss) if compiled else part_loss
     tokens = batch.valid_N.sum().double()

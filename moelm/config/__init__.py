@@ -14,7 +14,15 @@ from moelm.config.model import (
     SigmoidRouterConfig,
     TopKRouterConfig,
 )
-from moelm.config.schema import DataConfig, OptimConfig, RunConfig, SourceConfig, TokenizerConfig, TrainConfig
+from moelm.config.schema import (
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "BalanceConfig",
@@ -27,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "NoisyTopKRouterConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RandomRouterConfig",
     "RunConfig",
     "SigmoidRouterConfig",

@@ -100,7 +100,8 @@ class TrainConfig(Config):
     batch_tokens: int = Field(gt=0)
     """Tokens in one optimizer step, over all micro-batches and processes."""
     micro_batch_tokens: int | Auto = "auto"
-    """Tokens in one forward pass; `auto`: the largest part of the batch up to 16,384."""
+    """Tokens in one forward pass of one process, whose part of the batch may be smaller; `auto`: the largest part up to
+    16,384."""
     eval_every: int = Field(default=100, gt=0)
     checkpoint_every: int = Field(default=200, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
@@ -109,11 +110,6 @@ class TrainConfig(Config):
     """Steps between lines of metrics.jsonl; a line tells of its own step."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """`auto`: bfloat16 autocast where the hardware multiplies it faster, else float32; settled when the run begins."""
-    recompute: bool = False
-    """Make the hidden activations of the feed-forward blocks again in the backward pass: less memory, more time. Which
-    experts a token visits is never decided twice."""
-    compile: bool | Auto = "auto"
-    """torch.compile the model; `auto`: on GPUs only, for on CPUs a short run would not earn the compilation back."""
 
 
 class OptimConfig(Config):
@@ -137,17 +133,38 @@ class OptimConfig(Config):
 
 
 class ParallelConfig(Config):
-    """Layout of the processes; one process until training across several lands."""
+    """How one run is spread over processes, and how the model is wrapped for it; what is learned does not depend on it.
+
+    `dp_replicate * dp_shard * ep` is the number of processes, and every one of them has its own part of the batch.
+    """
 
     dp_replicate: int | Auto = "auto"
-    dp_shard: int = Field(default=1, gt=0)
+    """Whole copies of the model; `auto`: as many as there are processes for."""
+    dp_shard: int | Auto = 1
+    """Processes that share one copy of weights, gradients and moments between them (FSDP2); `auto`: those that
+    `dp_replicate` leaves, or all if that is auto too."""
     ep: int = Field(default=1, gt=0)
+    """Processes over which the experts are dealt out; tokens travel to them (all-to-all)."""
+    param_dtype: Literal["auto", "float32", "bf16"] = "auto"
+    """What weights travel and are multiplied in where they are shared; `auto`: as `train.precision`. Routers: float32."""
+    reduce_dtype: Literal["float32", "bf16"] = "float32"
+    """What gradients are summed over processes in."""
+    reshard_after_forward: bool = True
+    """Give a layer's gathered weights back after its forward pass and gather them again: less memory, half as much more to
+    send; only with `dp_shard` above 1."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What is made again in the backward pass rather than kept: nothing, the hidden activations of the feed-forward blocks,
+    or whole layers. Which experts a token visits is never decided twice."""
+    compile: bool | Auto = "auto"
+    """torch.compile the model; `auto`: on GPUs only, for on CPUs a short run would not earn the compilation back."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds without a finished step after which the run ends, naming the process that does not answer."""
 
     @model_validator(mode="after")
-    def _one_process(self) -> "ParallelConfig":
-        for name, size in (("dp_replicate", self.dp_replicate), ("dp_shard", self.dp_shard), ("ep", self.ep)):
-            if size not in ("auto", 1):
-                raise ValueError(f"{name} is {size}, but training runs in one process; 1 is expected")
+    def _positive(self) -> "ParallelConfig":
+        for name, size in (("dp_replicate", self.dp_replicate), ("dp_shard", self.dp_shard)):
+            if size != "auto" and size < 1:
+                raise ValueError(f"{name} is {size}; at least 1, or auto, is expected")
         return self
 
 
@@ -200,10 +217,9 @@ class RunConfig(Config):
         """Rows of `data.seq_len` tokens in one optimizer step."""
         return self.train.batch_tokens // self.data.seq_len
 
-    @property
-    def micro_batch_rows(self) -> int:
-        """Rows in one forward pass."""
-        if isinstance(self.train.micro_batch_tokens, int):
-            return self.train.micro_batch_tokens // self.data.seq_len
-        most = max(1, 16_384 // self.data.seq_len)
-        return next(rows for rows in range(min(most, self.batch_rows), 0, -1) if self.batch_rows % rows == 0)
+    def micro_batch_rows(self, processes: int = 1) -> int:
+        """Rows in one forward pass, of the part of a batch that each process has."""
+        share = self.batch_rows // processes
+        micro = self.train.micro_batch_tokens
+        most = (16_384 if micro == "auto" else micro) // self.data.seq_len
+        return next(rows for rows in range(max(1, min(most, share)), 0, -1) if share % rows == 0)

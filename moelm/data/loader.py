@@ -57,9 +57,14 @@ class Rows:
         packing = pack(lengths[kept], row_len)
         self.packing: Packing = packing._replace(document=kept[packing.document])
         self._places: Ints = starts[self.packing.document] + packing.start
+        self._tokens_before: Ints = np.concatenate(([0], np.cumsum(packing.length)))[packing.row_starts]
 
     def __len__(self) -> int:
         return self.packing.num_rows
+
+    def count_tokens(self, rows: Ints) -> int:
+        """Valid tokens of the given rows, without reading them."""
+        return int((self._tokens_before[rows + 1] - self._tokens_before[rows]).sum())
 
     def batch(self, rows: Ints) -> Batch:
         """The given rows as one batch."""

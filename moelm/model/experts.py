@@ -3,10 +3,19 @@
 Shapes: S assignments (token, expert) sorted by expert, D model width, F hidden width, E experts.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moelm.model.gated import gated_experts
+
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From rows sorted by expert, their gates and where each expert's rows end, to results."""
+
+Exchange = Callable[[Tensor, Tensor, Tensor, Compute], Tensor]
+"""The same by way of experts elsewhere, each computing what it is sent."""
 
 
 class Experts(nn.Module):
@@ -14,6 +23,8 @@ class Experts(nn.Module):
 
     recompute = False
     """Whether hidden activations are made again in the backward pass rather than kept."""
+    exchange: Exchange | None = None
+    """How rows reach experts on other processes; None where all are here."""
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, activation: str) -> None:
         super().__init__()
@@ -24,4 +35,10 @@ class Experts(nn.Module):
 
     def forward(self, x_SD: Tensor, gates_S: Tensor, ends_E: Tensor) -> Tensor:
         """Send the rows up to `ends_E[e]` through expert e, and weigh what comes out."""
-        return gated_experts(x_SD, ends_E, (self.w1, self.w2, self.w3), self.activation, gates_S, self.recompute)
+        if self.exchange is not None:
+            return self.exchange(x_SD, gates_S, ends_E, self._compute)
+        return self._compute(x_SD, gates_S, ends_E)
+
+    def _compute(self, x_SD: Tensor, gates_S: Tensor, ends_E: Tensor) -> Tensor:
+        w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
+        return gated_experts(x_SD, ends_E, (w1, w2, w3), self.activation, gates_S, self.recompute)

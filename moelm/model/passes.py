@@ -36,10 +36,19 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps)
-        self.register_buffer("floor", torch.tensor(math.sqrt(width * eps)), persistent=False)
+        self.register_buffer("floor", torch.empty(()), persistent=False)
+        self.floor_value = math.sqrt(width * eps)
+        self.reset_parameters()
 
     floor: Tensor
     """The norm of a vector whose mean square is eps."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights of one."""
+        super().reset_parameters()
+        if hasattr(self, "floor"):  # not yet when the base class calls this
+            self.floor.fill_(self.floor_value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as the input."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from moelm.config import ModelConfig, MoEFFNConfig
 from moelm.model import noise
@@ -22,7 +23,7 @@ from moelm.model.ffn import DenseFFN
 from moelm.model.loss import TokenLosses, next_token_losses
 from moelm.model.moe import MoE
 from moelm.model.passes import RMSNorm
-from moelm.model.router import Routing, TokenContext
+from moelm.model.router import Routing, SigmoidRouter, TokenContext
 from moelm.model.window import Windows
 
 
@@ -178,19 +179,44 @@ def initialise(model: Transformer, seed: int) -> None:
     """Scaled normal init (GPT-2): std `init_std`, over sqrt(2 num_layers) for projections into the residual stream.
 
     Every matrix draws from its own stream, keyed by seed and name, and a dense block shares its name with the first
-    expert. So a dense and a sparse model start with the same values wherever both have a weight. Norms start at one, and
-    routers that say so at zero.
+    expert. So a dense and a sparse model start with the same values wherever both have a weight, and a process that holds
+    a part of the weights fills in that part. Norms start at one, routers that say so and all biases at zero.
     """
     config = model.config
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
     zeros = {p for module in model.modules() if getattr(module, "zero_init", False) for p in module.parameters()}
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.reset_parameters()
+        elif isinstance(module, SigmoidRouter):
+            module.bias.zero_()
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 or parameter in zeros:
-            parameter.fill_(0.0 if parameter in zeros else 1.0)
+        held, part = _part_here(parameter)
+        if parameter.dim() == 1:
+            continue
+        if parameter in zeros:
+            held.fill_(0.0)
             continue
         key = name.replace(".experts.", ".")
         std = residual_std if key.endswith(("wo.weight", "ffn.w2")) else config.init_std
-        for number, matrix in enumerate(parameter if parameter.dim() == 3 else (parameter,)):
+        shape = parameter.shape[-2:]
+        numbers = range(len(parameter))[part[0]] if parameter.dim() == 3 else range(1)
+        for number, matrix in zip(numbers, held if parameter.dim() == 3 else (held,), strict=True):
             digest = hashlib.blake2b(f"{seed}/{key}/{number}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-            matrix.copy_(torch.empty(matrix.shape).normal_(0.0, std, generator=generator))
+            matrix.copy_(torch.empty(shape).normal_(0.0, std, generator=generator)[part[-2:]])
+
+
+def _part_here(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this process holds of a parameter, and which part of the whole that is, by dimension."""
+    part = [slice(0, size) for size in parameter.shape]
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(part)
+    mesh = parameter.device_mesh
+    for direction, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            whole = parameter.shape[placement.dim]
+            chunk = -(-whole // mesh.size(direction))
+            start = min(whole, chunk * mesh.get_local_rank(direction))
+            part[placement.dim] = slice(start, min(whole, start + chunk))
+    return parameter.to_local(), tuple(part)

@@ -1,8 +1,10 @@
 """environment.json: what a run ran on and with, for comparisons and for reproducing it."""
 
 import datetime
+import hashlib
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,22 @@ import torch
 from moelm import __version__
 from moelm.config import RunConfig
 from moelm.data.loader import PreparedData
+from moelm.distributed.layout import Layout
 from moelm.model import count_flops, count_parameters
 
 
-def describe_environment(config: RunConfig, data: PreparedData, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def describe_code() -> str:
+    """A hash of this package's source, which processes on several machines must share."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def describe_environment(
+    config: RunConfig, data: PreparedData, device: torch.device, dtype: torch.dtype, layout: Layout
+) -> dict[str, Any]:
     """Versions, machine, command, fingerprints of the data and size of the model."""
     flops = count_flops(config.model, config.data.seq_len)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -24,6 +38,8 @@ def describe_environment(config: RunConfig, data: PreparedData, device: torch.de
         "platform": platform.platform(),
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
+        "processes": layout.size,
+        "layout": layout._asdict(),
         "precision": "bf16" if dtype == torch.bfloat16 else "float32",
         "command": " ".join(["moelm", *sys.argv[1:]]),
         "data_fingerprint": data.data_fingerprint,

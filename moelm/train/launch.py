@@ -1,52 +1,79 @@
-"""Starting and resuming a run: its data, its directory, its newest whole checkpoint."""
+"""Starting and resuming a run: its processes, its data, its directory, its newest whole checkpoint."""
 
 import json
-import os
 from typing import Any, Literal
 
 import torch
 
-from moelm.checkpoint import DamagedCheckpoint, list_checkpoints, load_training
+from moelm.checkpoint import DamagedCheckpoint, clear_unfinished, list_checkpoints, load_training
 from moelm.config import MoEFFNConfig, RunConfig, dump_config, load_config
 from moelm.console import console
 from moelm.data.loader import PreparedData, open_data
 from moelm.data.prepare import prepare
+from moelm.distributed.launcher import restarted
+from moelm.distributed.layout import Layout, resolve_layout
+from moelm.distributed.parallelize import parallelize
+from moelm.distributed.watch import Watch
+from moelm.distributed.world import World, joined
 from moelm.errors import MoelmError
 from moelm.evaluate import Evaluation
-from moelm.hardware import dtype_of, keep_memory, pick_device, pick_precision
+from moelm.hardware import compiles, dtype_of, keep_memory, pick_device, pick_precision
 from moelm.model import Transformer, build_model
+from moelm.model.transformer import initialise
 from moelm.rundir import RunDirectory
-from moelm.train.environment import describe_environment
+from moelm.train.environment import describe_code, describe_environment
 from moelm.train.optim import build_optimizer
 from moelm.train.trainer import Trainer, fresh_progress
 
 Resume = Literal["auto", "never"]
 
 
-def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto", profile: bool = False) -> Evaluation:
-    """Train a run from its start or from its newest whole checkpoint.
+def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto", profile: bool = False) -> Evaluation | None:
+    """Train a run from its start or from its newest whole checkpoint, on the processes of this launch.
 
     Args:
         profile: whether to trace a few steps into the run's directory.
 
+    Returns:
+        The last evaluation; None on all processes but the first.
+
     Raises:
         MoelmError: the name is taken by a run of another config, or unusable input; see `Trainer.fit`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MoelmError("Training runs in one process; start it without torchrun.")
     keep_memory()
-    data = _data(config)
+    with joined(2 * config.parallel.timeout_s) as world:
+        console.quiet = not world.first
+        try:
+            layout = resolve_layout(config, world.size)
+            data = _data(config, world)
+            with Watch(world, config.parallel.timeout_s) as watch:
+                evaluation = _train(config, run, data, resume, profile, world, layout, watch)
+        except MoelmError as error:
+            error.told = not world.first_to_say(str(error))
+            raise
+        return evaluation if world.first else None
+
+
+def _train(
+    config: RunConfig,
+    run: RunDirectory,
+    data: PreparedData,
+    resume: Resume,
+    profile: bool,
+    world: World,
+    layout: Layout,
+    watch: Watch,
+) -> Evaluation:
     device = pick_device()
     saved = load_config(run.config) if run.config.exists() else None
-    config = _resolved(config, data.tokenizer.vocab_size, device, saved)
+    config = _resolved(config, data.tokenizer.vocab_size, device, saved, world)
+    _check_agreed(config, data, world)
     if saved is not None:
-        _check_same(config, saved, run, resume)
-    torch.manual_seed(config.seed)
+        _check_same(config, saved, run, "auto" if restarted() else resume)
     dtype = dtype_of(config.train.precision, device)
-    model = build_model(config.model, config.seed).to(device)
-    model.recompute_hidden(config.train.recompute)
+    model = _build(config, device, dtype, layout)
     optimizer = build_optimizer(model, config.optim)
-    progress = _resume(run, model, optimizer) if saved is not None else None
+    progress = _resume(run, model, optimizer, world) if saved is not None else None
     if isinstance(config.model.ffn, MoEFFNConfig) and config.model.ffn.router.kind == "expert_choice":
         console.print(
             "Warning: with expert_choice a token's experts depend on the tokens after it, which leaks the future: "
@@ -54,19 +81,46 @@ def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto", profile
             soft_wrap=True,
         )
     if progress is None:
-        _create(run, config, data, describe_environment(config, data, device, dtype))
+        if world.first:
+            _create(run, config, data, describe_environment(config, data, device, dtype, layout))
         progress = fresh_progress()
-    return Trainer(config, run, data, model, optimizer, device, dtype, progress).fit(profile)
+    if world.size > 1:
+        console.print(f"{world.size} processes, {layout}.")
+    trainer = Trainer(config, run, data, model, optimizer, device, dtype, progress, world, layout, watch)
+    try:
+        return trainer.fit(profile)
+    except RuntimeError as error:
+        # However a backend words it: a collective fails when another process is gone.
+        if (lost := watch.explain()) is None:
+            raise
+        raise lost from error
 
 
-def _data(config: RunConfig) -> PreparedData:
-    folder, worked = prepare(config.data)
-    if worked:
-        console.print(f"The data was not prepared yet; it is now, in {folder}.", soft_wrap=True)
+def _build(config: RunConfig, device: torch.device, dtype: torch.dtype, layout: Layout) -> Transformer:
+    """The model with its initial values, of which each process only ever holds its part."""
+    torch.manual_seed(config.seed)
+    alone = layout.size == 1
+    model = build_model(config.model, config.seed, "cpu" if alone else "meta")
+    parallelize(model, layout, config.parallel, device, dtype, compiles(config.parallel.compile, device) and not alone)
+    if alone:
+        return model.to(device)
+    model.to_empty(device=device)
+    initialise(model, config.seed)
+    return model
+
+
+def _data(config: RunConfig, world: World) -> PreparedData:
+    """Open the data; the first process prepares it if need be, and any who does not see its files does so again."""
+    for turn in (True, False):
+        if turn == world.first:
+            folder, worked = prepare(config.data)
+            if worked:
+                console.print(f"The data was not prepared yet; it is now, in {folder}.", soft_wrap=True)
+        world.wait()
     return open_data(config)
 
 
-def _resolved(config: RunConfig, vocab_size: int, device: torch.device, saved: RunConfig | None) -> RunConfig:
+def _resolved(config: RunConfig, vocab_size: int, device: torch.device, saved: RunConfig | None, world: World) -> RunConfig:
     """Put figures for what was left open; a run that goes on keeps its precision, on whatever machine."""
     asked = config.model.vocab_size
     if asked is not None and asked < vocab_size:
@@ -76,13 +130,32 @@ def _resolved(config: RunConfig, vocab_size: int, device: torch.device, saved: R
     known = {"vocab_size": asked or vocab_size, "max_seq_len": config.max_seq_len}
     precision = config.train.precision
     if precision == "auto":
-        precision = saved.train.precision if saved is not None else pick_precision(device)
+        precision = saved.train.precision if saved is not None else world.from_first(pick_precision(device))
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=known),
             "train": config.train.model_copy(update={"precision": precision}),
         }
     )
+
+
+def _check_agreed(config: RunConfig, data: PreparedData, world: World) -> None:
+    """All processes must be about to do the same."""
+    mine = _identity(config) | {
+        "data": data.data_fingerprint,
+        "tokenizer": data.tokenizer_fingerprint,
+        "moelm's code": describe_code(),
+        "torch": torch.__version__,
+    }
+    everyone = world.gather(mine)
+    for rank, other in enumerate(everyone):
+        different = sorted(key for key in other.keys() | everyone[0].keys() if other.get(key) != everyone[0].get(key))
+        if different:
+            key = different[0]
+            raise MoelmError(
+                f"Rank {rank} of {world.size} has another {', '.join(different[:3])} than rank 0 ({other.get(key)} "
+                f"instead of {everyone[0].get(key)}); all processes of a run must have the same."
+            )
 
 
 def _check_same(config: RunConfig, begun: RunConfig, run: RunDirectory, resume: Resume) -> None:
@@ -109,13 +182,12 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    walk("", config.model_dump(mode="json", exclude_none=True, exclude={"wandb"}))
+    walk("", config.model_dump(mode="json", exclude_none=True, exclude={"wandb", "parallel"}))
     for free in (
         "train.eval_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.log_every",
-        "train.recompute",
         "name",
     ):
         flat.pop(free)
@@ -136,12 +208,14 @@ def _create(run: RunDirectory, config: RunConfig, data: PreparedData, environmen
         raise MoelmError(f"The run directory {run.path} cannot be written: {error.strerror}.") from error
 
 
-def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any] | None:
     """Load the newest whole checkpoint, saying which; None when there is none yet."""
-    saved = list_checkpoints(run.checkpoints)
+    if world.first:
+        clear_unfinished(run.checkpoints)
+    saved = world.from_first(list_checkpoints(run.checkpoints))
     for path in reversed(saved):
         try:
-            progress = load_training(path, model, optimizer)
+            progress = load_training(path, model, optimizer, world)
         except DamagedCheckpoint as error:
             console.print(f"Warning: {error} Falling back to the one before.", soft_wrap=True, markup=False)
             continue

@@ -8,6 +8,7 @@ from typing import Any
 
 from moelm.config import RunConfig
 from moelm.errors import MoelmError
+from moelm.rundir import RunDirectory
 
 Line = dict[str, Any]
 
@@ -97,3 +98,25 @@ class Wandb:
         """Finish the run."""
         if self._run is not None:
             self._run.finish()
+
+
+class Log:
+    """Every place that the figures of a run go to.
+
+    Args:
+        keep_to: see `MetricsFile`.
+        silent: for the processes that leave writing to another.
+    """
+
+    def __init__(self, config: RunConfig, run: RunDirectory, keep_to: int, silent: bool) -> None:
+        self._places = () if silent else (MetricsFile(run.metrics, keep_to), Wandb(config, run.path))
+
+    def write(self, line: Line) -> None:
+        """One step's figures."""
+        for place in self._places:
+            place.write(line)
+
+    def close(self) -> None:
+        """Close all."""
+        for place in self._places:
+            place.close()

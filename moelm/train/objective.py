@@ -1,9 +1,10 @@
 """The training objective: next-token loss over the tokens of the whole batch, plus the weighted balance losses.
 
-A global batch may be cut into micro-batches; with scope `global` the objective and its gradient do not depend on the cuts.
+A global batch may be cut into micro-batches and over processes; with scope `global` the objective and its gradient do not
+depend on the cuts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ class RoutingStatistics:
         """Means over layers under `moe/...`, and every layer's own figures under `moe/layers`."""
         if not self.layers:
             return {}
-        rows = [self._row(layer, sums) for layer, sums in _on_host(self.layers).items()]
+        rows = [self._row(layer, sums) for layer, sums in all_at_once(self.layers, _to_host).items()]
         names = [name for name in rows[0] if name not in ("layer", "load")]
         means = {f"moe/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
         return means | {"moe/layers": rows}
@@ -148,12 +149,16 @@ class RoutingStatistics:
         return row
 
 
-def _on_host(layers: LayerSums) -> LayerSums:
-    """The same sums on the CPU, brought there in one piece: a device waits for every transfer."""
-    places = [(layer, name, value) for layer, sums in layers.items() for name, value in sums.items()]
-    values = torch.cat([value.flatten().double() for _, _, value in places]).cpu()
-    parts = torch.split(values, [value.numel() for _, _, value in places])
-    host: LayerSums = {layer: {} for layer in layers}
-    for (layer, name, value), part in zip(places, parts, strict=True):
-        host[layer][name] = part.view(value.shape)
-    return host
+def all_at_once(layers: LayerSums, function: Callable[[list[Tensor]], list[Tensor]]) -> LayerSums:
+    """The same sums after one call on all of them: each message to another device or process costs its own time."""
+    places = [(layer, name) for layer, sums in layers.items() for name in sums]
+    changed: LayerSums = {layer: {} for layer in layers}
+    for (layer, name), value in zip(places, function([layers[layer][name] for layer, name in places]), strict=True):
+        changed[layer][name] = value
+    return changed
+
+
+def _to_host(values: list[Tensor]) -> list[Tensor]:
+    packed = torch.cat([value.flatten().double() for value in values]).cpu()
+    parts = torch.split(packed, [value.numel() for value in values])
+    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moelm.config import OptimConfig
 
@@ -35,17 +36,43 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+def gradient_squares(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Squared norm of each parameter's gradient, float64 `(P,)`; on several processes the sum over them is it.
+
+    What several hold copies of counts in parts, so that every number of the whole gradient counts once.
+    """
+    grads, copies = [], []
+    for parameter in parameters:
+        if (grad := parameter.grad) is not None:
+            grads.append(grad.to_local() if isinstance(grad, DTensor) else grad)
+            copies.append(_copies(parameter))
+    squares_P = torch.stack([norm.double().square() for norm in torch._foreach_norm(grads)])
+    return squares_P / torch.tensor(copies, device=squares_P.device)
+
+
+def _copies(parameter: Tensor) -> int:
+    """How many processes hold the same part of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh = parameter.device_mesh
+    return math.prod(mesh.size(i) for i, placement in enumerate(parameter.placements) if placement.is_replicate())
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], squares_P: Tensor, limit: float) -> Tensor:
     """Scale all gradients to a joint norm of at most `limit`; returns the norm before, as a float64 scalar.
 
     Squares are summed one parameter after another, so a parameter with no gradient changes no digit of the norm: that
     keeps a mixture of one expert equal to the dense model to the bit.
+
+    Args:
+        squares_P: `gradient_squares`, summed over processes.
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    for norm in torch._foreach_norm(grads):
-        total = total + norm.double().square()
+    total = torch.zeros((), dtype=torch.float64, device=squares_P.device)
+    for square in squares_P.unbind():
+        total = total + square
     total = total.sqrt()
     scale = (limit / (total + 1e-6)).clamp(max=1.0).float()
-    torch._foreach_mul_(grads, scale)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_([grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads], scale)
     return total

@@ -1,0 +1,75 @@
+"""How many processes do what: plain arithmetic on a config, so that a plan can be made without any of them."""
+
+from typing import NamedTuple
+
+from moelm.config import MoEFFNConfig, RunConfig
+from moelm.errors import MoelmError
+
+
+class Layout(NamedTuple):
+    """Sizes of the three directions of the mesh, the last one being that of neighbours on a machine."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    ep: int = 1
+
+    @property
+    def size(self) -> int:
+        """Processes."""
+        return self.dp_replicate * self.dp_shard * self.ep
+
+    @property
+    def trunk(self) -> tuple[int, int]:
+        """Copies of everything but the experts, and over how many processes each is shared.
+
+        The trunk is data-parallel over all processes (Shazeer et al. 2017, section 3.1). Where weights are shared at all,
+        those that share experts share the trunk too.
+        """
+        return (self.size, 1) if self.dp_shard == 1 else (self.dp_replicate, self.dp_shard * self.ep)
+
+    def __str__(self) -> str:
+        return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} ep={self.ep}"
+
+
+def resolve_layout(config: RunConfig, processes: int) -> Layout:
+    """The config's layout on so many processes, with what is `auto` filled in.
+
+    Raises:
+        MoelmError: it does not fit the processes, the batch or the model.
+    """
+    wanted = config.parallel
+    rest = processes // wanted.ep
+    replicate, shard = wanted.dp_replicate, wanted.dp_shard
+    if shard == "auto":
+        shard = rest if replicate == "auto" else rest // replicate
+    if replicate == "auto":
+        replicate = rest // shard
+    layout = Layout(replicate, shard, wanted.ep)
+    if layout.size != processes:
+        asked = f"dp_replicate={wanted.dp_replicate} dp_shard={wanted.dp_shard} ep={wanted.ep}"
+        raise MoelmError(f"parallel asks for {asked}, whose product cannot be the number of processes, {processes}.")
+    if config.batch_rows % processes:
+        raise MoelmError(
+            f"train.batch_tokens is {config.train.batch_tokens}, or {config.batch_rows} rows of data.seq_len = "
+            f"{config.data.seq_len}; {processes} processes cannot have equal parts of them."
+        )
+    _check_model(config, layout)
+    return layout
+
+
+def _check_model(config: RunConfig, layout: Layout) -> None:
+    ffn = config.model.ffn
+    if layout.ep == 1:
+        return
+    if not isinstance(ffn, MoEFFNConfig):
+        raise MoelmError(
+            f"parallel.ep is {layout.ep}, but model.ffn is dense and has no experts to deal out; 1 is expected."
+        )
+    if ffn.num_experts % layout.ep:
+        raise MoelmError(f"parallel.ep is {layout.ep}, which does not divide model.ffn.num_experts = {ffn.num_experts}.")
+    for name, width in (("model.dim", config.model.dim), ("model.ffn.hidden_dim", ffn.hidden_dim)):
+        if width % layout.dp_shard:
+            raise MoelmError(
+                f"parallel.dp_shard is {layout.dp_shard}, which does not divide {name} = {width}; "
+                "with parallel.ep above 1 an expert's matrices are cut evenly."
+            )
