@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -9,8 +10,8 @@ from collections.abc import Sequence
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What the launcher hands on to its processes, which then save and stop."""
 
-GRACE_S = 300
-"""Seconds that they have for it; a scheduler's own grace is usually shorter."""
+GRACE_S = 120
+"""Seconds that they have for it; then what is left of them is killed."""
 
 
 def launch(words: Sequence[str], processes: int, max_restarts: int) -> int:
@@ -28,7 +29,6 @@ def launch(words: Sequence[str], processes: int, max_restarts: int) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_S))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -40,14 +40,26 @@ def launch(words: Sequence[str], processes: int, max_restarts: int) -> int:
         monitor_interval=0.1,
         signals_to_handle=SIGNALS,
     )
+    _silence("torch.distributed.elastic")
     try:
         elastic_launch(config, sys.executable)("-m", "moelm", *words)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        print(f"moelm: Rank {rank} was ended by {name}; give the same command again to go on.", file=sys.stderr)
+        return 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def _silence(library: str) -> None:
+    """The processes speak for themselves."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith(library):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def restarted() -> bool:

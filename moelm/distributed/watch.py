@@ -13,8 +13,7 @@ from types import FrameType, TracebackType
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from moelm.distributed.world import World
-from moelm.errors import MoelmError
+from moelm.distributed.world import LostProcess, World
 
 PERIOD_S = 0.5
 """Seconds between looks at the store."""
@@ -22,23 +21,14 @@ PERIOD_S = 0.5
 PATIENCE_S = 5.0
 """Seconds in which a process that lives answers a roll call."""
 
-HUNG = 134
-"""Exit code of a process that ended itself: like an abort, which schedulers try again."""
-
 PACKAGE = str(Path(__file__).parents[1])
-
-
-class LostProcess(MoelmError):
-    """Another process of the run is gone or hangs."""
-
-    exit_code = HUNG
 
 
 class Watch:
     """This process's part in the watch; alone it does nothing.
 
     Args:
-        timeout_s: seconds without a `touch` after which this process ends itself.
+        timeout_s: seconds without a `touch` after which this process ends itself, counted from the first one.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -46,7 +36,8 @@ class Watch:
         # Another connection: one that waits would keep the other thread waiting.
         self._store = None if world.store is None else PrefixStore("watch", world.store.clone())  # type: ignore[attr-defined]
         self._main = threading.get_ident()
-        self._touched, self._step, self._answered = time.monotonic(), 0, 0
+        self._touched: float | None = None
+        self._step = self._answered = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -81,7 +72,7 @@ class Watch:
         try:
             while not self._over.wait(PERIOD_S):
                 self._answer()
-                if time.monotonic() - self._touched > self.timeout_s:
+                if self._touched is not None and time.monotonic() - self._touched > self.timeout_s:
                     self._end()
         except dist.DistError:
             return  # the store is gone, and with it the launcher: the collectives of the main thread fail too
@@ -111,16 +102,18 @@ class Watch:
 
     def _end(self) -> None:
         """Say who is missing, or where each is, and end this process; its main thread can do neither."""
+        assert self._store is not None
+        if self._store.check(["verdict"]):
+            os._exit(LostProcess.exit_code)  # the others are gone, and have said why
         answers = self._roll_call()
         missing = [rank for rank, answer in answers.items() if answer is None]
         places = "; ".join(f"rank {rank} {answer}" for rank, answer in answers.items())
         sentence = f"No step was finished for {self.timeout_s:g} s, but all processes answer: {places}."
         sentence = self._sentence(missing) if missing else sentence
-        assert self._store is not None
         self._store.set("verdict", sentence)
         if self.world.first_to_say(sentence):
             print(f"moelm: {sentence}", file=sys.stderr, flush=True)
-        os._exit(HUNG)
+        os._exit(LostProcess.exit_code)
 
     def _sentence(self, missing: list[int]) -> str:
         ranks = ", ".join(map(str, missing))

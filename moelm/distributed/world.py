@@ -4,6 +4,8 @@ Vectors of host values go through one float64 sum; everything larger is torch's 
 """
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +17,16 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from moelm.errors import MoelmError
+
 T = TypeVar("T")
+
+
+class LostProcess(MoelmError):
+    """Another process of the run is gone or hangs."""
+
+    exit_code = 134
+    """That of an abort, after which schedulers try again."""
 
 
 class World(NamedTuple):
@@ -65,7 +76,10 @@ class World(NamedTuple):
 
     def first_to_say(self, sentence: str) -> bool:
         """Whether no other process has said this before, so that what all find out is told once."""
-        return self.store is None or self.store.add(f"said/{sentence}", 1) == 1
+        try:
+            return self.store is None or self.store.add(f"said/{sentence}", 1) == 1
+        except dist.DistError:
+            return True  # nobody is left to ask
 
 
 ALONE = World()
@@ -87,11 +101,45 @@ def joined(timeout_s: float = 600.0) -> Iterator[World]:
     if not launched():
         yield ALONE
         return
-    timeout = timedelta(seconds=timeout_s)
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=PrefixStore("collectives", store), rank=rank, world_size=size, timeout=timeout)
+    world = _meet(timedelta(seconds=timeout_s))
     try:
-        yield World(rank, size, store, dist.new_group(backend="gloo", timeout=timeout))
+        yield world
     finally:
         dist.destroy_process_group()
+
+
+def _meet(timeout: timedelta) -> World:
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        shared, rank, size = next(rendezvous("env://", timeout=timeout))
+        store = _unwritten(shared, rank, size)
+        own = PrefixStore("collectives", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
+        return World(rank, size, store, dist.new_group(backend="gloo", timeout=timeout))
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise LostProcess(f"The processes of this launch do not reach each other ({why}).") from error
+
+
+def _unwritten(store: Store, rank: int, size: int) -> Store:
+    """A part of the store that no earlier attempt of this launch has written to.
+
+    A launcher can keep its store over restarts, and who found an address there of before the last one would wait for a
+    process that is gone. So the first process numbers the attempts and tells the number to all who ask, each of them under
+    a name of its own.
+    """
+    if rank == 0:
+        number = store.add("attempts", 1)
+        waited = set(range(1, size))
+        while waited:
+            for other in waited:
+                if store.check([f"asks/{other}"]):
+                    store.set(f"answer/{store.get(f'asks/{other}').decode()}", str(number))
+            waited = {other for other in waited if not store.check([f"heard/{number}/{other}"])}
+            time.sleep(0.01)
+    else:
+        name = uuid.uuid4().hex
+        store.set(f"asks/{rank}", name)
+        number = int(store.get(f"answer/{name}"))
+        store.set(f"heard/{number}/{rank}", "")
+    return PrefixStore(f"attempt-{number}", store)

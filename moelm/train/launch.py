@@ -44,26 +44,31 @@ def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto", profile
     with joined(2 * config.parallel.timeout_s) as world:
         console.quiet = not world.first
         try:
-            layout = resolve_layout(config, world.size)
-            data = _data(config, world)
             with Watch(world, config.parallel.timeout_s) as watch:
-                evaluation = _train(config, run, data, resume, profile, world, layout, watch)
+                evaluation = _train(config, run, resume, profile, world, watch)
         except MoelmError as error:
             error.told = not world.first_to_say(str(error))
             raise
         return evaluation if world.first else None
 
 
-def _train(
-    config: RunConfig,
-    run: RunDirectory,
-    data: PreparedData,
-    resume: Resume,
-    profile: bool,
-    world: World,
-    layout: Layout,
-    watch: Watch,
-) -> Evaluation:
+def _train(config: RunConfig, run: RunDirectory, resume: Resume, profile: bool, world: World, watch: Watch) -> Evaluation:
+    """What each process does; one that is missed by the others is named."""
+    try:
+        trainer = _prepared(config, run, resume, world, watch)
+        watch.touch()
+        return trainer.fit(profile)
+    except RuntimeError as error:
+        # However a backend words it: a collective fails when another process is gone.
+        if (lost := watch.explain()) is None:
+            raise
+        raise lost from error
+
+
+def _prepared(config: RunConfig, run: RunDirectory, resume: Resume, world: World, watch: Watch) -> Trainer:
+    """A trainer at the place where its run goes on."""
+    layout = resolve_layout(config, world.size)
+    data = _data(config, world)
     device = pick_device()
     saved = load_config(run.config) if run.config.exists() else None
     config = _resolved(config, data.tokenizer.vocab_size, device, saved, world)
@@ -86,14 +91,7 @@ def _train(
         progress = fresh_progress()
     if world.size > 1:
         console.print(f"{world.size} processes, {layout}.")
-    trainer = Trainer(config, run, data, model, optimizer, device, dtype, progress, world, layout, watch)
-    try:
-        return trainer.fit(profile)
-    except RuntimeError as error:
-        # However a backend words it: a collective fails when another process is gone.
-        if (lost := watch.explain()) is None:
-            raise
-        raise lost from error
+    return Trainer(config, run, data, model, optimizer, device, dtype, progress, world, layout, watch)
 
 
 def _build(config: RunConfig, device: torch.device, dtype: torch.dtype, layout: Layout) -> Transformer:
