@@ -6,20 +6,37 @@ import resource
 import sys
 import time
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-PEAK_BF16 = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "B200": 2250e12,
+
+class Device(NamedTuple):
+    """A kind of GPU, by its vendor's data sheet; bandwidths are bytes per second in one direction."""
+
+    part_of_name: str
+    """What its name contains."""
+    peak_bf16: float
+    """Dense FLOP/s."""
+    memory: float
+    """Bytes."""
+    memory_bandwidth: float
+    link: float
+    """To the other GPUs of its machine."""
+    network: float
+    """To other machines: 400 Gb/s a GPU for the newer ones."""
+
+
+DEVICES = {
+    "h100": Device("H100", 989e12, 80e9, 3.35e12, 450e9, 50e9),
+    "h200": Device("H200", 989e12, 141e9, 4.8e12, 450e9, 50e9),
+    "b200": Device("B200", 2250e12, 180e9, 8e12, 900e9, 50e9),
+    "a100": Device("A100", 312e12, 80e9, 2.04e12, 300e9, 25e9),
+    "l40s": Device("L40S", 362e12, 48e9, 0.86e12, 32e9, 25e9),
+    "l4": Device("L4", 121e12, 24e9, 0.3e12, 32e9, 12.5e9),
+    "4090": Device("4090", 165e12, 24e9, 1.01e12, 32e9, 12.5e9),
 }
-"""Dense bf16 FLOP/s by a part of the device's name, from the vendor's data sheets."""
+"""By the name that `moelm plan --device` knows; those without links of their own talk over PCIe."""
 
 WORTH_ROUNDING = 1.25
 """How many times as fast as in float32 a CPU's bfloat16 products must be; where they are native it is 2 and more."""
@@ -89,7 +106,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that utilisation is measured against: a GPU's data sheet, or the best of a few CPU matrix products."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [peak for part, peak in PEAK_BF16.items() if part in name]
+        known = [kind.peak_bf16 for kind in DEVICES.values() if kind.part_of_name in name]
         if known:
             return known[0]
     size = 1024 if device.type == "cpu" else 8192

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 TIMES = ("time_s", "perf/tokens_per_s", "perf/mfu", "perf/memory_peak_bytes")
@@ -40,7 +41,9 @@ def torment(words: list[str], run: Path, kills: int, dice: random.Random) -> tup
     killed = time.time()
 
     def saving() -> bool:
-        return any(path.stat().st_mtime > killed for path in run.glob("checkpoints/.*.writing"))
+        with suppress(FileNotFoundError):  # it is finished, and has got its real name
+            return any(path.stat().st_mtime > killed for path in run.glob("checkpoints/.*.writing"))
+        return False
 
     while process.poll() is None and done < kills:
         until = time.monotonic() + dice.uniform(0, 12)

@@ -53,23 +53,24 @@ def resolve_layout(config: RunConfig, processes: int) -> Layout:
             f"train.batch_tokens is {config.train.batch_tokens}, or {config.batch_rows} rows of data.seq_len = "
             f"{config.data.seq_len}; {processes} processes cannot have equal parts of them."
         )
-    _check_model(config, layout)
+    if (problem := check_model(config, layout)) is not None:
+        raise MoelmError(problem)
     return layout
 
 
-def _check_model(config: RunConfig, layout: Layout) -> None:
+def check_model(config: RunConfig, layout: Layout) -> str | None:
+    """Why a model cannot be spread like this, as a sentence; None if it can."""
     ffn = config.model.ffn
     if layout.ep == 1:
-        return
+        return None
     if not isinstance(ffn, MoEFFNConfig):
-        raise MoelmError(
-            f"parallel.ep is {layout.ep}, but model.ffn is dense and has no experts to deal out; 1 is expected."
-        )
+        return f"parallel.ep is {layout.ep}, but model.ffn is dense, without experts to deal out; 1 is expected."
     if ffn.num_experts % layout.ep:
-        raise MoelmError(f"parallel.ep is {layout.ep}, which does not divide model.ffn.num_experts = {ffn.num_experts}.")
+        return f"parallel.ep is {layout.ep}, which does not divide model.ffn.num_experts = {ffn.num_experts}."
     for name, width in (("model.dim", config.model.dim), ("model.ffn.hidden_dim", ffn.hidden_dim)):
         if width % layout.dp_shard:
-            raise MoelmError(
+            return (
                 f"parallel.dp_shard is {layout.dp_shard}, which does not divide {name} = {width}; "
                 "with parallel.ep above 1 an expert's matrices are cut evenly."
             )
+    return None

@@ -24,6 +24,8 @@ class ParameterCount(NamedTuple):
     """Those that one token meets: of the routed experts only `top_k`, embedding and head included."""
     embedding: int
     """The input embedding, which does no arithmetic unless it is tied to the head."""
+    experts: int
+    """All routed experts, those that a layout can deal out."""
 
 
 class FlopCount(NamedTuple):
@@ -50,6 +52,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     embedding = _vocab(config) * dim
     total = embedding * (1 if config.tie_embeddings else 2) + dim
     active = total
+    experts = 0
     for layer in range(config.num_layers):
         shared = (4 if config.sandwich_norm else 2) * dim + _attention_weights(config)
         if config.qk_norm:
@@ -59,11 +62,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         if isinstance(ffn, MoEFFNConfig):
             shared += _router_weights(dim, ffn) + ffn.shared_experts * expert
             total += shared + ffn.num_experts * expert
+            experts += ffn.num_experts * expert
             active += shared + ffn.top_k * expert
         else:
             total += shared + expert
             active += shared + expert
-    return ParameterCount(total, active, embedding)
+    return ParameterCount(total, active, embedding, experts)
 
 
 def count_flops(config: ModelConfig, seq_len: int) -> FlopCount:

@@ -82,10 +82,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         """With s the scale: dx = s (g w - x s^2 mean(g w x)), dw = sum(g x s) over all vectors."""
         x, weight_C, scale = ctx.saved_tensors
-        product = (grads[0] * x).to(weight_C.dtype)
-        pull = (product @ weight_C)[..., None] * scale.pow(3) / -x.shape[-1]
+        product = (grads[0] * x).to(scale.dtype)
+        pull = (product @ weight_C.to(scale.dtype))[..., None] * scale.pow(3) / -x.shape[-1]
         grad: Tensor = (grads[0] * weight_C).mul_(scale).addcmul_(x, pull)
-        return grad.to(x.dtype), scale.flatten() @ product.flatten(0, -2), None
+        return grad.to(x.dtype), (scale.flatten() @ product.flatten(0, -2)).to(weight_C.dtype), None
 
 
 def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:

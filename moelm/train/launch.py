@@ -76,7 +76,7 @@ def _prepared(config: RunConfig, run: RunDirectory, resume: Resume, world: World
     if saved is not None:
         _check_same(config, saved, run, "auto" if restarted() else resume)
     dtype = dtype_of(config.train.precision, device)
-    model = _build(config, device, dtype, layout)
+    model = build(config, device, dtype, layout)
     optimizer = build_optimizer(model, config.optim)
     progress = _resume(run, model, optimizer, world) if saved is not None else None
     if isinstance(config.model.ffn, MoEFFNConfig) and config.model.ffn.router.kind == "expert_choice":
@@ -94,7 +94,7 @@ def _prepared(config: RunConfig, run: RunDirectory, resume: Resume, world: World
     return Trainer(config, run, data, model, optimizer, device, dtype, progress, world, layout, watch)
 
 
-def _build(config: RunConfig, device: torch.device, dtype: torch.dtype, layout: Layout) -> Transformer:
+def build(config: RunConfig, device: torch.device, dtype: torch.dtype, layout: Layout) -> Transformer:
     """The model with its initial values, of which each process only ever holds its part."""
     torch.manual_seed(config.seed)
     alone = layout.size == 1
