@@ -165,16 +165,20 @@ def compare(
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Count a config's parameters and FLOPs; builds nothing."""
-    from moelm.commands import plan_run
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many there would be.")] = 1,
+    device: Annotated[str, typer.Option(help="Their kind: h100, h200, b200, a100, l40s, l4 or 4090.")] = "h100",
+    everything: Annotated[bool, typer.Option("--all", help="Show every layout, not only the ten best.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a config needs: parameters, FLOPs, memory, messages, time, and the best layout; builds nothing."""
+    from moelm.commands import plan_and_show
 
-    described = plan_run(config, overrides or ())
+    described = plan_and_show(config, overrides or (), gpus, device, everything, quiet=as_json)
     if as_json:
         _print_json(described)
-        return
-    for key, value in described.items():
-        typer.echo(f"{key:28}{value:>28,}" if isinstance(value, int) else f"{key:28}{value:>28}")
 
 
 @app.command()

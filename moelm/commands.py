@@ -40,15 +40,22 @@ def compare_and_show(runs: Sequence[str], out: Path, force: bool, quiet: bool) -
     return report_json(comparison)
 
 
-def plan_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Parameters and FLOPs of a config."""
+def plan_and_show(
+    path: Path, overrides: Sequence[str], gpus: int, device: str, everything: bool, quiet: bool
+) -> dict[str, Any]:
+    """Count a config and weigh its layouts on so many GPUs; unless quiet, print tables of both."""
+    from rich.console import Console
+
     from moelm.config import load_config
     from moelm.model.counting import count_flops, count_parameters
+    from moelm.plan import make_plan
+    from moelm.plan.report import print_plan
 
     config = load_config(path, overrides)
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or config.data.tokenizer.vocab_size})
+    config = config.model_copy(update={"model": model})
     parameters, flops = count_parameters(model), count_flops(model, config.data.seq_len)
-    return {
+    counts: dict[str, Any] = {
         "name": config.name,
         "parameters_total": parameters.total,
         "parameters_active": parameters.active,
@@ -58,6 +65,10 @@ def plan_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         "tokens": config.train.steps * config.train.batch_tokens,
         "training_flops": config.train.steps * config.train.batch_tokens * flops.training,
     }
+    plan = make_plan(config, gpus, device)
+    if not quiet:
+        print_plan(Console(highlight=False, width=None if sys.stdout.isatty() else 140), counts, plan, config, everything)
+    return {**counts, **plan.as_dict()}
 
 
 def bench_and_show(

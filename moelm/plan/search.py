@@ -70,9 +70,20 @@ class Plan(NamedTuple):
             f"{kind.peak_bf16 / 1e12:,.0f} TFLOP/s in bf16, of which {COMPUTE:.0%} is reached where nothing waits",
             f"{MACHINE} GPUs a machine; {kind.link / 1e9:,.0f} GB/s between them and {kind.network / 1e9:,.0f} GB/s a GPU "
             f"to other machines, of which collectives reach {LINKS:.0%}",
+            "no time between operations, which small models do lose",
             "weights and gradients travel while layers compute; tokens on their way to experts are waited for",
             f"even routing; a plan fits if it fills at most {USABLE:.0%} of {kind.memory / 1e9:,.0f} GB",
         ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "gpus": self.gpus,
+            "device": self.device,
+            "best": self.best.as_dict(),
+            "layouts": [choice.as_dict() for choice in self.choices],
+            "assumptions": self.assumptions,
+        }
 
 
 def make_plan(config: RunConfig, gpus: int, device: str) -> Plan:

@@ -70,7 +70,7 @@ def _prepared(config: RunConfig, run: RunDirectory, resume: Resume, world: World
     layout = resolve_layout(config, world.size)
     data = _data(config, world)
     device = pick_device()
-    saved = load_config(run.config) if run.config.exists() else None
+    saved = world.from_first(load_config(run.config) if world.first and run.config.exists() else None)
     config = _resolved(config, data.tokenizer.vocab_size, device, saved, world)
     _check_agreed(config, data, world)
     if saved is not None:
@@ -139,7 +139,7 @@ def _resolved(config: RunConfig, vocab_size: int, device: torch.device, saved: R
 
 def _check_agreed(config: RunConfig, data: PreparedData, world: World) -> None:
     """All processes must be about to do the same."""
-    mine = _identity(config) | {
+    mine = _flat(config) | {
         "data": data.data_fingerprint,
         "tokenizer": data.tokenizer_fingerprint,
         "moelm's code": describe_code(),
@@ -169,8 +169,8 @@ def _check_same(config: RunConfig, begun: RunConfig, run: RunDirectory, resume: 
         )
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """Dotted settings that decide the trajectory."""
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """All settings by their dotted names."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -180,16 +180,25 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    walk("", config.model_dump(mode="json", exclude_none=True, exclude={"wandb", "parallel"}))
-    for free in (
-        "train.eval_every",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.log_every",
-        "name",
-    ):
-        flat.pop(free)
+    walk("", config.model_dump(mode="json", exclude_none=True))
     return flat
+
+
+FREE = (
+    "name",
+    "wandb.",
+    "parallel.",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+)
+"""What a run may go on with another value of: nothing it learns depends on it."""
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """Dotted settings that decide the trajectory."""
+    return {key: value for key, value in _flat(config).items() if not key.startswith(FREE)}
 
 
 def _create(run: RunDirectory, config: RunConfig, data: PreparedData, environment: dict[str, Any]) -> None:
