@@ -78,4 +78,4 @@ class Saver:
 def _give_way() -> None:
     """Let the steps of training go first where a core is wanted by both."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
