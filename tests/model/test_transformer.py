@@ -13,7 +13,7 @@ from moelm.data.loader import Batch
 from moelm.model import KVCache, build_model, count_flops, count_parameters
 from moelm.model.gated import gated_loop
 from moelm.train.objective import part_loss
-from moelm.train.optim import build_optimizer, clip_gradients
+from moelm.train.optim import build_optimizer, clip_gradients, gradient_squares
 
 MOE = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
 CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs").glob("*.yaml"))
@@ -120,7 +120,7 @@ def train_losses(ffn: dict[str, Any]) -> list[float]:
         loss = part_loss(output, batch, None, torch.tensor(128.0), BalanceConfig(aux=0.1, z=0.1))
         losses.append(loss.tokens.item())
         loss.total.backward()
-        clip_gradients(model.parameters(), 0.5)
+        clip_gradients(model.parameters(), gradient_squares(model.parameters()), 0.5)
         optimizer.step()
         optimizer.zero_grad()
     return losses
