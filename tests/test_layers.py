@@ -14,7 +14,7 @@ FLOORS = [
     ["distributed"],
     ["checkpoint", "evaluate", "generate"],
     ["rundir"],
-    ["train", "analysis"],
+    ["train", "analysis", "plan"],
     ["bench"],
     ["commands"],
     ["cli"],

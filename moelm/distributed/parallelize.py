@@ -35,18 +35,20 @@ def parallelize(
 
     Args:
         dtype: what products are computed in.
-        compiled: whether each layer is compiled.
+        compiled: whether each layer is compiled, where there are several processes; one compiles the model whole.
     """
-    if layout.ep > 1 or layout.size > 1:
-        experts_mesh = init_device_mesh(device.type, layout, mesh_dim_names=DIRECTIONS)
-        trunk_mesh = init_device_mesh(device.type, layout.trunk, mesh_dim_names=("copies", "shared"))
+    alone = layout.size == 1
     if layout.ep > 1:
+        experts_mesh = init_device_mesh(device.type, layout, mesh_dim_names=DIRECTIONS)
         deal_experts(model, experts_mesh["ep"])
+    else:
+        experts_mesh = None
     checkpoint_activations(model, config.activation_checkpointing)
-    if compiled:
+    if compiled and not alone:
         for block in model.blocks:
             block.compile()
-    if layout.size > 1:
+    if not alone:
+        trunk_mesh = init_device_mesh(device.type, layout.trunk, mesh_dim_names=("copies", "shared"))
         share_weights(model, layout, config, experts_mesh, trunk_mesh, dtype)
 
 
@@ -80,33 +82,35 @@ def share_weights(
     model: Transformer,
     layout: Layout,
     config: ParallelConfig,
-    experts_mesh: DeviceMesh,
+    experts_mesh: DeviceMesh | None,
     trunk_mesh: DeviceMesh,
     dtype: torch.dtype,
 ) -> None:
-    """Share weights and sum gradients over processes; gradients are sums, for the parts of the objective add up."""
+    """Share weights and sum gradients over processes; gradients are sums, for the parts of the objective add up.
+
+    Args:
+        experts_mesh: that on which the experts are dealt out; None where they are part of the trunk.
+    """
     param_dtype = dtype if config.param_dtype == "auto" else _DTYPES[config.param_dtype]
-    reduce_dtype = _DTYPES[config.reduce_dtype]
 
     def share(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> None:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(dtype, _DTYPES[config.reduce_dtype], cast_forward_inputs=False)
         reshard = config.reshard_after_forward and mesh.size(1) > 1
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **options)
 
-    alone: set[nn.Parameter] = set()
-    experts_apart = layout.ep > 1
+    whole: set[nn.Parameter] = set()
     for block in model.blocks:
         if isinstance(block.ffn, MoE):
-            experts = block.ffn.experts
-            if experts_apart and layout.dp_replicate * layout.dp_shard > 1:
+            if experts_mesh is not None and layout.dp_replicate * layout.dp_shard > 1:
                 # Along the other dimension: the first one is dealt out already.
-                share(experts, experts_mesh["dp_replicate", "dp_shard"], param_dtype, shard_placement_fn=lambda _: Shard(1))
-            elif experts_apart:
-                alone |= set(experts.parameters())  # one copy in the world, whose gradient is whole as it is
+                mesh = experts_mesh["dp_replicate", "dp_shard"]
+                share(block.ffn.experts, mesh, param_dtype, shard_placement_fn=lambda _: Shard(1))
+            elif experts_mesh is not None:
+                whole |= set(block.ffn.experts.parameters())  # one copy in the world, whose gradient is whole as it is
             if param_dtype != torch.float32 and list(block.ffn.router.parameters()):
                 share(block.ffn.router, trunk_mesh, torch.float32)
-        share(block, trunk_mesh, param_dtype, ignored_params=alone)
-    share(model, trunk_mesh, torch.float32, ignored_params=alone)
+        share(block, trunk_mesh, param_dtype, ignored_params=whole)
+    share(model, trunk_mesh, torch.float32, ignored_params=whole)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -99,7 +99,7 @@ def build(config: RunConfig, device: torch.device, dtype: torch.dtype, layout: L
     torch.manual_seed(config.seed)
     alone = layout.size == 1
     model = build_model(config.model, config.seed, "cpu" if alone else "meta")
-    parallelize(model, layout, config.parallel, device, dtype, compiles(config.parallel.compile, device) and not alone)
+    parallelize(model, layout, config.parallel, device, dtype, compiles(config.parallel.compile, device))
     if alone:
         return model.to(device)
     model.to_empty(device=device)
