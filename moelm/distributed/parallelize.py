@@ -38,17 +38,16 @@ def parallelize(
         compiled: whether each layer is compiled, where there are several processes; one compiles the model whole.
     """
     alone = layout.size == 1
-    if layout.ep > 1:
+    if not alone:
         experts_mesh = init_device_mesh(device.type, layout, mesh_dim_names=DIRECTIONS)
+        trunk_mesh = init_device_mesh(device.type, layout.trunk, mesh_dim_names=("copies", "shared"))
+    if layout.ep > 1:
         deal_experts(model, experts_mesh["ep"])
-    else:
-        experts_mesh = None
     checkpoint_activations(model, config.activation_checkpointing)
     if compiled and not alone:
         for block in model.blocks:
             block.compile()
     if not alone:
-        trunk_mesh = init_device_mesh(device.type, layout.trunk, mesh_dim_names=("copies", "shared"))
         share_weights(model, layout, config, experts_mesh, trunk_mesh, dtype)
 
 
@@ -82,15 +81,11 @@ def share_weights(
     model: Transformer,
     layout: Layout,
     config: ParallelConfig,
-    experts_mesh: DeviceMesh | None,
+    experts_mesh: DeviceMesh,
     trunk_mesh: DeviceMesh,
     dtype: torch.dtype,
 ) -> None:
-    """Share weights and sum gradients over processes; gradients are sums, for the parts of the objective add up.
-
-    Args:
-        experts_mesh: that on which the experts are dealt out; None where they are part of the trunk.
-    """
+    """Share weights and sum gradients over processes; gradients are sums, for the parts of the objective add up."""
     param_dtype = dtype if config.param_dtype == "auto" else _DTYPES[config.param_dtype]
 
     def share(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> None:
@@ -101,11 +96,11 @@ def share_weights(
     whole: set[nn.Parameter] = set()
     for block in model.blocks:
         if isinstance(block.ffn, MoE):
-            if experts_mesh is not None and layout.dp_replicate * layout.dp_shard > 1:
+            if layout.ep > 1 and layout.dp_replicate * layout.dp_shard > 1:
                 # Along the other dimension: the first one is dealt out already.
                 mesh = experts_mesh["dp_replicate", "dp_shard"]
                 share(block.ffn.experts, mesh, param_dtype, shard_placement_fn=lambda _: Shard(1))
-            elif experts_mesh is not None:
+            elif layout.ep > 1:
                 whole |= set(block.ffn.experts.parameters())  # one copy in the world, whose gradient is whole as it is
             if param_dtype != torch.float32 and list(block.ffn.router.parameters()):
                 share(block.ffn.router, trunk_mesh, torch.float32)

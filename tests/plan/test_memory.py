@@ -16,13 +16,10 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("train.precision=float32", "train.batch_tokens=2048")
 CASES = {
     "dense": ("demo-dense", 1, ()),
-    "moe": ("demo-moe", 1, ()),
     "moe-bf16": ("demo-moe", 1, ("train.precision=bf16",)),
-    "selective": ("demo-moe", 1, ("parallel.activation_checkpointing=selective",)),
     "full": ("demo-moe", 1, ("parallel.activation_checkpointing=full",)),
     "copies": ("demo-moe", 2, ()),
     "ep": ("demo-moe", 2, ("parallel.ep=2",)),
-    "sharded-dense": ("demo-dense", 2, ("parallel.dp_shard=2",)),
     "sharded": ("demo-moe", 4, ("parallel.dp_shard=4",)),
     "sharded-ep": ("demo-moe", 4, ("parallel.dp_shard=2", "parallel.ep=2")),
     "sharded-ep-bf16": ("demo-moe", 4, ("parallel.dp_shard=2", "parallel.ep=2", "train.precision=bf16")),
