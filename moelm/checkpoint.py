@@ -98,8 +98,11 @@ def load_training(path: Path, model: Transformer, optimizer: Optimizer, world: W
     """Fill model and optimizer, each process its part, from a verified checkpoint; returns where the run stood."""
     verify(path, world)
     state = training_state(model, optimizer)
-    with _quiet():
-        load(state, checkpoint_id=path, no_dist=world.size == 1)
+    try:
+        with _quiet():
+            load(state, checkpoint_id=path, no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise DamagedCheckpoint(f"The checkpoint {path} is damaged: {_cause(error)}.") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return read_progress(path)
 

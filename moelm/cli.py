@@ -72,6 +72,15 @@ def train(
     if nproc > 1 or max_restarts:
         from moelm.distributed.launcher import launch
         from moelm.distributed.layout import resolve_layout
+        from moelm.distributed.world import launched
+        from moelm.rundir import RunDirectory as Directory
+
+        if launched():
+            raise MoelmError(
+                f"--nproc is {nproc}, but a launcher has started this process as one of several; leave it out."
+            )
+        if resume == "never":
+            Directory(Path("runs") / run_config.name).must_be_new()
 
         resolve_layout(run_config, nproc)
         words = ["train", str(config), *(overrides or ()), "--resume", resume, *["--profile"] * profile]

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from moelm.errors import MoelmError
+
 
 class Device(NamedTuple):
     """A kind of GPU, by its vendor's data sheet; bandwidths are bytes per second in one direction."""
@@ -63,7 +65,12 @@ def pick_device() -> torch.device:
     """This process's GPU, that of its number on the machine, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= there:
+        raise MoelmError(
+            f"There are {there} GPUs here for {os.environ.get('LOCAL_WORLD_SIZE')} processes; one each is needed."
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

@@ -57,6 +57,17 @@ class RunDirectory:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
 
+    def must_be_new(self) -> None:
+        """Refuse a run that is there already.
+
+        Raises:
+            MoelmError: it is.
+        """
+        if self.config.exists():
+            raise MoelmError(
+                f"The run {self.path} exists already; choose another name=..., or --resume auto to go on with it."
+            )
+
     def checkpoint(self, which: str = "last") -> Path:
         """A checkpoint: `last`, `best`, or a step number."""
         from moelm.checkpoint import best_checkpoint, checkpoint_path, list_checkpoints

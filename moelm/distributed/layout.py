@@ -41,7 +41,7 @@ def resolve_layout(config: RunConfig, processes: int) -> Layout:
     rest = processes // wanted.ep
     replicate, shard = wanted.dp_replicate, wanted.dp_shard
     if shard == "auto":
-        shard = rest if replicate == "auto" else rest // replicate
+        shard = max(1, rest) if replicate == "auto" else max(1, rest // replicate)
     if replicate == "auto":
         replicate = rest // shard
     layout = Layout(replicate, shard, wanted.ep)

@@ -104,7 +104,7 @@ def share_weights(
                 whole |= set(block.ffn.experts.parameters())  # one copy in the world, whose gradient is whole as it is
             if param_dtype != torch.float32 and list(block.ffn.router.parameters()):
                 share(block.ffn.router, trunk_mesh, torch.float32)
-        share(block, trunk_mesh, param_dtype, ignored_params=whole)
+        share(block, trunk_mesh, param_dtype, ignored_params=whole, shard_placement_fn=partial(_evenly, trunk_mesh.size(1)))
     share(model, trunk_mesh, torch.float32, ignored_params=whole)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -116,6 +116,12 @@ def sum_gradients(model: nn.Module, now: bool, layout: Layout) -> None:
     """Whether the next backward pass sums gradients over processes; whole copies can wait for the last micro-batch."""
     if isinstance(model, FSDPModule) and layout.dp_shard == 1:
         model.set_requires_gradient_sync(now)
+
+
+def _evenly(shares: int, weight: nn.Parameter) -> Shard:
+    """Where a weight is cut: stacks of experts along their next dimension if their number is no multiple of the shares."""
+    stacked = weight.dim() == 3 and len(weight) % shares and weight.shape[1] % shares == 0
+    return Shard(1 if stacked else 0)
 
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

@@ -80,9 +80,9 @@ class Watch:
     def _answer(self) -> None:
         assert self._store is not None
         calls = self._store.add("calls", 0)
-        if calls > self._answered:
-            self._store.set(f"{calls}/{self.world.rank}", f"is in {self._place()}")
-            self._answered = calls
+        for number in range(self._answered + 1, calls + 1):  # several may ask at once
+            self._store.set(f"{number}/{self.world.rank}", f"is in {self._place()}")
+        self._answered = calls
 
     def _roll_call(self) -> dict[int, str | None]:
         """Each process's answer by rank; None where there was none."""

@@ -112,16 +112,16 @@ def _meet(timeout: timedelta) -> World:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         shared, rank, size = next(rendezvous("env://", timeout=timeout))
-        store = _unwritten(shared, rank, size)
+        store = _unwritten(shared, rank, size, timeout)
         own = PrefixStore("collectives", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
         return World(rank, size, store, dist.new_group(backend="gloo", timeout=timeout))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise LostProcess(f"The processes of this launch do not reach each other ({why}).") from error
 
 
-def _unwritten(store: Store, rank: int, size: int) -> Store:
+def _unwritten(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
     """A part of the store that no earlier attempt of this launch has written to.
 
     A launcher can keep its store over restarts, and who found an address there of before the last one would wait for a
@@ -131,7 +131,10 @@ def _unwritten(store: Store, rank: int, size: int) -> Store:
     if rank == 0:
         number = store.add("attempts", 1)
         waited = set(range(1, size))
+        until = time.monotonic() + timeout.total_seconds()
         while waited:
+            if time.monotonic() > until:
+                raise RuntimeError(f"rank {min(waited)} has not come")
             for other in waited:
                 if store.check([f"asks/{other}"]):
                     store.set(f"answer/{store.get(f'asks/{other}').decode()}", str(number))

@@ -159,7 +159,7 @@ def _check_agreed(config: RunConfig, data: PreparedData, world: World) -> None:
 def _check_same(config: RunConfig, begun: RunConfig, run: RunDirectory, resume: Resume) -> None:
     """A directory is only ever continued by its own run."""
     if resume == "never":
-        raise MoelmError(f"The run {run.path} exists already; choose another name=..., or --resume auto to go on with it.")
+        run.must_be_new()
     saved, wanted = (_identity(each) for each in (begun, config))
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if different:

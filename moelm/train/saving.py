@@ -3,7 +3,9 @@
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +14,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from moelm.checkpoint import Progress, State, prune, save_checkpoint, training_state
+from moelm.console import console
 from moelm.distributed.world import World
+from moelm.hardware import pick_device
 from moelm.model import Transformer
 
 _IN_PLACE = StagingOptions(
@@ -30,12 +34,13 @@ class Saver:
     Args:
         folder: of the run's checkpoints.
         keep: how many of the newest are kept.
+        waiting: called now and then while a checkpoint is waited for.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World) -> None:
-        self.folder, self.keep, self.world = folder, keep, world
+    def __init__(self, folder: Path, keep: int, world: World, waiting: Callable[[], None]) -> None:
+        self.folder, self.keep, self.world, self.waiting = folder, keep, world, waiting
         self._stager = DefaultStager(_IN_PLACE)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver", initializer=_settle)
         self._writing: Future[None] | None = None
         self._step = 0
 
@@ -49,7 +54,10 @@ class Saver:
     def _write(self, state: State, progress: Progress) -> None:
         saved = save_checkpoint(self.folder, state, progress, self.world)
         if self.world.first:
-            prune(self.folder, self.keep, saved)
+            try:
+                prune(self.folder, self.keep, saved)
+            except OSError as error:
+                console.print(f"Warning: an old checkpoint could not be deleted ({error}).", soft_wrap=True, markup=False)
 
     def finish(self, wait: bool = True) -> str | None:
         """End what is being written.
@@ -64,6 +72,9 @@ class Saver:
         if writing is None or not (wait or writing.done()):
             return None
         self._writing = None
+        while not writing.done():
+            self.waiting()
+            wait_for([writing], timeout=1.0)
         try:
             writing.result()
         except OSError as error:
@@ -75,7 +86,8 @@ class Saver:
         self._thread.shutdown()
 
 
-def _give_way() -> None:
-    """Let the steps of training go first where a core is wanted by both."""
+def _settle() -> None:
+    """Use this process's GPU, and let the steps of training go first where a core is wanted by both."""
+    pick_device()
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

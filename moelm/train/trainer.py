@@ -38,7 +38,7 @@ from moelm.train.optim import clip_gradients, gradient_squares, learning_rate
 from moelm.train.profile import profiling
 from moelm.train.saving import Saver
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What asks a run to save and stop: people, launchers, and schedulers that want the machine back."""
 
 
@@ -95,7 +95,7 @@ class Trainer:
         self.micro_rows = config.micro_batch_rows(world.size)
         self.flops_per_token = count_flops(config.model, config.data.seq_len).training
         self.balance = config.model.ffn.balance if isinstance(config.model.ffn, MoEFFNConfig) else None
-        self.saver = Saver(run.checkpoints, config.train.keep_checkpoints, world)
+        self.saver = Saver(run.checkpoints, config.train.keep_checkpoints, world, watch.touch)
         self.caught: int | None = None
 
     def fit(self, profile: bool = False) -> Evaluation:
@@ -313,11 +313,13 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn the first signal into a flag that the loop reads after its step; a second one acts at once."""
+        """Turn the first signal into a flag that the loop reads after its step; a second one acts at once,
+        unless there is a launcher for that."""
 
         def remember(signum: int, frame: FrameType | None) -> None:
             self.caught = signum
-            signal.signal(signum, before[signum])
+            if self.world.size == 1:
+                signal.signal(signum, before[signum])  # a launcher may send one twice, and ends who does not end
 
         before: dict[int, Any] = {signum: signal.getsignal(signum) for signum in SIGNALS}
         for signum in SIGNALS:
