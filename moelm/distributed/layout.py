@@ -41,7 +41,8 @@ def resolve_layout(config: RunConfig, processes: int) -> Layout:
     rest = processes // wanted.ep
     replicate, shard = wanted.dp_replicate, wanted.dp_shard
     if shard == "auto":
-        shard = max(1, rest) if replicate == "auto" else max(1, rest // replicate)
+        copies = 1 if replicate == "auto" else replicate
+        shard = max(1, rest // copies)
     if replicate == "auto":
         replicate = rest // shard
     layout = Layout(replicate, shard, wanted.ep)
