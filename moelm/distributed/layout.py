@@ -42,7 +42,7 @@ def resolve_layout(config: RunConfig, processes: int) -> Layout:
     replicate, shard = wanted.dp_replicate, wanted.dp_shard
     if shard == "auto":
         copies = 1 if replicate == "auto" else replicate
-        shard = max(1, rest // copies)
+        shard = rest // copies or 1
     if replicate == "auto":
         replicate = rest // shard
     layout = Layout(replicate, shard, wanted.ep)
