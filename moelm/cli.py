@@ -67,28 +67,24 @@ def train(
 ) -> None:
     """Train a run; interrupted, it goes on from its newest checkpoint."""
     from moelm.config import load_config
+    from moelm.rundir import RunDirectory
 
     run_config = load_config(config, overrides or ())
+    run = RunDirectory(Path("runs") / run_config.name)
     if nproc > 1 or max_restarts:
         from moelm.distributed.launcher import launch
         from moelm.distributed.layout import resolve_layout
         from moelm.distributed.world import launched
-        from moelm.rundir import RunDirectory as Directory
 
         if launched():
-            raise MoelmError(
-                f"--nproc is {nproc}, but a launcher has started this process as one of several; leave it out."
-            )
+            raise MoelmError(f"--nproc is {nproc}, but a launcher has started this process already; leave it out.")
         if resume == "never":
-            Directory(Path("runs") / run_config.name).must_be_new()
-
+            run.must_be_new()
         resolve_layout(run_config, nproc)
         words = ["train", str(config), *(overrides or ()), "--resume", resume, *["--profile"] * profile]
         raise typer.Exit(launch(words, nproc, max_restarts))
-    from moelm.rundir import RunDirectory
     from moelm.train.launch import train as train_run
 
-    run = RunDirectory(Path("runs") / run_config.name)
     evaluation = train_run(run_config, run, resume, profile)
     if evaluation is not None:
         score = evaluation.overall

@@ -99,6 +99,11 @@ class BalanceConfig(Config):
     scope: Literal["micro", "global", "sequence"] = "global"
     """Tokens over which a loss is taken: one micro-batch, the whole global batch, or (aux alone) each sequence."""
 
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a micro-batch's gradient depends on the rest of its batch: on the load there, or on a variation."""
+        return self.scope == "global" and (self.aux > 0 or self.importance > 0 or self.load > 0)
+
 
 class DenseFFNConfig(Config):
     """A plain gated feed-forward block in every layer."""

@@ -49,14 +49,19 @@ def resolve_layout(config: RunConfig, processes: int) -> Layout:
     if layout.size != processes:
         asked = f"dp_replicate={wanted.dp_replicate} dp_shard={wanted.dp_shard} ep={wanted.ep}"
         raise MoelmError(f"parallel asks for {asked}, whose product cannot be the number of processes, {processes}.")
+    check_batch(config, processes)
+    if (problem := check_model(config, layout)) is not None:
+        raise MoelmError(problem)
+    return layout
+
+
+def check_batch(config: RunConfig, processes: int) -> None:
+    """Refuse a batch of which so many processes cannot have equal parts."""
     if config.batch_rows % processes:
         raise MoelmError(
             f"train.batch_tokens is {config.train.batch_tokens}, or {config.batch_rows} rows of data.seq_len = "
             f"{config.data.seq_len}; {processes} processes cannot have equal parts of them."
         )
-    if (problem := check_model(config, layout)) is not None:
-        raise MoelmError(problem)
-    return layout
 
 
 def check_model(config: RunConfig, layout: Layout) -> str | None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from moelm.config import MoEFFNConfig, RunConfig
-from moelm.distributed.layout import Layout, check_model
+from moelm.distributed.layout import Layout, check_batch, check_model
 from moelm.errors import MoelmError
 from moelm.hardware import DEVICES, Device
 from moelm.model.counting import count_flops
 from moelm.plan.memory import FLOAT32, Memory, Setting, estimate_memory, weights_of
-from moelm.plan.traffic import Traffic, ahead, estimate_traffic
+from moelm.plan.traffic import Message, Traffic, ahead, messages
 
 MACHINE = 8
 """GPUs of one machine."""
@@ -89,19 +89,15 @@ class Plan(NamedTuple):
 def make_plan(config: RunConfig, gpus: int, device: str) -> Plan:
     """Look at every layout of a config, whose vocabulary is known, on so many GPUs.
 
-    For each layout the least activation checkpointing that fits is taken, from what the config asks for on, with the
-    micro-batch of the config or, failing that, of one row.
+    For each layout the fastest that fits is taken, of the activation checkpointing that the config asks for or more, with
+    the micro-batch of the config or of one row.
 
     Raises:
         MoelmError: an unknown device, or GPUs among which the batch cannot be shared.
     """
     if device not in DEVICES:
         raise MoelmError(f"There is no device {device!r} in the table; it knows {', '.join(DEVICES)}.")
-    if config.batch_rows % gpus:
-        raise MoelmError(
-            f"train.batch_tokens is {config.train.batch_tokens}, or {config.batch_rows} rows of data.seq_len = "
-            f"{config.data.seq_len}; {gpus} GPUs cannot have equal parts of them."
-        )
+    check_batch(config, gpus)
     kind = DEVICES[device]
     choices = [_best_of_layout(config, layout, kind) for layout in layouts(config, gpus)]
     return Plan(gpus, device, sorted(choices, key=_rank))
@@ -132,23 +128,30 @@ def _best_of_layout(config: RunConfig, layout: Layout, kind: Device) -> Choice:
 
 
 def _weigh(config: RunConfig, setting: Setting, kind: Device) -> Choice:
-    memory, traffic = estimate_memory(config, setting), estimate_traffic(config, setting)
+    memory, sent = estimate_memory(config, setting), list(messages(config, setting))
     useful = count_flops(config.model, config.data.seq_len)
     tokens = config.train.batch_tokens / setting.layout.size
     work = useful.training + useful.forward * ahead(config, setting) + _again(config, setting)
     compute = tokens * work / (kind.peak_bf16 * COMPUTE)
     layout = setting.layout
-    near = kind.link * LINKS
-    experts_way = near if layout.ep <= MACHINE else kind.network * LINKS
-    weights_way = near if layout.size <= MACHINE else kind.network * LINKS
-    waiting = traffic.all_to_all / experts_way
-    hidden = (traffic.all_gather + traffic.reduce_scatter + traffic.all_reduce) / weights_way
+    waiting = sum(_seconds(message, kind) for message in sent if message.collective == "all_to_all")
+    hidden = sum(_seconds(message, kind) for message in sent if message.collective != "all_to_all")
     counted = weights_of(config)
     own = (counted.root + counted.trunk) / layout.trunk[1] + counted.experts / (layout.ep * layout.dp_shard)
     update = 7 * FLOAT32 * own / kind.memory_bandwidth  # weight and moments read and written, gradient read
     step = max(compute, hidden) + waiting + update
     fits = memory.total <= USABLE * kind.memory
-    return Choice(setting, memory, traffic, fits, step, tokens * useful.training / (step * kind.peak_bf16))
+    return Choice(setting, memory, Traffic.of(sent), fits, step, tokens * useful.training / (step * kind.peak_bf16))
+
+
+def _seconds(message: Message, kind: Device) -> float:
+    """A group inside one machine has its links, one over machines a network card for each GPU.
+
+    A ring could use the cards of all its members in a machine; what is published of FSDP on 128 H100s (docs/scaling.md)
+    is what one card gives.
+    """
+    over_machines = (message.size - 1) * message.stride >= MACHINE
+    return message.bytes / (LINKS * (kind.network if over_machines else kind.link))
 
 
 def _again(config: RunConfig, setting: Setting) -> float:

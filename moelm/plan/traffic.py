@@ -1,12 +1,25 @@
-"""Bytes that one process sends for one optimizer step, by collective.
+"""What one process sends for one optimizer step: bytes, by which collective, to whom.
 
 Rings and pairwise exchanges: a gather or scatter over n processes sends (n-1)/n of the whole, a sum twice that.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from moelm.config import MoEFFNConfig, RunConfig
 from moelm.plan.memory import FLOAT32, Setting, weights_of
+
+
+class Message(NamedTuple):
+    """All that one process sends by one collective in one group of processes."""
+
+    collective: str
+    """A field of `Traffic`."""
+    bytes: float
+    size: int
+    """Processes in the group."""
+    stride: int
+    """Ranks from one of them to the next."""
 
 
 class Traffic(NamedTuple):
@@ -21,32 +34,38 @@ class Traffic(NamedTuple):
     all_to_all: int
     """Tokens to experts and back, and their gradients."""
 
+    @classmethod
+    def of(cls, messages: list[Message]) -> "Traffic":
+        """The messages' sums."""
+        return cls(*(round(sum(m.bytes for m in messages if m.collective == name)) for name in cls._fields))
 
-def estimate_traffic(config: RunConfig, setting: Setting) -> Traffic:
-    """What one process sends."""
+
+def messages(config: RunConfig, setting: Setting) -> Iterator[Message]:
+    """What one process sends; groups of one send nothing."""
     layout, counted = setting.layout, weights_of(config)
     wide = FLOAT32 if config.parallel.param_dtype == "float32" or not setting.low else 2
     reduced = FLOAT32 if config.parallel.reduce_dtype == "float32" else 2
     micro_batches = config.batch_rows // layout.size // setting.micro_rows
+    # What is kept after a forward pass serves the next pass too.
+    gathers = micro_batches * (2 + ahead(config, setting) if config.parallel.reshard_after_forward else 1)
+    sums = micro_batches if layout.dp_shard > 1 else 1
     copies, shared = layout.trunk
-    trunk, experts = counted.root + counted.trunk, counted.experts // layout.ep
+    trunk, experts = counted.trunk, counted.experts // layout.ep
     if layout.ep == 1:
         trunk, experts = trunk + experts, 0
-    passes = 1 + config.parallel.reshard_after_forward + ahead(config, setting)
-    gathers = micro_batches * passes
-    sums = micro_batches if layout.dp_shard > 1 else 1
+    # The root travels in float32. Groups: bytes of weights, their number, copies and shares, and how far apart shares are.
+    for weights, number, replicas, shares, apart in (
+        (FLOAT32 * counted.root + wide * trunk, counted.root + trunk, copies, shared, 1),
+        (wide * experts, experts, layout.dp_replicate, layout.dp_shard, layout.ep),
+    ):
+        yield Message("all_gather", gathers * _part(shares) * weights, shares, apart)
+        yield Message("reduce_scatter", sums * reduced * _part(shares) * number, shares, apart)
+        yield Message("all_reduce", 2 * sums * reduced * _part(replicas) * number / shares, replicas, apart * shares)
+    yield Message("all_to_all", _part(layout.ep) * _travelling(config, setting) * micro_batches, layout.ep, 1)
 
-    def part(size: int) -> float:
-        return (size - 1) / size
 
-    shared_bytes = part(shared) * trunk + part(layout.dp_shard) * experts
-    copied = part(copies) * trunk / shared + part(layout.dp_replicate) * experts / layout.dp_shard
-    return Traffic(
-        all_gather=round(gathers * wide * shared_bytes),
-        reduce_scatter=round(sums * reduced * shared_bytes),
-        all_reduce=round(2 * sums * reduced * copied),
-        all_to_all=round(part(layout.ep) * _travelling(config, setting) * micro_batches),
-    )
+def _part(size: int) -> float:
+    return (size - 1) / size
 
 
 def ahead(config: RunConfig, setting: Setting) -> bool:
@@ -54,8 +73,7 @@ def ahead(config: RunConfig, setting: Setting) -> bool:
     ffn = config.model.ffn
     if not isinstance(ffn, MoEFFNConfig) or setting.micro_rows * setting.layout.size >= config.batch_rows:
         return False
-    balance = ffn.balance
-    return balance.scope == "global" and (balance.aux > 0 or balance.importance > 0 or balance.load > 0)
+    return ffn.balance.needs_whole_batch
 
 
 def _travelling(config: RunConfig, setting: Setting) -> int:

@@ -187,11 +187,8 @@ def _flat(config: RunConfig) -> dict[str, Any]:
 FREE = (
     "name",
     "wandb.",
-    "parallel.",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.log_every",
+    *(f"parallel.{key}" for key in ("dp_", "ep", "reshard_after_forward", "activation_checkpointing", "timeout_s")),
+    *(f"train.{key}" for key in ("eval_every", "checkpoint_every", "keep_checkpoints", "log_every")),
 )
 """What a run may go on with another value of: nothing it learns depends on it."""
 

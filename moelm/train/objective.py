@@ -38,11 +38,6 @@ def add_layer_sums(parts: Iterable[LayerSums]) -> LayerSums:
     return {layer: balance.add_sums(part[layer] for part in known) for layer in (known[0] if known else ())}
 
 
-def needs_whole_batch(config: BalanceConfig) -> bool:
-    """Whether a micro-batch's gradient depends on the rest of its batch: on the load there, or on a variation."""
-    return config.scope == "global" and (config.aux > 0 or config.importance > 0 or config.load > 0)
-
-
 def balance_loss(
     routings: dict[int, Routing],
     own: LayerSums,
@@ -55,7 +50,7 @@ def balance_loss(
 
     Args:
         own: the micro-batch's sums.
-        whole: the sums of the whole batch, when it is cut up and `needs_whole_batch`; the losses are then those of the
+        whole: the sums of the whole batch, when it is cut up and it `needs_whole_batch`; the losses are then those of the
             batch, and only their gradient is this micro-batch's.
         num_tokens: valid tokens of the whole batch.
 

@@ -39,9 +39,9 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 def gradient_squares(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Squared norm of each parameter's gradient, float64 `(P,)`; on several processes the sum over them is it.
 
-    What several hold copies of counts in parts, so that every number of the whole gradient counts once. Vectors along the
-    last dimension, which no layout cuts, are summed in the gradient's dtype, those over all of them in float64: in float32
-    half a million squares would be off by 5e-6, and by another amount in every layout.
+    What several hold copies of counts in parts, so that every number of the whole gradient counts once. The rows of
+    a matrix, which no layout cuts, are summed in the gradient's dtype and what they give in float64: in float32 half a
+    million squares would be off by 5e-6, and by another amount in every layout.
     """
     grads, copies = [], []
     for parameter in parameters:

@@ -31,7 +31,6 @@ from moelm.train.objective import (
     add_layer_sums,
     all_at_once,
     layer_sums,
-    needs_whole_batch,
     part_loss,
 )
 from moelm.train.optim import clip_gradients, gradient_squares, learning_rate
@@ -228,7 +227,7 @@ class Trainer:
     @property
     def _scattered(self) -> bool:
         """Whether a loss here depends on the tokens of other processes."""
-        return self.world.size > 1 and self.balance is not None and needs_whole_batch(self.balance)
+        return self.world.size > 1 and self.balance is not None and self.balance.needs_whole_batch
 
     @torch.no_grad()
     def _whole_sums(self, parts: list[Part]) -> LayerSums | None:
@@ -236,7 +235,7 @@ class Trainer:
 
         The load multiplies the gradient of every part, so the first part's backward needs the last part's routing.
         """
-        if self.balance is None or len(parts) == 1 or not needs_whole_batch(self.balance):
+        if self.balance is None or len(parts) == 1 or not self.balance.needs_whole_batch:
             return None
         return self._over_processes(add_layer_sums(layer_sums(self._forward(part).routings, part.batch) for part in parts))
 
