@@ -55,6 +55,21 @@ def test_two_processes_train_and_one_speaks(moelm: Moelm, workplace: Path) -> No
     assert together == [line["tokens"] for line in metrics(alone)]
 
 
+def test_launches_that_cannot_be_are_sentences(moelm: Moelm, workplace: Path) -> None:
+    inside = moelm("train", "moe.yaml", "--nproc", "2", env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
+    assert (inside.returncode, inside.stderr.count("\n")) == (2, 1)
+    assert "a launcher has started this process already" in inside.stderr
+    lost = moelm("train", "moe.yaml", env={**os.environ, "WORLD_SIZE": "2"})
+    assert "do not reach each other" in lost.stderr
+    assert "Traceback" not in lost.stderr
+    few = moelm("train", "moe.yaml", "parallel.ep=4", "parallel.dp_shard=auto", "--nproc", "2")
+    assert (few.returncode, few.stderr.count("\n")) == (2, 1)
+    train_here(workplace, "moe", "train.steps=2")
+    again = moelm("train", "moe.yaml", "train.steps=2", "--resume", "never", "--nproc", "2", "--max-restarts", "2")
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
 @pytest.mark.slow
 def test_kills_and_restarts_change_no_figure(workplace: Path) -> None:
     settings = [*STEADY, "train.steps=300", "train.eval_every=100", "train.checkpoint_every=10"]
@@ -66,10 +81,12 @@ def test_kills_and_restarts_change_no_figure(workplace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_scheduler_that_wants_the_machine_back_gets_it_saved(workplace: Path, signum: signal.Signals) -> None:
     process = start(workplace, *LONG)
     until(lambda: steps_done(workplace) > 3)
+    for worker in workers(process.pid):  # some schedulers signal all processes, and the launcher hands it on once more
+        os.kill(worker, signum)
     process.send_signal(signum)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, told

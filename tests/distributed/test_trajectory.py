@@ -73,6 +73,14 @@ def test_every_router_agrees_where_its_experts_are_elsewhere(workplace: Path) ->
 
 
 @pytest.mark.slow
+def test_experts_that_cannot_be_divided_are_cut(workplace: Path) -> None:
+    common = [*STEADY, "train.steps=10", "model.ffn.num_experts=6"]
+    spread(workplace, 4, {"cut": [*common, "parallel.dp_shard=4"]})
+    reference = train_here(workplace, "moe", *common, "name=one")
+    assert deviation(workplace / "runs/cut", reference) < 1e-5
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_any_layout_goes_on_on_any_other(workplace: Path) -> None:
     """Steps 1-20 on four processes, to 30 on one, to 40 on two, to 50 on four, each spread in another way."""
     common = [
