@@ -304,7 +304,7 @@ def _notes(runs: Sequence[RunRecord], challenger: RunRecord, reference: RunRecor
                     f"At equal {AXIS_NAMES[axis]} {run.name} is read {equal.at / total:.0%} of the way "
                     "through, before its learning rate has come down, which counts against it."
                 )
-    for key in ("device", "threads", "precision", "torch"):
+    for key in ("device", "processes", "threads", "precision", "torch"):
         values = [str(run.environment.get(key, "–")) for run in runs]
         if len(set(values)) > 1:
             yield f"Seconds are not like for like: {key} differs ({', '.join(dict.fromkeys(values))})."

@@ -145,7 +145,7 @@ def report_tables(comparison: Comparison) -> tuple[Table, ...]:
         differences = comparison.differences.items()
         rows = tuple((key, *(_word(values[name]) for name in names)) for key, values in differences)
         tables.append(Table("Config differences", ("key", *names), rows, left=99))
-    keys = ("moelm", "python", "torch", "platform", "device", "threads", "precision", "command", "started")
+    keys = ("moelm", "python", "torch", "platform", "device", "processes", "threads", "precision", "command", "started")
     rows = tuple((key, *(_word(run.environment.get(key)) for run in comparison.runs)) for key in keys)
     tables.append(Table("Versions", ("", *names), rows, left=99))
     return tuple(tables)
