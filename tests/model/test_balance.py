@@ -12,7 +12,7 @@ from moelm.data.loader import IGNORE, Batch
 from moelm.model import balance, build_model, noise
 from moelm.model.balance import routing_sums
 from moelm.model.router import Routing
-from moelm.train.objective import RoutingStatistics, add_layer_sums, balance_loss, layer_sums, needs_whole_batch
+from moelm.train.objective import RoutingStatistics, add_layer_sums, balance_loss, layer_sums
 from tests.model import oracle
 
 
@@ -101,7 +101,7 @@ def test_cutting_a_batch_changes_neither_loss_nor_gradient(name: str) -> None:
             return routings, layer_sums(routings, batch)
 
         cuts = list(zip(batches, rows.chunk(parts), strict=True))
-        whole = add_layer_sums(forward(*cut)[1] for cut in cuts) if parts > 1 and needs_whole_batch(config) else None
+        whole = add_layer_sums(forward(*cut)[1] for cut in cuts) if parts > 1 and config.needs_whole_batch else None
         statistics = RoutingStatistics()
         for batch, draws in cuts:
             routings, own = forward(batch, draws)
