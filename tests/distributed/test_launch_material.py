@@ -96,7 +96,7 @@ def cluster(workplace: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_the_slurm_script_saves_requeues_and_goes_on(workplace: Path, cluster: dict[str, str]) -> None:
     settings = [*STEADY, "train.eval_every=1000", "parallel.ep=2"]
-    script = ["bash", str(SCRIPTS / "slurm.sbatch"), "moe.yaml", *settings, "train.steps=200"]
+    script = ["bash", str(SCRIPTS / "slurm.sbatch"), "moe.yaml", *settings, "train.steps=100"]
     process = subprocess.Popen(script, cwd=workplace, env=cluster, stderr=subprocess.PIPE, text=True)
     lines = workplace / "runs/tiny-moe/metrics.jsonl"
     end = time.monotonic() + 90
@@ -112,7 +112,7 @@ def test_the_slurm_script_saves_requeues_and_goes_on(workplace: Path, cluster: d
     )
     assert done.returncode == 0, done.stderr
     assert "Resuming runs/tiny-moe from step" in done.stderr
-    assert [line["step"] for line in metrics(workplace / "runs/tiny-moe")] == list(range(1, 201))
+    assert [line["step"] for line in metrics(workplace / "runs/tiny-moe")] == list(range(1, 101))
 
 
 @pytest.mark.slow

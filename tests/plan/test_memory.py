@@ -20,7 +20,6 @@ CASES = {
     "full": ("demo-moe", 1, ("parallel.activation_checkpointing=full",)),
     "copies": ("demo-moe", 2, ()),
     "ep": ("demo-moe", 2, ("parallel.ep=2",)),
-    "sharded": ("demo-moe", 4, ("parallel.dp_shard=4",)),
     "sharded-ep": ("demo-moe", 4, ("parallel.dp_shard=2", "parallel.ep=2")),
     "sharded-ep-bf16": ("demo-moe", 4, ("parallel.dp_shard=2", "parallel.ep=2", "train.precision=bf16")),
 }
