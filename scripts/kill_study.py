@@ -34,8 +34,12 @@ def command(config: str, settings: list[str], name: str, nproc: int, restarts: i
     return [*words, "--nproc", str(nproc), "--max-restarts", str(restarts)]
 
 
-def torment(words: list[str], run: Path, kills: int, dice: random.Random) -> tuple[int, int]:
-    """Run a command while killing its children; returns how many were killed, and how many of these during a save."""
+def torment(words: list[str], run: Path, kills: int, within: float, dice: random.Random) -> tuple[int, int]:
+    """Run a command while killing its children; returns how many were killed, and how many of these during a save.
+
+    Args:
+        within: longest time from one kill to the next, in seconds.
+    """
     process = subprocess.Popen(words)
     done = in_saves = 0
     killed = time.time()
@@ -46,7 +50,7 @@ def torment(words: list[str], run: Path, kills: int, dice: random.Random) -> tup
         return False
 
     while process.poll() is None and done < kills:
-        until = time.monotonic() + dice.uniform(0, 12)
+        until = time.monotonic() + dice.uniform(0, within)
         while time.monotonic() < until and process.poll() is None and not (done % 2 and saving()):
             time.sleep(0.002)
         caught = saving()
@@ -74,11 +78,12 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--within", type=float, default=12.0, help="longest time between kills, in seconds")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_intermixed_args()
     subprocess.run(command(options.config, options.settings, "in-peace", options.nproc, 0), check=True)
     words = command(options.config, options.settings, "killed", options.nproc, options.kills + 1)
-    done, in_saves = torment(words, Path("runs/killed"), options.kills, random.Random(options.seed))
+    done, in_saves = torment(words, Path("runs/killed"), options.kills, options.within, random.Random(options.seed))
     same = figures(Path("runs/killed")) == figures(Path("runs/in-peace"))
     print(f"{done} kills, {in_saves} of them in a save; all figures of all steps {'equal' if same else 'DIFFER'}")
     sys.exit(0 if same and done == options.kills else 1)
