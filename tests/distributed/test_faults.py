@@ -72,8 +72,8 @@ def test_launches_that_cannot_be_are_sentences(moelm: Moelm, workplace: Path) ->
 
 @pytest.mark.slow
 def test_kills_and_restarts_change_no_figure(workplace: Path) -> None:
-    settings = [*STEADY, "train.steps=600", "train.eval_every=100", "train.checkpoint_every=10"]
-    command = [sys.executable, str(ROOT / "scripts/kill_study.py"), "moe.yaml", *settings, "--kills", "2", "--within", "6"]
+    settings = [*STEADY, "train.steps=400", "train.eval_every=100", "train.checkpoint_every=10"]
+    command = [sys.executable, str(ROOT / "scripts/kill_study.py"), "moe.yaml", *settings, "--kills", "2", "--within", "4"]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "2 kills" in done.stdout
