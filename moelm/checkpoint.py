@@ -15,8 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
@@ -30,6 +39,11 @@ UNFINISHED = ".writing"
 Progress = dict[str, Any]
 State = dict[str, Any]
 T = TypeVar("T")
+
+
+def fresh_progress() -> Progress:
+    """Where a run stands before its first step; tokens, FLOPs and seconds are those of training alone."""
+    return {"step": 0, "tokens": 0, "flops": 0, "time_s": 0.0, "val_loss": None}
 
 
 class DamagedCheckpoint(MoelmError):
@@ -85,26 +99,78 @@ def save_checkpoint(folder: Path, state: State, progress: Progress, world: World
     return target
 
 
-def load_weights(path: Path, model: Transformer) -> None:
-    """Fill a model from a verified checkpoint."""
-    verify(path)
-    state: dict[str, Any] = {"model": model.state_dict()}
-    with _quiet():
-        load(state, checkpoint_id=path, no_dist=True)
-    model.load_state_dict(state["model"])
+def load_weights(path: Path, model: Transformer, world: World = ALONE) -> None:
+    """Fill a model, each process its part, from a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: its files are not what was written.
+        MoelmError: it is of a model of another shape.
+    """
+    verify(path, world)
+    _check_shapes(path, model)
+    state = {"model": get_model_state_dict(model)}
+    _load(path, state, world)
+    set_model_state_dict(model, state["model"])
 
 
 def load_training(path: Path, model: Transformer, optimizer: Optimizer, world: World = ALONE) -> Progress:
-    """Fill model and optimizer, each process its part, from a verified checkpoint; returns where the run stood."""
-    verify(path, world)
-    state = training_state(model, optimizer)
+    """Fill model and optimizer, each process its part, and return where the run stood.
+
+    A checkpoint with an `origin` has weights alone, which come from elsewhere; moments then stay as they are.
+
+    Raises:
+        DamagedCheckpoint: its files are not what was written.
+        MoelmError: it is of a model of another shape.
+    """
+    load_weights(path, model, world)
+    progress = read_progress(path)
+    if "origin" not in progress:
+        state = {"optimizer": training_state(model, optimizer)["optimizer"]}
+        _load(path, state, world)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return progress
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All weights as they are stored, in their own dtypes, by the model's names for them.
+
+    Raises:
+        DamagedCheckpoint: its files are not what was written.
+    """
+    verify(path)
+    weights = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in _stored(path).items()}
+    state: State = {"model": weights}
+    _load(path, state, ALONE)
+    return weights
+
+
+def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Shape and dtype of every weight, by the model's name for it."""
+    described = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        key.removeprefix("model."): about
+        for key, about in described.items()
+        if key.startswith("model.") and isinstance(about, TensorStorageMetadata)
+    }
+
+
+def _check_shapes(path: Path, model: Transformer) -> None:
+    there = {name: tuple(about.size) for name, about in _stored(path).items()}
+    here = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise MoelmError(
+                f"The checkpoint {path} is of another model: {name} is {there.get(name, 'missing')} there and "
+                f"{here.get(name, 'missing')} here."
+            )
+
+
+def _load(path: Path, state: State, world: World) -> None:
     try:
         with _quiet():
             load(state, checkpoint_id=path, no_dist=world.size == 1)
     except CheckpointException as error:
         raise DamagedCheckpoint(f"The checkpoint {path} is damaged: {_cause(error)}.") from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return read_progress(path)
 
 
 def read_progress(path: Path) -> Progress:
@@ -147,7 +213,8 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, newest: Path) -> None:
-    """Delete all but the `keep` checkpoints up to `newest` and the one with the best validation loss.
+    """Delete all but the `keep` checkpoints up to `newest`, the one with the best validation loss, and one of step 0, which
+    holds weights from elsewhere.
 
     Later ones than `newest`, the one just saved, were found damaged when the run went on from an earlier one.
     """
@@ -156,7 +223,7 @@ def prune(folder: Path, keep: int, newest: Path) -> None:
             shutil.rmtree(path)
     best = best_checkpoint(folder)
     for path in list_checkpoints(folder)[:-keep]:
-        if path != best:
+        if path not in (best, checkpoint_path(folder, 0)):
             shutil.rmtree(path)
 
 

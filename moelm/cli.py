@@ -207,6 +207,77 @@ def bench(
         _print_json({"rounds": rounds, "contestants": timings})
 
 
+@app.command("export")
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that is not there yet, or empty.")],
+    checkpoint: Checkpoint = "last",
+    dtype: Annotated[
+        Literal["stored", "float32", "bf16", "float16"], typer.Option(help="Of the weights; stored: as the run has them.")
+    ] = "stored",
+    shard_gb: Annotated[float, typer.Option(min=1e-6, help="Most gigabytes in one file of weights.")] = 5.0,
+) -> None:
+    """Write a run in the Hugging Face format: weights, config, tokenizer and model card."""
+    from moelm.interop.export import export_run
+
+    architecture = export_run(run, out, checkpoint, dtype, shard_gb)
+    typer.echo(f"{out}: {architecture}; AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it.")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="config.json, tokenizer.json and safetensors.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of the new run.")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file with the data and training it is to get.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json, where the directory has none.")] = None,
+) -> None:
+    """Turn Mixtral, Llama, Mistral and their like into a run, to evaluate, sample, upcycle or train on."""
+    from moelm.interop.importing import import_model
+
+    made = import_model(source, run, overrides or (), config, tokenizer)
+    typer.echo(f"{made.path}: `moelm train {made.config} name=...` trains it on, into a run of its own.")
+
+
+@app.command()
+def upcycle(
+    run: RunPath,
+    new_run: Annotated[str, typer.Argument(metavar="NEW_RUN", help="Name of the sparse run.")],
+    overrides: Overrides = None,
+    num_experts: Annotated[int, typer.Option(min=1, help="Copies of each feed-forward block.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts that a token visits.")] = 2,
+    noise: Annotated[
+        float, typer.Option(min=0, help="Noise on each expert's weights, in standard deviations of theirs.")
+    ] = 0.0,
+    reinit: Annotated[float, typer.Option(min=0, max=1, help="Part of each expert's hidden units drawn anew.")] = 0.0,
+    checkpoint: Checkpoint = "last",
+) -> None:
+    """Turn a dense run into a mixture of experts that starts as copies of its feed-forward blocks."""
+    from moelm.interop.upcycle import upcycle_run
+
+    made = upcycle_run(run, new_run, num_experts, top_k, noise, reinit, checkpoint, overrides or ())
+    typer.echo(f"{made.path}: `moelm train {made.config} name=...` trains it on, into a run of its own.")
+
+
+@app.command("lm-eval")
+def lm_eval(
+    run: RunPath,
+    tasks: Annotated[str, typer.Option(help="Names of tasks or groups, with commas between them.")],
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task at most.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests in one forward pass.")] = 8,
+    include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")] = None,
+    checkpoint: Checkpoint = "last",
+    as_json: AsJson = False,
+) -> None:
+    """Score a run on tasks of the lm-evaluation-harness."""
+    from moelm.commands import harness_and_show
+
+    results = harness_and_show(run, tasks.split(","), checkpoint, num_fewshot, limit, batch_size, include, as_json)
+    if as_json:
+        _print_json(results)
+
+
 def _print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content))
 

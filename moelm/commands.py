@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from moelm.errors import MoelmError
 from moelm.evaluate import Evaluation
 
 
@@ -105,3 +107,27 @@ def bench_and_show(
             )
         Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(table)
     return [timing.as_dict() for timing in timings]
+
+
+def harness_and_show(
+    name: str,
+    tasks: Sequence[str],
+    checkpoint: str,
+    shots: int | None,
+    limit: int | None,
+    batch_size: int,
+    include: Path | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Run the lm-evaluation-harness on a run and, unless quiet, print its table; returns its results by task."""
+    if find_spec("lm_eval") is None:
+        raise MoelmError("lm-eval needs the library lm_eval, which is not installed; moelm's extra `lm-eval` brings it.")
+    from lm_eval.utils import make_table
+
+    from moelm.interop.harness import evaluate_tasks
+
+    results = evaluate_tasks(name, tasks, checkpoint, shots, limit, batch_size, include)
+    if not quiet:
+        print(make_table(results))
+    kept = ("results", "groups", "versions", "n-shot", "n-samples")
+    return {"run": name, "checkpoint": checkpoint} | {key: results[key] for key in kept if key in results}

@@ -54,7 +54,18 @@ def generate_text(
         if not prompt:
             raise MoelmError("The prompt is empty; give some text to go on from.")
         rows.append(tokenizer.encode_prompt(prompt))
-    written = [Writing(tokenizer, sampling, stream if len(rows) == 1 else None) for _ in rows]
+    return continue_rows(model, tokenizer, rows, sampling, stream if len(rows) == 1 else None)
+
+
+def continue_rows(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stream: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The same for prompts that are token ids already."""
+    written = [Writing(tokenizer, sampling, stream) for _ in rows]
     for tokens_B in generate_tokens(model, rows, sampling, tokenizer.eos_id):
         for writing, token in zip(written, tokens_B, strict=True):
             writing.add(token)

@@ -1,10 +1,12 @@
 """A run's directory: where its files are, and how a finished run is loaded."""
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moelm.config import RunConfig, load_config
+from moelm.config import RunConfig, dump_config, load_config
 from moelm.errors import MoelmError
 
 if TYPE_CHECKING:
@@ -57,6 +59,18 @@ class RunDirectory:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
 
+    @classmethod
+    def new(cls, name: str) -> "RunDirectory":
+        """A run that is to be made: a path, or a bare name, which then goes under `runs/`.
+
+        Raises:
+            MoelmError: there is something already.
+        """
+        path = Path(name) if "/" in name else Path("runs") / name
+        if path.exists():
+            raise MoelmError(f"{path} exists already; choose another name.")
+        return cls(path)
+
     def must_be_new(self) -> None:
         """Refuse a run that is there already.
 
@@ -85,6 +99,38 @@ class RunDirectory:
             known = f"it has those of steps {steps}" if saved else "it has none yet"
             raise MoelmError(f"The run {self.path} has no checkpoint {which!r}; {known}.")
         return found
+
+
+def create_run(
+    run: RunDirectory,
+    config: RunConfig,
+    tokenizer: "Tokenizer",
+    weights: "dict[str, torch.Tensor]",
+    origin: dict[str, Any],
+) -> None:
+    """Make a run that has taken no step yet, of weights that are there already: whole or not at all.
+
+    Args:
+        weights: by the model's names for them; they are stored in their own dtypes.
+        origin: where they come from, as JSON.
+
+    Raises:
+        MoelmError: it cannot be written.
+    """
+    from moelm.checkpoint import fresh_progress, save_checkpoint
+
+    work = RunDirectory(run.path.with_name(f".{run.path.name}.writing-{os.getpid()}"))
+    try:
+        work.checkpoints.mkdir(parents=True)
+        save_checkpoint(work.checkpoints, {"model": weights}, {**fresh_progress(), "origin": origin})
+        tokenizer.save(work.tokenizer)
+        work.metrics.touch()
+        work.config.write_text(dump_config(config), encoding="utf-8")
+        work.path.rename(run.path)
+    except OSError as error:
+        raise MoelmError(f"The run {run.path} cannot be written: {error}.") from error
+    finally:
+        shutil.rmtree(work.path, ignore_errors=True)
 
 
 def load_run(

@@ -14,7 +14,7 @@ FLOORS = [
     ["distributed"],
     ["checkpoint", "evaluate", "generate"],
     ["rundir"],
-    ["train", "analysis", "plan"],
+    ["train", "analysis", "plan", "interop"],
     ["bench"],
     ["commands"],
     ["cli"],

@@ -1,6 +1,6 @@
 """What a run is (`schema`, and `model` for its model) and how its YAML is read (`load`)."""
 
-from moelm.config.load import check_config, dump_config, load_config
+from moelm.config.load import check_config, dump_config, load_config, override, read_tree
 from moelm.config.model import (
     BalanceConfig,
     DenseFFNConfig,
@@ -20,6 +20,7 @@ from moelm.config.schema import (
     ParallelConfig,
     RunConfig,
     SourceConfig,
+    StartConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -40,10 +41,13 @@ __all__ = [
     "RunConfig",
     "SigmoidRouterConfig",
     "SourceConfig",
+    "StartConfig",
     "TokenizerConfig",
     "TopKRouterConfig",
     "TrainConfig",
     "check_config",
     "dump_config",
     "load_config",
+    "override",
+    "read_tree",
 ]

@@ -32,11 +32,29 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     Raises:
         MoelmError: a missing or malformed file, an unknown key, a wrong type or a value out of range.
     """
-    tree = _read_tree(Path(path), seen=())
-    # A `kind` goes first: choosing another kind drops the keys of the old one, never the new ones.
-    for word in sorted(overrides, key=lambda word: not word.partition("=")[0].endswith("kind")):
-        _override(tree, word)
+    tree = read_tree(path)
+    override(tree, overrides)
     return check_config(tree, str(path))
+
+
+def read_tree(path: str | Path) -> Tree:
+    """The mapping in a config file, with what it inherits, not checked yet.
+
+    Raises:
+        MoelmError: a missing or malformed file.
+    """
+    return _read_tree(Path(path), seen=())
+
+
+def override(tree: Tree, words: typing.Sequence[str]) -> None:
+    """Lay `key.sub=value` words over a mapping.
+
+    Raises:
+        MoelmError: a word that is none.
+    """
+    # A `kind` goes first: choosing another kind drops the keys of the old one, never the new ones.
+    for word in sorted(words, key=lambda word: not word.partition("=")[0].endswith("kind")):
+        _override(tree, word)
 
 
 def check_config(tree: Tree, origin: str) -> RunConfig:

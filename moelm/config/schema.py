@@ -168,6 +168,15 @@ class ParallelConfig(Config):
         return self
 
 
+class StartConfig(Config):
+    """Weights of another run of the same shape and tokenizer, to begin with instead of random ones."""
+
+    run: str
+    """The run's directory, or its name under `runs/`; its moments and its place in the data are left behind."""
+    checkpoint: str = "last"
+    """`last`, `best` or a step number."""
+
+
 class WandbConfig(Config):
     """Weights & Biases logging beside metrics.jsonl."""
 
@@ -181,6 +190,8 @@ class RunConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's directory under `runs/`: letters, digits, dots, dashes and underscores."""
     seed: int = Field(default=0, ge=0)
+    start: StartConfig | None = None
+    """Where the first weights come from (default: drawn at random)."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

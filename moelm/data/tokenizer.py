@@ -45,6 +45,12 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception for every malformed file
             raise MoelmError(f"{path} is not a tokenizer.json: {error}.") from None
 
+    @property
+    def content(self) -> str:
+        """All of it as JSON; equal for equal tokenizers."""
+        text: str = self.raw.to_str()
+        return text
+
     def save(self, path: Path) -> None:
         """Write a tokenizer.json."""
         self.raw.save(str(path))

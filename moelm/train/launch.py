@@ -5,11 +5,20 @@ from typing import Any, Literal
 
 import torch
 
-from moelm.checkpoint import DamagedCheckpoint, clear_unfinished, list_checkpoints, load_training
-from moelm.config import MoEFFNConfig, RunConfig, dump_config, load_config
+from moelm.checkpoint import (
+    DamagedCheckpoint,
+    Progress,
+    clear_unfinished,
+    fresh_progress,
+    list_checkpoints,
+    load_training,
+    load_weights,
+)
+from moelm.config import MoEFFNConfig, RunConfig, StartConfig, dump_config, load_config
 from moelm.console import console
 from moelm.data.loader import PreparedData, open_data
 from moelm.data.prepare import prepare
+from moelm.data.tokenizer import Tokenizer
 from moelm.distributed.launcher import restarted
 from moelm.distributed.layout import Layout, resolve_layout
 from moelm.distributed.parallelize import parallelize
@@ -23,7 +32,7 @@ from moelm.model.transformer import initialise
 from moelm.rundir import RunDirectory
 from moelm.train.environment import describe_code, describe_environment
 from moelm.train.optim import build_optimizer
-from moelm.train.trainer import Trainer, fresh_progress
+from moelm.train.trainer import Trainer
 
 Resume = Literal["auto", "never"]
 
@@ -85,7 +94,9 @@ def _prepared(config: RunConfig, run: RunDirectory, resume: Resume, world: World
             "losses are too good and the model cannot be sampled.",
             soft_wrap=True,
         )
-    if progress is None:
+    if progress is None and config.start is not None:
+        _start(config.start, data, model, world)
+    if progress is None or "origin" in progress:
         if world.first:
             _create(run, config, data, describe_environment(config, data, device, dtype, layout))
         progress = fresh_progress()
@@ -212,7 +223,20 @@ def _create(run: RunDirectory, config: RunConfig, data: PreparedData, environmen
         raise MoelmError(f"The run directory {run.path} cannot be written: {error.strerror}.") from error
 
 
-def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any] | None:
+def _start(start: StartConfig, data: PreparedData, model: Transformer, world: World) -> None:
+    """Take the weights of another run."""
+    run = RunDirectory.find(start.run)
+    path = run.checkpoint(start.checkpoint)
+    if Tokenizer.load(run.tokenizer).content != data.tokenizer.content:
+        raise MoelmError(
+            f"start.run is {start.run}, whose tokenizer is another than this data's; set data.tokenizer to "
+            f"{{kind: file, path: {run.tokenizer}}}."
+        )
+    load_weights(path, model, world)
+    console.print(f"Starting with the weights of {path}.", soft_wrap=True, markup=False)
+
+
+def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> Progress | None:
     """Load the newest whole checkpoint, saying which; None when there is none yet."""
     if world.first:
         clear_unfinished(run.checkpoints)

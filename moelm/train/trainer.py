@@ -66,7 +66,7 @@ class Trainer:
 
     Args:
         model: spread over the world as `layout` says.
-        progress: where to go on; see `fresh_progress`.
+        progress: where to go on; see `moelm.checkpoint.fresh_progress`.
     """
 
     def __init__(
@@ -331,8 +331,3 @@ class Trainer:
 
     def _stopped(self, step: int, by: signal.Signals) -> Stopped:
         return Stopped(f"Stopped by {by.name} and saved at step {step:,}; give the same command again to go on.", by)
-
-
-def fresh_progress() -> dict[str, Any]:
-    """Where a run stands before its first step; tokens, FLOPs and seconds are those of training alone."""
-    return {"step": 0, "tokens": 0, "flops": 0, "time_s": 0.0, "val_loss": None}
