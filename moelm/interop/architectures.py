@@ -219,7 +219,7 @@ def read_settings(settings: Settings, origin: str) -> tuple[Architecture, Settin
     ffn: Settings = {ours: _needed(settings, theirs, origin) for theirs, ours in architecture.ffn.items()}
     tree["ffn"] = {"kind": "dense", **ffn} if architecture.ffn is _DENSE else {"kind": "moe", **ffn}
     if name == "qwen2_moe":
-        tree["ffn"]["shared_experts"] = _needed(settings, "shared_expert_intermediate_size", origin) // ffn["hidden_dim"]
+        tree["ffn"]["shared_experts"] = _shared_experts(settings, ffn, origin)
     normalized = settings.get("norm_topk_prob", False)
     if name in ("qwen2_moe", "qwen3_moe"):
         tree["ffn"]["router"] = {"kind": "topk", "normalize": normalized}
@@ -227,6 +227,13 @@ def read_settings(settings: Settings, origin: str) -> tuple[Architecture, Settin
         scale = float(settings.get("routed_scaling_factor", 1.0))
         tree["ffn"]["router"] = {"kind": "sigmoid", "normalize": normalized, "scale": scale}
     return architecture, tree
+
+
+def _shared_experts(settings: Settings, ffn: Settings, origin: str) -> int:
+    """By their width; where some layers are dense by the width of those, for an expert of zeros may stand for none."""
+    if ffn["every"] > 1:
+        return int(_needed(settings, "intermediate_size", origin)) // int(ffn["hidden_dim"]) - int(ffn["top_k"])
+    return int(_needed(settings, "shared_expert_intermediate_size", origin)) // int(ffn["hidden_dim"])
 
 
 def _needed(settings: Settings, key: str, origin: str) -> Any:

@@ -66,6 +66,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-window": ("qwen3", {"head_dim": 6, **SLIDES}),
     "qwen3_moe": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}),
     "qwen3_moe-every-2": ("qwen3_moe", {**QWEN, "decoder_sparse_step": 2, "intermediate_size": 24}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 24,
+            "num_experts_per_tok": 2,
+            "qkv_bias": False,
+        },
+    ),
     "glm4_moe": ("glm4_moe", {**GLM, **WHOLE, "n_shared_experts": 2, "routed_scaling_factor": 2.5, "use_qk_norm": True}),
     "glm4_moe-bare": ("glm4_moe", {**GLM, **WHOLE, "norm_topk_prob": False}),
 }
@@ -73,7 +83,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(case: str) -> Any:
-    """A model whose weights, norms and biases included, are all random."""
+    """A model whose weights, those of norms and biases too, are random."""
     kind, changes = CASES[case]
     torch.manual_seed(sum(map(ord, case)))
     config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **changes})
@@ -83,6 +93,8 @@ def build(case: str) -> Any:
         for name, tensor in model.state_dict().items():
             if name.endswith(("norm.weight", "e_score_correction_bias")):
                 tensor.uniform_(0.5, 1.5)
+            elif name.endswith("shared_expert_gate.weight"):
+                tensor.zero_()  # moelm's shared experts have none; zeros are a factor of one half
     return model.eval()
 
 
