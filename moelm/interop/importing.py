@@ -69,10 +69,9 @@ def _plan_run(run: RunDirectory, model: Settings, config: Path | None, overrides
     if config is not None:
         tree = read_tree(config)
     tree["model"] = model
-    override(tree, overrides)
-    tree["name"] = run.path.name
-    tree["start"] = {"run": str(run.path), "checkpoint": "0"}
-    tree.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": str(run.tokenizer)}
+    own_tokenizer = json.dumps({"kind": "file", "path": str(run.tokenizer)})
+    override(tree, [*overrides, f"data.tokenizer={own_tokenizer}"])
+    tree |= {"name": run.path.name, "start": {"run": str(run.path), "checkpoint": "0"}}
     return check_config(tree, f"{run.path}/config.yaml")
 
 

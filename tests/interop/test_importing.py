@@ -1,0 +1,242 @@
+"""What import accepts, and what it refuses with names and leaves nothing of."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moelm.commands import evaluate_run
+from moelm.config import load_config
+from moelm.data.prepare import prepare
+from moelm.errors import MoelmError
+from moelm.interop.importing import import_model
+from moelm.rundir import RunDirectory, load_run
+from moelm.train.launch import train
+from tests.conftest import Moelm, fill
+from tests.interop.peers import SHAPE, build, save, transformers
+
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a small Mixtral in it."""
+    monkeypatch.chdir(tmp_path)
+    return save(build("mixtral-tied-window"), tmp_path / "hf")
+
+
+def logits(run: str) -> Tensor:
+    with torch.no_grad():
+        return load_run(run)[0](torch.arange(40)[None]).logits
+
+
+@pytest.mark.parametrize("options", [{"save_original_format": False}, {"max_shard_size": "20KB"}])
+def test_the_fused_layout_and_shards_give_the_same(here: Path, options: dict[str, Any]) -> None:
+    save(transformers.AutoModelForCausalLM.from_pretrained(here), Path("other"), **options)
+    if "max_shard_size" in options:
+        assert len(list(Path("other").glob("*.safetensors"))) > 2
+    else:
+        assert any("gate_up_proj" in name for name in load_file("other/model.safetensors"))
+    import_model(here, "one")
+    import_model(Path("other"), "two")
+    assert torch.equal(logits("one"), logits("two"))
+
+
+def test_older_spellings_are_understood(here: Path) -> None:
+    settings = json.loads((here / "config.json").read_text())
+    theta = settings.pop("rope_parameters")["rope_theta"]
+    (here / "config.json").write_text(json.dumps({**settings, "rope_theta": theta, "rope_scaling": None}))
+    weights = load_file(here / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, here / "model.safetensors")
+    import_model(here, "old")
+    assert load_config("runs/old/config.yaml").model.rope_theta == theta
+
+
+def rename(weights: Weights) -> None:
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(24)
+    del weights["model.norm.weight"]
+
+
+def reshape(weights: Weights) -> None:
+    weights["model.layers.1.self_attn.k_proj.weight"] = torch.ones(5, 24)
+
+
+def untie(weights: Weights) -> None:
+    weights["lm_head.weight"] = torch.ones(263, 24)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (rename, "no place in the model: model.layers.0.self_attn.q_proj.bias; no tensor in the files: model.norm.weight"),
+        (reshape, r"another shape: model.layers.1.self_attn.k_proj.weight \(5x24 in place of 12x24\)"),
+        (untie, "lm_head.weight is another matrix"),
+    ],
+)
+def test_tensors_that_do_not_fit_stop_it_by_name(here: Path, spoil: Callable[[Weights], None], told: str) -> None:
+    weights = load_file(here / "model.safetensors")
+    spoil(weights)
+    save_file(weights, here / "model.safetensors")
+    with pytest.raises(MoelmError, match=told):
+        import_model(here, "run")
+    assert sorted(path.name for path in Path().iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; one of llama"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_type is 'llama3'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"num_local_experts": None}, "num_local_experts is missing"),
+        ({"num_attention_heads": 5}, "num_heads = 5 does not divide"),
+        ({"vocab_size": 200}, "has 258 tokens"),
+    ],
+)
+def test_settings_that_moelm_does_not_have_are_named(here: Path, changes: dict[str, Any], told: str) -> None:
+    settings = json.loads((here / "config.json").read_text())
+    (here / "config.json").write_text(json.dumps({**settings, **changes}))
+    with pytest.raises(MoelmError, match=told):
+        import_model(here, "run")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.json", None, "There is no hf/config.json"),
+        ("config.json", "{", "cannot be read as JSON"),
+        ("tokenizer.json", None, "--tokenizer"),
+        ("tokenizer.json", "[]", "not a tokenizer.json"),
+        ("model.safetensors", None, "There is no hf/model.safetensors"),
+        ("model.safetensors", "nonsense", "cannot be read as safetensors"),
+    ],
+)
+def test_files_that_are_not_there_are_named(here: Path, name: str, content: str | None, told: str) -> None:
+    (here / name).unlink()
+    if content is not None:
+        (here / name).write_text(content)
+    with pytest.raises(MoelmError, match=told):
+        import_model(Path("hf"), "run")
+    assert not Path("runs").exists()
+
+
+def test_a_run_that_is_there_is_kept(here: Path) -> None:
+    run = import_model(here, "run", ["data.seq_len=32", "model.ffn.balance.aux=0.5"])
+    config = load_config(run.config)
+    assert (config.data.seq_len, config.model.ffn.balance.aux) == (32, 0.5)  # type: ignore[union-attr]
+    with pytest.raises(MoelmError, match="exists already"):
+        import_model(here, "run")
+
+
+def test_a_disk_that_fails_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moelm.data.tokenizer.Tokenizer.save", fail)
+    with pytest.raises(MoelmError, match="No space left"):
+        import_model(here, "run")
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_it_is_evaluated_and_trained_on(here: Path) -> None:
+    def fit(*words: str) -> None:
+        config = load_config("runs/base/config.yaml", words)
+        train(config, RunDirectory(Path("runs") / config.name))
+
+    def loss(run: str, checkpoint: str = "last") -> float:
+        evaluation = evaluate_run(run, "val", checkpoint)
+        assert evaluation is not None
+        return evaluation.overall.loss
+
+    fill(Path())
+    import_model(here, "base", ["train.steps=4", "optim.lr=0.001"], config=Path("moe.yaml"))
+    with pytest.raises(MoelmError, match="not prepared"):
+        evaluate_run("base", "val", "last")
+    prepare(load_config("runs/base/config.yaml").data)
+    start = loss("base")
+
+    fit("name=tuned")
+    first = json.loads(Path("runs/tuned/metrics.jsonl").read_text().splitlines()[0])
+    assert first["train/loss"] == pytest.approx(start, rel=0.05)
+    assert loss("tuned") < start
+
+    fit()  # in its own directory, where step 0 stays
+    kept = [path.name for path in sorted(Path("runs/base/checkpoints").iterdir())]
+    assert kept == ["step-00000000", "step-00000002", "step-00000004"]
+    assert (loss("base"), loss("base", "0")) == (loss("tuned"), start)
+
+
+@pytest.mark.slow
+def test_the_commands_hand_over_to_one_another(moelm: Moelm, workplace: Path) -> None:
+    folder = save(build("mixtral"), workplace / "hf")
+    assert moelm("import", str(folder), "base", "--config", "moe.yaml", "train.steps=4").returncode == 0
+    again = moelm("import", str(folder), "base")
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert moelm("sample", "base", "--prompt", "the", "--max-new-tokens", "4", "--temperature", "0").returncode == 0
+    done = moelm("train", "runs/base/config.yaml", "name=tuned", "--nproc", "2")
+    assert "Starting with the weights of runs/base/checkpoints/step-00000000" in done.stderr, done.stderr
+    assert "mixtral" in moelm("export", "tuned", "out").stdout
+
+
+def test_another_shape_or_tokenizer_cannot_be_started_with(here: Path) -> None:
+    fill(Path())
+    import_model(here, "base")
+    config = load_config("moe.yaml", ["start.run=base", "name=new"])
+    with pytest.raises(MoelmError, match="is of another model"):
+        train(config, RunDirectory(Path("runs/new")))
+    with pytest.raises(MoelmError, match="whose tokenizer is another"):
+        train(load_config("moe.yaml", ["start.run=base", "data.tokenizer.kind=char"]), RunDirectory(Path("runs/new")))
+    assert not Path("runs/new").exists()
+
+
+MEASURE = """
+import sys, threading, time
+from pathlib import Path
+import moelm.checkpoint, moelm.model, moelm.interop.importing
+from moelm.interop.importing import import_model
+
+def held():
+    with open("/proc/self/status") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon", "RssFile"))) / 1024
+
+start, most, done = held(), 0.0, False
+def watch():
+    global most
+    while not done:
+        most = max(most, held())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+import_model(Path("hf"), "run", ["data.seq_len=64"])
+done = True
+watcher.join()
+print(most - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_near_one_shard_above_the_model(tmp_path: Path) -> None:
+    large = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8}
+    config = transformers.AutoConfig.for_model("mixtral", **{**SHAPE, **large})
+    model = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
+    save(model, tmp_path / "hf", max_shard_size="60MB")
+    size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+    with contextlib.chdir(tmp_path):
+        done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    assert size > 300
+    assert float(done.stdout) < size + 60 + 40  # one shard, and the libraries that are loaded on the way
