@@ -106,7 +106,7 @@ def moelm(workplace: Path) -> Moelm:
     def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(  # type: ignore[call-overload, no-any-return]
             [sys.executable, "-m", "moelm", *words],
-            cwd=workplace,
+            cwd=options.pop("cwd", workplace),
             capture_output=True,
             text=True,
             timeout=300,

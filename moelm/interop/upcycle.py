@@ -71,7 +71,7 @@ def _sparse_config(
         raise MoelmError(f"The run {dense.path} is a mixture of experts already; a dense one can be upcycled.")
     tree = begun.model_dump(mode="json", exclude_none=True)
     sparse = {"kind": "moe", "hidden_dim": ffn.hidden_dim, "num_experts": num_experts, "top_k": top_k}
-    tree["model"]["ffn"] = sparse
+    tree["model"]["ffn"] = dict(sparse)
     override(tree, overrides)
     tree |= {"name": run.path.name, "start": {"run": str(run.path), "checkpoint": "0"}}
     config = check_config(tree, f"{run.path}/config.yaml")
