@@ -85,7 +85,6 @@ _PACKAGES = (
     _Package("packaging", ("packaging/",)),
     _Package("pandas", ("pandas/core/", "pandas/plotting/", "pandas/tseries/")),
     _Package("pillow", ("PIL/",)),
-    _Package("psutil", ("psutil/",)),
     _Package("pyarrow", ("pyarrow/",), ("pyarrow/include/arrow/",)),
     _Package("pydantic", ("pydantic/",)),
     _Package("pygments", ("pygments/formatters/",)),
