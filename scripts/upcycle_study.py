@@ -2,10 +2,10 @@
 
     python scripts/upcycle_study.py demo-dense
 
-Upcycled experts are copies of the dense block: exact (`copies`), with noise (`noise`), or with half of the hidden units of
-each drawn anew (`half anew`). All contestants have the schedule and, for each seed, the batches in common. Printed: training
-FLOPs of a token, validation losses (means over seeds) along the way, and the distance of the best seed from the worst at the
-end. Words after the options are overrides for all of them.
+Upcycled experts are copies of the dense block: exact (`copies`), with noise (`noise`), or with half of the hidden units
+of each drawn anew (`half anew`). All contestants have the schedule and, for each seed, the batches in common. Printed:
+training FLOPs of a token, validation losses (means over seeds) along the way, and the distance of the best seed from the
+worst at the end. Words after the options are overrides for all of them.
 """
 
 import argparse
