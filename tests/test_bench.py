@@ -34,12 +34,18 @@ def test_one_setting_is_varied(workplace: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="the extra `bench` is not installed")
-def test_what_peers_do_not_have_is_refused(workplace: Path) -> None:
-    for setting in ("model.qk_norm=true", "model.ffn.every=2", "model.ffn.router.kind=sigmoid"):
-        with pytest.raises(MoelmError, match=r"^--peers: tiny-moe sets \S+, which the peers' models do not have"):
-            enter([workplace / "moe.yaml"], [setting], None, peers=True)
-    with pytest.raises(MoelmError, match="sets window"):
-        enter([workplace / "dense.yaml"], ["model.window=4"], None, peers=True)
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("model.sandwich_norm=true", "model.sandwich_norm is True"),
+        ("model.ffn.every=2", "no ffn.shared_experts, for which Qwen2MoeForCausalLM"),
+        ("model.ffn.router.kind=noisy_topk", "ffn.router.kind = noisy_topk"),
+        ("model.ffn.capacity_factor=1.0", "ffn.capacity_factor"),
+    ],
+)
+def test_what_peers_do_not_have_is_refused(workplace: Path, setting: str, told: str) -> None:
+    with pytest.raises(MoelmError, match=f"^--peers: tiny-moe.*{told}"):
+        enter([workplace / "moe.yaml"], [setting], None, peers=True)
 
 
 def test_generation_is_timed_by_phase(moelm: Moelm, workplace: Path) -> None:
@@ -79,15 +85,26 @@ def test_peers_that_are_not_there_are_told_of(workplace: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="the extra `bench` is not installed")
-def test_peers_have_our_parameters(workplace: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("dense", "seed=1"),
+        ("dense", "model.window=4"),
+        ("dense", "model.qk_norm=true"),
+        ("moe", "seed=1"),
+        ("moe", "model.qk_norm=true"),
+        ("moe", "model.ffn.shared_experts=1"),
+    ],
+)
+def test_peers_have_our_parameters(workplace: Path, kind: str, setting: str) -> None:
     from moelm.bench.models import build_peer, peer_loss, random_batch
     from moelm.model import count_parameters
 
-    for kind in ("dense", "moe"):
-        config = load_config(workplace / f"{kind}.yaml", ["model.vocab_size=260"])
-        model = build_peer(config, 32, train=True)
-        peer_loss(model, random_batch(config))().backward()
-        assert sum(p.numel() for p in model.parameters()) == count_parameters(config.model).total
+    config = load_config(workplace / f"{kind}.yaml", ["model.vocab_size=260", setting])
+    model = build_peer(config, 32, train=True)
+    peer_loss(model, random_batch(config))().backward()
+    gates = sum(p.numel() for name, p in model.named_parameters() if "shared_expert_gate" in name)
+    assert sum(p.numel() for p in model.parameters()) - gates == count_parameters(config.model).total
 
 
 @pytest.mark.slow

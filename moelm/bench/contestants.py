@@ -5,9 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from moelm.config import ModelConfig, MoEFFNConfig, RunConfig, TopKRouterConfig, load_config
+from moelm.config import MoEFFNConfig, RunConfig, load_config
 from moelm.errors import MoelmError
 from moelm.hardware import pick_device, pick_precision
+from moelm.interop.architectures import Architecture, architecture_for
 
 
 class Contestant(NamedTuple):
@@ -62,10 +63,7 @@ def _settled(config: RunConfig) -> RunConfig:
 
 def _peers(entry: Contestant) -> list[Contestant]:
     config = entry.config
-    own = [name for name, told in _own_settings(config.model).items() if told]
-    if own:
-        raise MoelmError(f"--peers: {entry.name} sets {', '.join(own)}, which the peers' models do not have; leave it out.")
-    kind = "Mixtral" if isinstance(config.model.ffn, MoEFFNConfig) else "Llama"
+    kind = _peer_of(entry).model_class.removesuffix("ForCausalLM")
     found = []
     on_host = pick_device().type == "cpu"
     for precision in dict.fromkeys((config.train.precision, "bf16")):
@@ -75,22 +73,21 @@ def _peers(entry: Contestant) -> list[Contestant]:
     return found
 
 
-def _own_settings(model: ModelConfig) -> dict[str, bool]:
-    """Whether a setting asks for what Mixtral and Llama do not have."""
-    ffn = model.ffn
-    told = {
-        "qk_norm": model.qk_norm,
-        "sandwich_norm": model.sandwich_norm,
-        "activation": model.activation != "silu",
-        "attention_logit_cap": model.attention_logit_cap is not None,
-        "embedding_multiplier": model.embedding_multiplier != 1,
-        "output_multiplier": model.output_multiplier != 1,
-    }
-    if not isinstance(ffn, MoEFFNConfig):
-        return told | {"window": model.window is not None}
-    return told | {
-        "ffn.router": ffn.router != TopKRouterConfig(),
-        "ffn.shared_experts": ffn.shared_experts > 0,
-        "ffn.every": ffn.every > 1,
-        "ffn.capacity_factor": ffn.capacity_factor is not None,
-    }
+def _peer_of(entry: Contestant) -> Architecture:
+    """The library's architecture that does the same work in a training step."""
+    ffn = entry.config.model.ffn
+    try:
+        architecture = architecture_for(entry.config.model)
+    except MoelmError as error:
+        raise MoelmError(f"--peers: {entry.name}: {error}") from None
+    if isinstance(ffn, MoEFFNConfig):
+        own = {
+            "ffn.capacity_factor": ffn.capacity_factor is not None,
+            "ffn.router.kind = noisy_topk": ffn.router.kind == "noisy_topk",
+            "no ffn.shared_experts": architecture.shared is not None and not ffn.shared_experts,
+        }
+        if names := [name for name, told in own.items() if told]:
+            raise MoelmError(
+                f"--peers: {entry.name} has {', '.join(names)}, for which {architecture.model_class} does other work."
+            )
+    return architecture

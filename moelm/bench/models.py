@@ -12,6 +12,7 @@ from moelm.config import ModelConfig, MoEFFNConfig, RunConfig
 from moelm.data.loader import Batch
 from moelm.distributed.parallelize import checkpoint_activations
 from moelm.hardware import compiles
+from moelm.interop.architectures import write_settings
 from moelm.model import Transformer, build_model
 from moelm.train.objective import part_loss
 
@@ -59,33 +60,18 @@ def own_loss(model: Transformer, config: RunConfig, batch: Batch) -> Loss:
 
 
 def build_peer(config: RunConfig, positions: int, train: bool) -> nn.Module:
-    """Mixtral or Llama of the same shape, with the library's own defaults.
+    """The library's model of the same shape (Mixtral, Llama and their like), with its own defaults.
 
     Args:
         positions: longest context that it will see.
         train: whether its balance loss is wanted; in generation the library fails on it.
     """
     transformers: Any = import_module("transformers")
-    shape = shape_of(config)
-    sizes: dict[str, Any] = {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.dim,
-        "intermediate_size": shape.ffn.hidden_dim,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.size_per_head,
-        "max_position_embeddings": positions,
-        "tie_word_embeddings": shape.tie_embeddings,
-        "bos_token_id": 0,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    if isinstance(shape.ffn, MoEFFNConfig):
-        experts = {"num_local_experts": shape.ffn.num_experts, "num_experts_per_tok": shape.ffn.top_k}
-        wanted = transformers.MixtralConfig(**sizes, **experts, output_router_logits=train, sliding_window=shape.window)
-    else:
-        wanted = transformers.LlamaConfig(**sizes)
+    settings = write_settings(shape_of(config)) | {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    settings["max_position_embeddings"] = positions
+    if isinstance(config.model.ffn, MoEFFNConfig):
+        settings["output_router_logits"] = train
+    wanted = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(config.seed)
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(wanted)
     return model
