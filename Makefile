@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CORE := $(VENV)/.core
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -10,18 +11,23 @@ READY := $(VENV)/.ready
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
 
-install: $(READY)  ## Create .venv and install moelm with its pinned dependencies
+install: $(READY)  ## Create .venv and install moelm with its pinned dependencies, test tools and optional peers
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $(CORE) $@
+
+$(CORE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	@touch $@
 
-demo: $(READY)  ## Train the dense baseline and the mixture of experts, and compare them
+demo: $(CORE)  ## Train the dense baseline and the mixture of experts, and compare them
 	BIN=$(BIN) bash scripts/demo.sh
 
 test: $(READY)  ## Run the fast tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 test-slow: $(READY)  ## Run the slow tests: several processes, kills, the whole road
 	$(BIN)/pytest -m slow
