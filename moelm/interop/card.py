@@ -1,5 +1,6 @@
 """The model card of an exported run: what it is, what it scored, how it was made, how to load it."""
 
+import json
 from typing import Any
 
 import yaml
@@ -24,13 +25,13 @@ A {kind} of {total:,} parameters ({active:,} active for a token), trained with m
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained(".")  # this directory
+tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 
 Texts open with the start token; the tokenizer adds it.
 
-## How it was made
+{scores}## How it was made
 
 ```yaml
 {config}```
@@ -61,10 +62,9 @@ def write_card(
     else:
         facts["trained on"] = f"{progress['tokens']:,} tokens ({domains}) in {progress['step']:,} steps"
         facts["training FLOPs"] = f"{progress['flops']:.3g}"
+        facts["training time"] = f"{progress['time_s'] / 60:,.1f} minutes"
     if config.start is not None and not origin:
         facts["started from"] = f"{config.start.run}, checkpoint {config.start.checkpoint}"
-    if progress["val_loss"] is not None:
-        facts["validation loss"] = f"{progress['val_loss']:.4f} nats per token"
     facts["FLOPs of a token, forward"] = f"{flops.forward:.3g}"
     shown = config.model_dump(mode="json", exclude_none=True, include={"seed", "model", "data", "train", "optim"})
     return _CARD.format(
@@ -76,5 +76,21 @@ def write_card(
         class_name=architecture.model_class,
         dtype=dtype,
         rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        scores=_scores(run, progress["step"]),
         config=yaml.safe_dump(shown, sort_keys=False),
     )
+
+
+def _scores(run: RunDirectory, step: int) -> str:
+    """A table of the validation losses that the run's log has of this step; nothing where it has none."""
+    line: dict[str, Any] = {}
+    log = run.metrics.read_text(encoding="utf-8") if run.metrics.exists() else ""
+    for text in log.splitlines():
+        if '"val/loss"' in text and (found := json.loads(text))["step"] == step:
+            line = found
+    if not line:
+        return ""
+    rows = [("all", line["val/loss"], line["val/bpb"])]
+    rows += [(name, score["loss"], score["bpb"]) for name, score in line["val/domains"].items()]
+    table = "\n".join(f"| {name} | {loss:.4f} | {bpb:.4f} |" for name, loss, bpb in rows)
+    return f"## Validation\n\n| | nats per token | bits per byte |\n|---|---|---|\n{table}\n\n"

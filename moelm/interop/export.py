@@ -119,6 +119,7 @@ def _write_weights(folder: Path, places: list[Place], weights: Weights, dtype: t
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {place.theirs: _ready(place, weights, dtype) for place in shard}
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod((folder / "config.json").stat().st_mode)  # the library writes for its user alone
         total += sum(tensor.nbytes for tensor in tensors.values())
         index |= dict.fromkeys(tensors, name)
     if len(shards) > 1:

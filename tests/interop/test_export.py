@@ -198,7 +198,9 @@ def test_the_command_tells_and_keeps_what_is_there(moelm: Moelm, trained: Path, 
     _, front, card = (out / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     assert "4, of which a token visits 2" in card
-    assert "validation loss" in card
+    loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val/loss"]
+    assert f"| all | {loss:.4f} |" in card
+    assert len({path.stat().st_mode for path in out.iterdir() if path.name != "tokenizer.json"}) == 1
     before = {path: path.read_bytes() for path in out.iterdir()}
     again = moelm("export", str(run), str(out))
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
