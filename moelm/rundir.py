@@ -1,13 +1,12 @@
 """A run's directory: where its files are, and how a finished run is loaded."""
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelm.config import RunConfig, dump_config, load_config
 from moelm.errors import MoelmError
+from moelm.folders import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -119,18 +118,16 @@ def create_run(
     """
     from moelm.checkpoint import fresh_progress, save_checkpoint
 
-    work = RunDirectory(run.path.with_name(f".{run.path.name}.writing-{os.getpid()}"))
     try:
-        work.checkpoints.mkdir(parents=True)
-        save_checkpoint(work.checkpoints, {"model": weights}, {**fresh_progress(), "origin": origin})
-        tokenizer.save(work.tokenizer)
-        work.metrics.touch()
-        work.config.write_text(dump_config(config), encoding="utf-8")
-        work.path.rename(run.path)
+        with whole_folder(run.path) as path:
+            work = RunDirectory(path)
+            work.checkpoints.mkdir()
+            save_checkpoint(work.checkpoints, {"model": weights}, {**fresh_progress(), "origin": origin})
+            tokenizer.save(work.tokenizer)
+            work.metrics.touch()
+            work.config.write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise MoelmError(f"The run {run.path} cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(work.path, ignore_errors=True)
 
 
 def load_run(

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "moelm"
 
 FLOORS = [
     ["errors"],
-    ["config", "console", "hardware"],
+    ["config", "console", "folders", "hardware"],
     ["data", "model"],
     ["distributed"],
     ["checkpoint", "evaluate", "generate"],

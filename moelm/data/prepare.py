@@ -7,8 +7,6 @@ happens under a temporary name, and only a finished folder gets the real one.
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +21,10 @@ from moelm.data.sources import read_source, source_fingerprint
 from moelm.data.store import FORMAT, SplitWriter, read_manifest
 from moelm.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_content
 from moelm.errors import MoelmError
+from moelm.folders import whole_folder
 
 BATCH_CHARS = 1 << 21
 """Text handed to the tokenizer at once: enough to keep all cores busy, little enough to forget."""
-WORK_PREFIX = ".preparing-"
 
 
 class Piece(NamedTuple):
@@ -58,18 +56,12 @@ def prepare(data: DataConfig) -> tuple[Path, bool]:
     folder = prepared_folder(data)
     if read_manifest(folder) is not None:
         return folder, False
-    work = folder.parent / f"{WORK_PREFIX}{folder.name}-{os.getpid()}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
-        work.mkdir()
-        _write(data, work)
-        if read_manifest(folder) is None:  # another process may have been faster; the content is the same
-            work.rename(folder)
+        with whole_folder(folder) as work:
+            _write(data, work)
     except OSError as error:
-        raise MoelmError(f"The data cannot be written under {folder.parent}: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if read_manifest(folder) is None:  # else another process was faster; the content is the same
+            raise MoelmError(f"The data cannot be written under {folder.parent}: {error.strerror}.") from error
     return folder, True
 
 
@@ -82,18 +74,6 @@ def _recipe(data: DataConfig) -> dict[str, Any]:
     if data.tokenizer.path is not None:
         recipe["tokenizer_content"] = tokenizer_content(Path(data.tokenizer.path))
     return recipe
-
-
-def _sweep(parent: Path) -> None:
-    """Remove the work of processes that were killed."""
-    for left in parent.glob(f"{WORK_PREFIX}*"):
-        owner = int(left.name.rpartition("-")[2])
-        try:
-            os.kill(owner, 0)
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
-        except PermissionError:
-            continue  # alive, and someone else's
 
 
 def _write(data: DataConfig, work: Path) -> None:

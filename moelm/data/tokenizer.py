@@ -53,7 +53,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json."""
-        self.raw.save(str(path))
+        path.write_text(self.raw.to_str(pretty=True), encoding="utf-8")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of many texts at once, on all cores, without special tokens."""

@@ -1,13 +1,12 @@
 """A run as a directory that Hugging Face's library, and whatever reads its format, loads."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import processors
 from torch import Tensor
@@ -16,6 +15,7 @@ from moelm.checkpoint import read_progress, read_weights
 from moelm.config import RunConfig, load_config
 from moelm.data.tokenizer import UNKNOWN, Tokenizer
 from moelm.errors import MoelmError
+from moelm.folders import whole_folder
 from moelm.interop.architectures import Settings, architecture_for, write_settings
 from moelm.interop.card import write_card
 from moelm.interop.places import Place, Weights, find_places
@@ -54,21 +54,17 @@ def export_run(
     tokenizer = Tokenizer.load(run.tokenizer)
     weights = read_weights(path)
     places = find_places(config.model, architecture)
-    work = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    dtype = _DTYPES.get(precision, weights["embedding.weight"].dtype)
     try:
-        work.mkdir(parents=True)
-        dtype = _DTYPES.get(precision, weights["embedding.weight"].dtype)
-        _write_json(work / "config.json", _settings(config, tokenizer, dtype))
-        _write_json(work / "generation_config.json", _special_ids(tokenizer))
-        _write_tokenizer(work, tokenizer, config)
-        _write_weights(work, places, weights, None if precision == "stored" else dtype, int(shard_gb * 1e9))
-        card = write_card(run, config, read_progress(path), architecture, str(dtype).removeprefix("torch."))
-        (work / "README.md").write_text(card, encoding="utf-8")
-        work.rename(out)
-    except OSError as error:
-        raise MoelmError(f"{out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with whole_folder(out) as work:
+            _write_json(work / "config.json", _settings(config, tokenizer, dtype))
+            _write_json(work / "generation_config.json", _special_ids(tokenizer))
+            _write_tokenizer(work, tokenizer, config)
+            _write_weights(work, places, weights, None if precision == "stored" else dtype, int(shard_gb * 1e9))
+            card = write_card(run, config, read_progress(path), architecture, str(dtype).removeprefix("torch."))
+            (work / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise MoelmError(f"{out} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     return architecture.name
 
 
@@ -93,7 +89,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> N
     if raw.encode("a").ids != [tokenizer.bos_id, *tokenizer.encode_batch(["a"])[0]]:
         template = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokenizer.bos_id)])
         raw.post_processor = template
-    raw.save(str(folder / "tokenizer.json"))
+    tokenizer.save(folder / "tokenizer.json")
     _write_json(
         folder / "tokenizer_config.json",
         {

@@ -95,7 +95,7 @@ def _load_tokenizer(source: Path, given: Path | None, config: RunConfig) -> Toke
 def _read_json(path: Path) -> Settings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise MoelmError(f"There is no {path}; a directory in the Hugging Face format is expected.") from None
     except (OSError, ValueError):
         raise MoelmError(f"{path} cannot be read as JSON.") from None

@@ -179,7 +179,7 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path: Path) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", program, wanted.model_dump_json()], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
-    while not list((tmp_path / "data").glob(".preparing-*/train-*.bin")) and time.monotonic() < until:
+    while not list((tmp_path / "data").glob(".*.writing-*/train-*.bin")) and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -208,6 +208,22 @@ def test_the_command_tells_and_keeps_what_is_there(moelm: Moelm, trained: Path, 
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("kilobytes", [1, 20])
+def test_a_disk_that_fills_up_leaves_nothing(kilobytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit on the size of a file stands for a full disk: it is met in the tokenizer, or in the weights."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.chdir(tmp_path)
+    make("bpe", MOE, {"num_layers": 2})
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1000, whole[1]))
+    try:
+        with pytest.raises(MoelmError, match=r"out cannot be written: .*File too large"):
+            export_run("run", Path("out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
 def test_published_configs_find_their_architecture() -> None:
     from moelm.config import load_config
 
