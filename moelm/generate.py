@@ -65,7 +65,7 @@ def continue_rows(
     stream: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The same for prompts that are token ids already."""
-    written = [Writing(tokenizer, sampling, stream) for _ in rows]
+    written = [Writing(tokenizer, sampling, stream, row[-1]) for row in rows]
     for tokens_B in generate_tokens(model, rows, sampling, tokenizer.eos_id):
         for writing, token in zip(written, tokens_B, strict=True):
             writing.add(token)
@@ -75,10 +75,15 @@ def continue_rows(
 
 
 class Writing:
-    """The growing text of one continuation."""
+    """The growing text of one continuation.
 
-    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, stream: Callable[[str], None] | None) -> None:
+    Args:
+        before: the prompt's last token; tokenizers whose words open with a space leave it out where a text begins.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, stream: Callable[[str], None] | None, before: int) -> None:
         self.tokenizer, self.stops, self.stream = tokenizer, sampling.stop, stream
+        self.before, self.start = before, len(tokenizer.decode([before]))
         self.ids: list[int] = []
         self.text = ""
         self.shown = 0
@@ -92,7 +97,7 @@ class Writing:
             self.done = True
             return
         self.ids.append(token)
-        self.text = self.tokenizer.decode(self.ids)
+        self.text = self.tokenizer.decode([self.before, *self.ids])[self.start :]
         ends = [place for stop in self.stops if (place := self.text.find(stop)) >= 0]
         if ends:
             self.text, self.done = self.text[: min(ends)], True

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, normalizers
 
 from moelm.config import ModelConfig, TokenizerConfig
-from moelm.data.tokenizer import build_tokenizer
+from moelm.data.tokenizer import Tokenizer, build_tokenizer
 from moelm.errors import MoelmError
-from moelm.generate import Sampling, draw, generate_text
+from moelm.generate import Sampling, Writing, draw, generate_text
 from moelm.model import Transformer, build_model
 
 TOKENIZER = build_tokenizer(TokenizerConfig(kind="byte"), ())
@@ -70,6 +72,23 @@ def test_the_penalty_counts_what_was_seen() -> None:
     seen = torch.tensor([[True, False, False]])
     sampling = Sampling(temperature=0, repetition_penalty=2.0)
     assert int(draw(logits, seen, sampling, torch.Generator())) == 1
+
+
+def test_a_word_that_opens_with_its_space_keeps_it() -> None:
+    raw = RawTokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "\u2581": 2, "a": 3, "\u2581a": 4}, merges=[("\u2581", "a")]))
+    raw.add_special_tokens(["<s>", "</s>"])
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = Tokenizer(raw)
+    prompt = tokenizer.encode_prompt("a a")
+    assert prompt == [0, 4, 4]
+    writing = Writing(tokenizer, GREEDY, None, prompt[-1])
+    for token in (4, 3, 4):
+        writing.add(token)
+    assert "a a" + writing.finish() == "a a aa a"
+    opening = Writing(tokenizer, GREEDY, None, tokenizer.bos_id)
+    opening.add(4)
+    assert opening.finish() == "a"
 
 
 def test_a_stop_text_ends_it_and_the_stream_is_the_text(model: Transformer) -> None:

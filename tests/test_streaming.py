@@ -15,7 +15,7 @@ TOKENIZER = build_tokenizer(TokenizerConfig(kind="byte"), ())
 def write(text: str, stop: tuple[str, ...] = (), missing: int = 0) -> tuple[str, list[str]]:
     """Feed the bytes of a text, all but the `missing` last, to a Writing one by one; returns its text and its pieces."""
     pieces: list[str] = []
-    writing = Writing(TOKENIZER, Sampling(stop=stop), pieces.append)
+    writing = Writing(TOKENIZER, Sampling(stop=stop), pieces.append, TOKENIZER.bos_id)
     ids = TOKENIZER.encode_prompt(text)[1:]
     assert len(ids) == len(text.encode())
     for number in ids[: len(ids) - missing]:
