@@ -55,6 +55,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"{PREFIX}{step:08}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint by its name."""
+    return int(path.name.removeprefix(PREFIX))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first; their contents are not looked at."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())

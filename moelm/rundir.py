@@ -83,7 +83,7 @@ class RunDirectory:
 
     def checkpoint(self, which: str = "last") -> Path:
         """A checkpoint: `last`, `best`, or a step number."""
-        from moelm.checkpoint import best_checkpoint, checkpoint_path, list_checkpoints
+        from moelm.checkpoint import best_checkpoint, checkpoint_path, list_checkpoints, step_of
 
         saved = list_checkpoints(self.checkpoints)
         if which == "last":
@@ -94,7 +94,7 @@ class RunDirectory:
             path = checkpoint_path(self.checkpoints, int(which)) if which.isdigit() else None
             found = path if path in saved else None
         if found is None:
-            steps = ", ".join(str(int(path.name.rpartition("-")[2])) for path in saved)
+            steps = ", ".join(str(step_of(path)) for path in saved)
             known = f"it has those of steps {steps}" if saved else "it has none yet"
             raise MoelmError(f"The run {self.path} has no checkpoint {which!r}; {known}.")
         return found

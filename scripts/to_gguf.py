@@ -27,8 +27,14 @@ def main() -> None:
     parser.add_argument("llama_cpp", type=Path)
     parser.add_argument("exported", type=Path)
     words, rest = parser.parse_known_args()
-    if not cuts_like_gpt2(json.loads((words.exported / "tokenizer.json").read_text(encoding="utf-8"))):
-        sys.exit(f"The tokenizer of {words.exported} is no byte-level BPE, which this converter needs.")
+    tokenizer = words.exported / "tokenizer.json"
+    for needed in (tokenizer, words.llama_cpp / "convert_hf_to_gguf.py"):
+        if not needed.exists():
+            sys.exit(f"There is no {needed}.")
+    if not cuts_like_gpt2(json.loads(tokenizer.read_text(encoding="utf-8"))):
+        sys.exit(
+            f"{tokenizer} is no byte-level BPE with GPT-2's rule for cutting text, so this script has nothing to say of it."
+        )
     sys.path[:0] = [str(words.llama_cpp), str(words.llama_cpp / "gguf-py")]
     converter = importlib.import_module("convert_hf_to_gguf")
     base = importlib.import_module("conversion.base") if (words.llama_cpp / "conversion").is_dir() else converter

@@ -295,6 +295,8 @@ def _notes(runs: Sequence[RunRecord], challenger: RunRecord, reference: RunRecor
         last, steps = int(run.val.steps[-1]), run.config.train.steps
         if last < steps:
             yield f"{run.name} was last evaluated at step {last:,} of its {steps:,}."
+        if run.config.start is not None:
+            yield f"{run.name} began with the weights of {run.config.start.run}; what those cost is in none of its figures."
     for axis in AXES:
         equal = losses_at_equal(challenger.val, reference.val, axis)
         for run in (challenger, reference) if equal else ():

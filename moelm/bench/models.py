@@ -60,7 +60,7 @@ def own_loss(model: Transformer, config: RunConfig, batch: Batch) -> Loss:
 
 
 def build_peer(config: RunConfig, positions: int, train: bool) -> nn.Module:
-    """The library's model of the same shape (Mixtral, Llama and their like), with its own defaults.
+    """The library's model of the same shape (Mixtral, Llama and their like), its weights drawn at random.
 
     Args:
         positions: longest context that it will see.

@@ -6,7 +6,7 @@ Every field carries its unit and the reason for its default. Reading files, inhe
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moelm.config.base import Auto, Config
 from moelm.config.model import ModelConfig
@@ -174,7 +174,12 @@ class StartConfig(Config):
     run: str
     """The run's directory, or its name under `runs/`; its moments and its place in the data are left behind."""
     checkpoint: str = "last"
-    """`last`, `best` or a step number."""
+    """`last`, `best` or a step number; settled to a number when the run begins."""
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _number_as_text(cls, value: object) -> object:
+        return str(value) if type(value) is int else value
 
 
 class WandbConfig(Config):

@@ -23,6 +23,8 @@ class Tokenizer:
 
     def __init__(self, raw: RawTokenizer) -> None:
         self.raw = raw
+        self.added: list[str] = []
+        """Start and end tokens that it did not have."""
         self.bos_id = self._special(BOS_NAMES)
         self.eos_id = self._special(EOS_NAMES)
         self.vocab_size: int = raw.get_vocab_size()
@@ -83,6 +85,7 @@ class Tokenizer:
             if (token_id := self.raw.token_to_id(name)) is not None:
                 return int(token_id)
         self.raw.add_special_tokens([names[0]])
+        self.added.append(names[0])
         return self._special(names)
 
 

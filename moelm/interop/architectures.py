@@ -1,6 +1,6 @@
-"""Which Hugging Face architecture computes what a config describes, and the two as one another's settings.
+"""Which Hugging Face architecture computes what a config describes, and its config.json.
 
-Names of tensors are `moelm.interop.places`' matter.
+The way back is `moelm.interop.reading`; names of tensors are `moelm.interop.places`' matter.
 """
 
 from dataclasses import dataclass, field
@@ -40,6 +40,11 @@ class Architecture:
     """Its name for the shared experts, which every sparse layer then has."""
     shared_gate: bool = False
     """Whether they are weighed by a sigmoid, which zero weights hold at one half."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it has experts."""
+        return "num_experts" in self.ffn.values()
 
 
 TRUNK = {
@@ -181,7 +186,7 @@ def write_settings(model: ModelConfig) -> Settings:
             settings |= {"n_shared_experts": max(1, ffn.shared_experts), "routed_scaling_factor": ffn.router.scale}
             settings["use_qk_norm"] = model.qk_norm
             settings["partial_rotary_factor"] = rope["partial_rotary_factor"] = 1.0
-    if architecture.slides and architecture.name in WINDOW_BY_LAYER:
+    if architecture.name in WINDOW_BY_LAYER:
         kind = "full_attention" if model.window is None else "sliding_attention"
         settings |= {"use_sliding_window": model.window is not None, "max_window_layers": 0}
         settings["layer_types"] = [kind] * model.num_layers
@@ -193,85 +198,3 @@ def write_settings(model: ModelConfig) -> Settings:
 def shared_width(ffn: MoEFFNConfig) -> int:
     """Hidden width of the shared experts in an architecture that must have some: where there are none, one of zeros."""
     return max(1, ffn.shared_experts) * ffn.hidden_dim
-
-
-def read_settings(settings: Settings, origin: str) -> tuple[Architecture, Settings]:
-    """The architecture that a config.json describes, and the `model` section of our config for it.
-
-    Args:
-        origin: opens the error sentence.
-
-    Raises:
-        MoelmError: a setting that is missing, or that moelm's model does not have.
-    """
-    name = settings.get("model_type")
-    architecture = ARCHITECTURES.get(str(name))
-    if architecture is None:
-        raise MoelmError(f"{origin}: model_type is {name!r}; one of {', '.join(ARCHITECTURES)} can be imported.")
-    rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
-    _check_fixed(architecture, settings, rope, origin)
-    tree: Settings = {"tie_embeddings": False}
-    tree |= {ours: settings[theirs] for theirs, ours in TRUNK.items() if settings.get(theirs) is not None}
-    tree["rope_theta"] = float(rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0)
-    tree["activation"] = {theirs: ours for ours, theirs in ACTIVATIONS.items()}[settings.get("hidden_act", "silu")]
-    tree["qk_norm"] = name in ("qwen3", "qwen3_moe") or settings.get("use_qk_norm", False)
-    tree["window"] = _window(architecture, settings, origin)
-    ffn: Settings = {ours: _needed(settings, theirs, origin) for theirs, ours in architecture.ffn.items()}
-    tree["ffn"] = {"kind": "dense", **ffn} if architecture.ffn is _DENSE else {"kind": "moe", **ffn}
-    if name == "qwen2_moe":
-        tree["ffn"]["shared_experts"] = _shared_experts(settings, ffn, origin)
-    normalized = settings.get("norm_topk_prob", False)
-    if name in ("qwen2_moe", "qwen3_moe"):
-        tree["ffn"]["router"] = {"kind": "topk", "normalize": normalized}
-    if name == "glm4_moe":
-        scale = float(settings.get("routed_scaling_factor", 1.0))
-        tree["ffn"]["router"] = {"kind": "sigmoid", "normalize": normalized, "scale": scale}
-    return architecture, tree
-
-
-def _shared_experts(settings: Settings, ffn: Settings, origin: str) -> int:
-    """By their width; where some layers are dense by the width of those, for an expert of zeros may stand for none."""
-    if ffn["every"] > 1:
-        return int(_needed(settings, "intermediate_size", origin)) // int(ffn["hidden_dim"]) - int(ffn["top_k"])
-    return int(_needed(settings, "shared_expert_intermediate_size", origin)) // int(ffn["hidden_dim"])
-
-
-def _needed(settings: Settings, key: str, origin: str) -> Any:
-    value = settings.get(key)
-    if value is None and key == "num_experts":  # one setting, two spellings between versions of the library
-        value = settings.get("num_local_experts")
-    if value is None:
-        raise MoelmError(f"{origin}: {key} is missing.")
-    return value
-
-
-def _check_fixed(architecture: Architecture, settings: Settings, rope: Settings, origin: str) -> None:
-    """Refuse settings of which moelm's model knows one value alone."""
-    wanted: dict[str, tuple[Any, Any]] = {
-        key: (settings.get(key, value), value) for key, value in architecture.fixed.items()
-    }
-    whole = 0.5 if architecture.name == "glm4_moe" else 1.0  # what the library takes where nothing is said
-    turned = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", whole))
-    wanted["partial_rotary_factor"] = (turned, 1.0)
-    wanted["rope_type"] = (rope.get("rope_type", rope.get("type", "default")), "default")
-    wanted["quantization_config"] = (settings.get("quantization_config"), None)
-    for key, (found, value) in wanted.items():
-        if found != value:
-            raise MoelmError(f"{origin}: {key} is {found!r}; moelm's model has {value!r} alone.")
-    if (activation := settings.get("hidden_act", "silu")) not in ACTIVATIONS.values():
-        raise MoelmError(f"{origin}: hidden_act is {activation!r}; one of {', '.join(ACTIVATIONS.values())} is expected.")
-
-
-def _window(architecture: Architecture, settings: Settings, origin: str) -> int | None:
-    if not architecture.slides:
-        return None
-    if architecture.name not in WINDOW_BY_LAYER:
-        window: int | None = settings.get("sliding_window", 4096 if architecture.name == "mistral" else None)
-        return window
-    if not settings.get("use_sliding_window", False):
-        return None
-    first = settings.get("max_window_layers", 0)
-    layers = settings.get("layer_types") or ["sliding_attention" if first == 0 else "full_attention"]
-    if set(layers) != {"sliding_attention"}:
-        raise MoelmError(f"{origin}: layer_types are mixed; moelm's window is one for all layers.")
-    return int(_needed(settings, "sliding_window", origin))

@@ -1,10 +1,12 @@
 """The model card of an exported run: what it is, what it scored, how it was made, how to load it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from moelm.checkpoint import checkpoint_path, read_progress
 from moelm.config import MoEFFNConfig, RunConfig
 from moelm.interop.architectures import Architecture
 from moelm.model import count_flops, count_parameters
@@ -49,7 +51,7 @@ def write_card(
     parameters, flops = count_parameters(config.model), count_flops(config.model, config.data.seq_len)
     ffn = config.model.ffn
     sparse = isinstance(ffn, MoEFFNConfig)
-    domains = ", ".join(dict.fromkeys(source.label for source in config.data.sources))
+    domains = ", ".join(dict.fromkeys(source.label for source in config.data.sources)).replace("|", "\\|")
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     tags = ["moelm", "mixture-of-experts"] if sparse else ["moelm"]
     facts: dict[str, object] = {}
@@ -57,13 +59,13 @@ def write_card(
         facts["experts"] = f"{ffn.num_experts}, of which a token visits {ffn.top_k}"
     facts["layers, width"] = f"{config.model.num_layers}, {config.model.dim}"
     facts["context"] = f"{config.max_seq_len:,} tokens"
-    if origin := progress.get("origin"):
-        facts["weights from"] = ", ".join(f"{key} {value}" for key, value in origin.items())
-    else:
+    if origin := progress.get("origin") or _origin(run):
+        facts["weights from"] = ", ".join(f"{key} {Path(str(value)).name}" for key, value in origin.items())
+    if progress["step"]:
         facts["trained on"] = f"{progress['tokens']:,} tokens ({domains}) in {progress['step']:,} steps"
         facts["training FLOPs"] = f"{progress['flops']:.3g}"
         facts["training time"] = f"{progress['time_s'] / 60:,.1f} minutes"
-    if config.start is not None and not origin:
+    if config.start is not None and origin is None:
         facts["started from"] = f"{config.start.run}, checkpoint {config.start.checkpoint}"
     facts["FLOPs of a token, forward"] = f"{flops.forward:.3g}"
     shown = config.model_dump(mode="json", exclude_none=True, include={"seed", "model", "data", "train", "optim"})
@@ -81,6 +83,13 @@ def write_card(
     )
 
 
+def _origin(run: RunDirectory) -> dict[str, Any] | None:
+    """Where the weights came from that the run began with, if it holds them itself."""
+    begun = checkpoint_path(run.checkpoints, 0)
+    origin: dict[str, Any] | None = read_progress(begun).get("origin") if begun.exists() else None
+    return origin
+
+
 def _scores(run: RunDirectory, step: int) -> str:
     """A table of the validation losses that the run's log has of this step; nothing where it has none."""
     line: dict[str, Any] = {}
@@ -91,6 +100,6 @@ def _scores(run: RunDirectory, step: int) -> str:
     if not line:
         return ""
     rows = [("all", line["val/loss"], line["val/bpb"])]
-    rows += [(name, score["loss"], score["bpb"]) for name, score in line["val/domains"].items()]
+    rows += [(name.replace("|", "\\|"), score["loss"], score["bpb"]) for name, score in line["val/domains"].items()]
     table = "\n".join(f"| {name} | {loss:.4f} | {bpb:.4f} |" for name, loss, bpb in rows)
     return f"## Validation\n\n| | nats per token | bits per byte |\n|---|---|---|\n{table}\n\n"

@@ -48,8 +48,9 @@ def export_run(
     run = RunDirectory.find(name)
     config = load_config(run.config)
     architecture = architecture_for(config.model)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MoelmError(f"{out} exists already and is not an empty directory; choose another.")
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd()):
+        raise MoelmError(f"{out} exists already; a new directory, or an empty one that is not the current, is expected.")
     path = run.checkpoint(checkpoint)
     tokenizer = Tokenizer.load(run.tokenizer)
     weights = read_weights(path)
@@ -60,7 +61,7 @@ def export_run(
             _write_json(work / "config.json", _settings(config, tokenizer, dtype))
             _write_json(work / "generation_config.json", _special_ids(tokenizer))
             _write_tokenizer(work, tokenizer, config)
-            _write_weights(work, places, weights, None if precision == "stored" else dtype, int(shard_gb * 1e9))
+            _write_weights(work, places, weights, None if precision == "stored" else dtype, shard_gb * 1e9)
             card = write_card(run, config, read_progress(path), architecture, str(dtype).removeprefix("torch."))
             (work / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -100,13 +101,14 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> N
             **({"unk_token": UNKNOWN} if raw.token_to_id(UNKNOWN) is not None else {}),
             "add_bos_token": True,
             "add_eos_token": False,
+            "split_special_tokens": True,  # text that spells a special token stays text
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.max_seq_len,
         },
     )
 
 
-def _write_weights(folder: Path, places: list[Place], weights: Weights, dtype: torch.dtype | None, limit: int) -> None:
+def _write_weights(folder: Path, places: list[Place], weights: Weights, dtype: torch.dtype | None, limit: float) -> None:
     """One file, or several with an index; only one file's tensors are held beside the weights."""
     shards = list(_shards(places, weights, dtype, limit))
     index: dict[str, str] = {}
@@ -123,13 +125,21 @@ def _write_weights(folder: Path, places: list[Place], weights: Weights, dtype: t
 
 
 def _ready(place: Place, weights: Weights, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of its own, in its own dtype."""
+    """A tensor of its own, in the dtype asked for.
+
+    Raises:
+        MoelmError: a number that is too large for it.
+    """
     tensor = place.read(weights)
-    wanted = tensor.dtype if dtype is None or place.theirs.endswith(_KEPT_WHOLE) else dtype
-    return tensor.to(wanted, copy=True, memory_format=torch.contiguous_format)
+    if dtype is None or place.theirs.endswith(_KEPT_WHOLE):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    ready = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not ready.isfinite().all() and tensor.isfinite().all():
+        raise MoelmError(f"{place.theirs} reaches {float(tensor.abs().max()):.3g}, too large for {dtype}; choose another.")
+    return ready
 
 
-def _shards(places: list[Place], weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[list[Place]]:
+def _shards(places: list[Place], weights: Weights, dtype: torch.dtype | None, limit: float) -> Iterator[list[Place]]:
     """Cut the list of tensors where the next one would pass the limit."""
     shard: list[Place] = []
     held = 0

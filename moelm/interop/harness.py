@@ -6,6 +6,8 @@ those of the harness's own model of the exported directory. This module alone im
 Shapes: B requests, T positions, V vocabulary.
 """
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +25,7 @@ from moelm.console import Ticker
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.generate import Sampling, continue_rows
-from moelm.hardware import dtype_of, keep_memory, pick_device
+from moelm.hardware import keep_memory, pick_device
 from moelm.model import Transformer
 from moelm.rundir import load_run
 
@@ -62,19 +64,24 @@ def evaluate_tasks(
     Raises:
         MoelmError: an unknown task, or data that cannot be reached.
     """
+    if include is not None and not include.is_dir():
+        raise MoelmError(f"There is no folder {include} with tasks.")
     manager = TaskManager(include_path=str(include) if include else None)
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+    found = {task: manager.match_tasks([task]) for task in map(str.strip, tasks)}
+    if unknown := [task for task, names in found.items() if not names]:
         raise MoelmError(
             f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists its own, --include adds yours."
         )
     keep_memory()
     device = pick_device()
     model = HarnessModel(*load_run(name, checkpoint, device), batch_size)
+    names = [name for matched in found.values() for name in matched]
     try:
-        results: dict[str, Any] | None = simple_evaluate(
-            model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
-        )
-    except (OSError, ConnectionError) as error:
+        with contextlib.redirect_stdout(sys.stderr):  # the harness talks there too
+            results: dict[str, Any] | None = simple_evaluate(
+                model, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
+            )
+    except OSError as error:
         raise MoelmError(f"The data of {', '.join(tasks)} cannot be had: {str(error).splitlines()[0]}") from error
     assert results is not None
     return results
@@ -87,7 +94,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         super().__init__()
         self.model, self.words, self.batch_size = model, tokenizer, batch_size
         self._device = model.embedding.weight.device
-        self.dtype = dtype_of(config.train.precision, self._device)
         self.max_length = config.max_seq_len
 
     @property
@@ -108,10 +114,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[Scored]:
-        scored = self._in_batches([(context, wanted) for _, context, wanted in requests], self._score, "log-likelihoods")
-        for (texts, _, _), answer in zip(requests, scored, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return scored
+        for (_, answer), _, wanted in requests:
+            if not 0 < len(wanted) <= self.max_length:
+                raise MoelmError(
+                    f"A task's answer has {len(wanted)} tokens ({answer[:40]!r}); from 1 to the model's context of "
+                    f"{self.max_length} can be scored."
+                )
+        return self._in_batches([(context, wanted) for _, context, wanted in requests], self._score, "log-likelihoods")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, cut into windows of the model's context.
@@ -163,7 +172,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     @torch.no_grad()
     def _score(self, batch: list[Pair]) -> list[Scored]:
-        """Score continuations; what is too long loses its start, as in the harness's own models."""
+        """Score continuations in float32; what is too long loses its start, as in the harness's own models."""
         rows = [[*context, *wanted][-(self.max_length + 1) :] for context, wanted in batch]
         longest = max(map(len, rows)) - 1
         tokens_BT = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -171,9 +180,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         for number, row in enumerate(rows):
             tokens_BT[number, : len(row) - 1] = torch.tensor(row[:-1])
             valid_BT[number, : len(row) - 1] = True
-        kind = self._device.type
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            logits_BTV = self.model(tokens_BT.to(self._device), valid_BT=valid_BT.to(self._device)).logits
+        logits_BTV = self.model(tokens_BT.to(self._device), valid_BT=valid_BT.to(self._device)).logits
         scored = []
         for logits_TV, row, (_, wanted) in zip(logits_BTV, rows, batch, strict=True):
             target = torch.tensor(wanted, device=self._device)
@@ -189,13 +196,15 @@ def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _sampling(wishes: dict[str, Any]) -> Sampling:
-    """A task's wishes in our terms."""
+    """A task's wishes in our terms.
+
+    Raises:
+        MoelmError: a wish that moelm cannot fulfil.
+    """
     asked = normalize_gen_kwargs(wishes, MAX_NEW_TOKENS)
-    stops: Iterable[str] = handle_stop_sequences(asked.get("until"), eos=None)
-    return Sampling(
-        max_new_tokens=asked["max_gen_toks"],
-        temperature=asked.get("temperature", 1.0) if asked["do_sample"] else 0.0,
-        top_k=asked.get("top_k"),
-        top_p=asked.get("top_p"),
-        stop=tuple(stop for stop in stops if stop),
-    )
+    stops: Iterable[str] = handle_stop_sequences(asked.pop("until", None), eos=None)
+    length, warm = asked.pop("max_gen_toks"), asked.pop("do_sample")
+    temperature = float(asked.pop("temperature", 1.0)) if warm else 0.0
+    if strange := sorted(asked.keys() - {"top_k", "top_p", "min_p", "repetition_penalty"}):
+        raise MoelmError(f"A task asks for {', '.join(strange)} in its generation_kwargs, which moelm does not have.")
+    return Sampling(length, temperature, stop=tuple(stop for stop in stops if stop), **asked)

@@ -14,10 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moelm.config import RunConfig, check_config, override, read_tree
+from moelm.console import console
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
-from moelm.interop.architectures import Architecture, Settings, read_settings
+from moelm.interop.architectures import Architecture, Settings
 from moelm.interop.places import Place, Weights, find_places, shapes_of
+from moelm.interop.reading import read_settings
+from moelm.interop.words import OWN, check_words
 from moelm.rundir import RunDirectory, create_run
 
 IGNORED = ".rotary_emb.inv_freq"
@@ -48,18 +51,19 @@ def import_model(
     settings = _read_json(source / "config.json")
     architecture, model = read_settings(settings, str(source / "config.json"))
     run_config = _plan_run(run, model, config, overrides)
-    words = _load_tokenizer(source, tokenizer, run_config)
+    words = _load_tokenizer(tokenizer or source / "tokenizer.json", settings, run_config)
     files = _find_files(source)
     places = _match(files, run_config, architecture, source)
     weights = _read(files, places, run_config)
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
-    origin = {"import of": str(source.resolve()), "model_type": architecture.name, "dtype": ", ".join(dtypes)}
+    origin = {"import of": str(source), "model_type": architecture.name, "dtype": ", ".join(dtypes)}
     create_run(run, run_config, words, weights, origin)
     return run
 
 
 def _plan_run(run: RunDirectory, model: Settings, config: Path | None, overrides: Sequence[str]) -> RunConfig:
     """The config of the new run, which starts with its own weights under whatever name it is trained."""
+    check_words(overrides, free=("model.ffn.balance", "model.ffn.capacity_factor"), own=(*OWN, "data.tokenizer"))
     seq_len = min(1024, int(model.get("max_seq_len") or 1024))
     tree: dict[str, Any] = {
         "data": {"sources": [{"name": "builtin"}], "seq_len": seq_len},
@@ -69,26 +73,38 @@ def _plan_run(run: RunDirectory, model: Settings, config: Path | None, overrides
     if config is not None:
         tree = read_tree(config)
     tree["model"] = model
-    own_tokenizer = json.dumps({"kind": "file", "path": str(run.tokenizer)})
-    override(tree, [*overrides, f"data.tokenizer={own_tokenizer}"])
+    override(tree, [*overrides, "data.tokenizer={}"])
+    tree["data"]["tokenizer"] = {"kind": "file", "path": str(run.tokenizer)}
     tree |= {"name": run.path.name, "start": {"run": str(run.path), "checkpoint": "0"}}
     return check_config(tree, f"{run.path}/config.yaml")
 
 
-def _load_tokenizer(source: Path, given: Path | None, config: RunConfig) -> Tokenizer:
-    path = given or source / "tokenizer.json"
-    if given is None and not path.exists():
+def _load_tokenizer(path: Path, settings: Settings, config: RunConfig) -> Tokenizer:
+    """The tokenizer, whose start and end tokens must be the model's own."""
+    if not path.exists():
         raise MoelmError(
-            f"{source} has no tokenizer.json; give one with --tokenizer (transformers' AutoTokenizer makes it from other "
+            f"There is no {path}; give a tokenizer with --tokenizer (transformers' AutoTokenizer makes one from other "
             "formats and saves it)."
         )
     tokenizer = Tokenizer.load(path)
-    rows = config.model.vocab_size or 0
-    if tokenizer.vocab_size > rows:
+    if tokenizer.added:
         raise MoelmError(
-            f"The tokenizer {path} has {tokenizer.vocab_size} tokens with those that start and end a text, but the model "
-            f"has {rows}."
+            f"{path} has no token that moelm takes for the start or the end of a text; {', '.join(tokenizer.added)} "
+            "would be new to the model."
         )
+    if tokenizer.vocab_size > (config.model.vocab_size or 0):
+        raise MoelmError(
+            f"The tokenizer {path} has {tokenizer.vocab_size} tokens, but the model {config.model.vocab_size}."
+        )
+    for key, taken in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+        told = settings.get(key)
+        told = told[0] if isinstance(told, list) and told else told
+        if told != taken:
+            console.print(
+                f"Warning: {key} is {told} in config.json, but moelm takes {taken} ({tokenizer.raw.id_to_token(taken)}).",
+                soft_wrap=True,
+                markup=False,
+            )
     return tokenizer
 
 
@@ -97,7 +113,7 @@ def _read_json(path: Path) -> Settings:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise MoelmError(f"There is no {path}; a directory in the Hugging Face format is expected.") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise MoelmError(f"{path} cannot be read as JSON.") from None
     if not isinstance(content, dict):
         raise MoelmError(f"{path} holds no settings.")
@@ -107,17 +123,24 @@ def _read_json(path: Path) -> Settings:
 def _find_files(source: Path) -> Files:
     """Tensors and their files, from the index or from the single file."""
     index, single = source / "model.safetensors.index.json", source / "model.safetensors"
+    named: dict[str, Path] | None = None
     if index.exists():
-        named = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        paths = [source / str(name) for name in named]
-    else:
-        paths = [single]
+        listed = _read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise MoelmError(f"{index} has no weight_map from tensors to files.")
+        named = {tensor: source / name for tensor, name in listed.items()}
     files: Files = {}
-    for path in paths:
+    for path in sorted(set(named.values())) if named is not None else [single]:
         if not path.exists():
             raise MoelmError(f"There is no {path}; weights are read from safetensors.")
         with _opened(path) as file:
-            files |= dict.fromkeys(file.keys(), path)
+            for tensor in file.keys():  # noqa: SIM118  not a dict
+                if tensor in files:
+                    raise MoelmError(f"{tensor} is in {files[tensor]} and in {path}.")
+                files[tensor] = path
+    if named is not None and named != files:
+        tensor = next(name for name in sorted(named.keys() | files.keys()) if named.get(name) != files.get(name))
+        raise MoelmError(f"{index} has {tensor} in {named.get(tensor)}, but it is in {files.get(tensor)}.")
     return {name: path for name, path in files.items() if not name.endswith(IGNORED)}
 
 
@@ -170,6 +193,8 @@ def _read(files: Files, places: dict[str, Place], config: RunConfig) -> Weights:
         with _opened(path) as file:
             for name in (name for name, holder in files.items() if holder == path):
                 place, tensor = places[name], file.get_tensor(name)
+                if not tensor.is_floating_point():
+                    raise MoelmError(f"{path}: {name} is {tensor.dtype}; floating-point weights are expected.")
                 for ours in place.ours:
                     if ours not in weights:
                         weights[ours] = torch.empty(shapes.get(ours, place.shape), dtype=tensor.dtype)

@@ -3,6 +3,8 @@
 Shapes: E experts, F hidden units, D model width.
 """
 
+import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelm.checkpoint import read_weights
+from moelm.checkpoint import read_weights, step_of
 from moelm.config import DenseFFNConfig, RunConfig, check_config, load_config, override
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
+from moelm.interop.words import check_words
 from moelm.model import Transformer, build_model
 from moelm.model.experts import Experts
 from moelm.rundir import RunDirectory, create_run
@@ -45,6 +48,8 @@ def upcycle_run(
         MoelmError: the run is sparse already, or a setting does not fit.
     """
     dense, run = RunDirectory.find(name), RunDirectory.new(new_name)
+    if not math.isfinite(noise):
+        raise MoelmError(f"noise is {noise}; a finite number is expected.")
     begun = load_config(dense.config)
     config = _sparse_config(begun, dense, run, num_experts, top_k, overrides)
     path = dense.checkpoint(checkpoint)
@@ -53,10 +58,11 @@ def upcycle_run(
     spread(read_weights(path), model)
     for number, layer in enumerate(experts_of(model)):
         for expert in range(num_experts):
-            generator = torch.Generator().manual_seed((config.seed * 1009 + number) * 100_003 + expert)
+            key = hashlib.blake2b(f"{config.seed}/upcycle/{number}/{expert}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
             draw_anew(layer, expert, reinit, generator)
             add_noise(layer, expert, noise, generator)
-    origin: dict[str, Any] = {"upcycling of": str(dense.path), "step": int(path.name.rpartition("-")[2])}
+    origin: dict[str, Any] = {"upcycling of": str(dense.path), "step": step_of(path)}
     origin |= {"num_experts": num_experts, "noise": noise, "reinit": reinit}
     create_run(run, config, tokenizer, model.state_dict(), origin)
     return run
@@ -69,32 +75,20 @@ def _sparse_config(
     ffn = begun.model.ffn
     if not isinstance(ffn, DenseFFNConfig):
         raise MoelmError(f"The run {dense.path} is a mixture of experts already; a dense one can be upcycled.")
+    check_words(overrides, free=("model.ffn.router", "model.ffn.balance", "model.ffn.capacity_factor"))
     tree = begun.model_dump(mode="json", exclude_none=True)
-    sparse = {"kind": "moe", "hidden_dim": ffn.hidden_dim, "num_experts": num_experts, "top_k": top_k}
-    tree["model"]["ffn"] = dict(sparse)
+    tree["model"]["ffn"] = {"kind": "moe", "hidden_dim": ffn.hidden_dim, "num_experts": num_experts, "top_k": top_k}
     override(tree, overrides)
     tree |= {"name": run.path.name, "start": {"run": str(run.path), "checkpoint": "0"}}
-    config = check_config(tree, f"{run.path}/config.yaml")
-    built = config.model.ffn.model_dump()
-    for key, value in sparse.items():
-        if built[key] != value:
-            raise MoelmError(f"model.ffn.{key} is {built[key]}, but upcycling makes it {value}; leave it out.")
-    return config
+    return check_config(tree, f"{run.path}/config.yaml")
 
 
 @torch.no_grad()
 def spread(dense: dict[str, Tensor], model: Transformer) -> None:
-    """Copy every dense weight to its namesake, a feed-forward block's to all experts; routers stay as they were drawn.
-
-    Raises:
-        MoelmError: a weight that has no namesake.
-    """
+    """Copy every dense weight to its namesake, a feed-forward block's to all experts; routers stay as they were drawn."""
     for name, weight in model.named_parameters():
-        source = dense.get(name.replace(".experts.", "."))
-        if source is not None:
-            weight.copy_(source.expand_as(weight))
-        elif ".router." not in name:
-            raise MoelmError(f"{name} has no namesake in the dense model; leave such settings out when upcycling.")
+        if ".router." not in name:
+            weight.copy_(dense[name.replace(".experts.", ".")].expand_as(weight))
 
 
 def experts_of(model: Transformer) -> list[Experts]:
@@ -124,7 +118,7 @@ def draw_anew(layer: Experts, expert: int, part: float, generator: torch.Generat
         part: of the F hidden units.
     """
     hidden = layer.w1.shape[1]
-    units = torch.randperm(hidden, generator=generator)[: int(part * hidden)]
+    units = torch.randperm(hidden, generator=generator)[: round(part * hidden)]
     if not len(units):
         return
     for stack, dim in ((layer.w1, 0), (layer.w2, 1), (layer.w3, 0)):

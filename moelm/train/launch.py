@@ -12,13 +12,11 @@ from moelm.checkpoint import (
     fresh_progress,
     list_checkpoints,
     load_training,
-    load_weights,
 )
-from moelm.config import MoEFFNConfig, RunConfig, StartConfig, dump_config, load_config
+from moelm.config import MoEFFNConfig, RunConfig, dump_config, load_config
 from moelm.console import console
 from moelm.data.loader import PreparedData, open_data
 from moelm.data.prepare import prepare
-from moelm.data.tokenizer import Tokenizer
 from moelm.distributed.launcher import restarted
 from moelm.distributed.layout import Layout, resolve_layout
 from moelm.distributed.parallelize import parallelize
@@ -32,6 +30,7 @@ from moelm.model.transformer import initialise
 from moelm.rundir import RunDirectory
 from moelm.train.environment import describe_code, describe_environment
 from moelm.train.optim import build_optimizer
+from moelm.train.start import check_tokenizer, flatten, load_start, settle_start
 from moelm.train.trainer import Trainer
 
 Resume = Literal["auto", "never"]
@@ -95,8 +94,10 @@ def _prepared(config: RunConfig, run: RunDirectory, resume: Resume, world: World
             soft_wrap=True,
         )
     if progress is None and config.start is not None:
-        _start(config.start, data, model, world)
+        load_start(config.start, config.model, data, model, world)
     if progress is None or "origin" in progress:
+        if progress is not None:
+            check_tokenizer(run, data)
         if world.first:
             _create(run, config, data, describe_environment(config, data, device, dtype, layout))
         progress = fresh_progress()
@@ -139,9 +140,12 @@ def _resolved(config: RunConfig, vocab_size: int, device: torch.device, saved: R
     known = {"vocab_size": asked or vocab_size, "max_seq_len": config.max_seq_len}
     precision = config.train.precision
     if precision == "auto":
-        precision = saved.train.precision if saved is not None else world.from_first(pick_precision(device))
+        precision = saved.train.precision if saved is not None else "auto"
+    if precision == "auto":
+        precision = world.from_first(pick_precision(device))
     return config.model_copy(
         update={
+            "start": world.from_first(settle_start(config.start, saved) if world.first else None),
             "model": config.model.model_copy(update=known),
             "train": config.train.model_copy(update={"precision": precision}),
         }
@@ -150,7 +154,7 @@ def _resolved(config: RunConfig, vocab_size: int, device: torch.device, saved: R
 
 def _check_agreed(config: RunConfig, data: PreparedData, world: World) -> None:
     """All processes must be about to do the same."""
-    mine = _flat(config) | {
+    mine = flatten(config) | {
         "data": data.data_fingerprint,
         "tokenizer": data.tokenizer_fingerprint,
         "moelm's code": describe_code(),
@@ -172,27 +176,14 @@ def _check_same(config: RunConfig, begun: RunConfig, run: RunDirectory, resume: 
     if resume == "never":
         run.must_be_new()
     saved, wanted = (_identity(each) for each in (begun, config))
+    if begun.train.precision == "auto":  # made of weights from elsewhere, and never trained
+        saved["train.precision"] = wanted["train.precision"]
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if different:
         raise MoelmError(
             f"The run {run.path} exists already with another {', '.join(different[:3])}; choose another name=..., "
             "or give its own settings to --resume it."
         )
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """All settings by their dotted names."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value
-
-    walk("", config.model_dump(mode="json", exclude_none=True))
-    return flat
 
 
 FREE = (
@@ -206,7 +197,7 @@ FREE = (
 
 def _identity(config: RunConfig) -> dict[str, Any]:
     """Dotted settings that decide the trajectory."""
-    return {key: value for key, value in _flat(config).items() if not key.startswith(FREE)}
+    return {key: value for key, value in flatten(config).items() if not key.startswith(FREE)}
 
 
 def _create(run: RunDirectory, config: RunConfig, data: PreparedData, environment: dict[str, Any]) -> None:
@@ -223,19 +214,6 @@ def _create(run: RunDirectory, config: RunConfig, data: PreparedData, environmen
         raise MoelmError(f"The run directory {run.path} cannot be written: {error.strerror}.") from error
 
 
-def _start(start: StartConfig, data: PreparedData, model: Transformer, world: World) -> None:
-    """Take the weights of another run."""
-    run = RunDirectory.find(start.run)
-    path = run.checkpoint(start.checkpoint)
-    if Tokenizer.load(run.tokenizer).content != data.tokenizer.content:
-        raise MoelmError(
-            f"start.run is {start.run}, whose tokenizer is another than this data's; set data.tokenizer to "
-            f"{{kind: file, path: {run.tokenizer}}}."
-        )
-    load_weights(path, model, world)
-    console.print(f"Starting with the weights of {path}.", soft_wrap=True, markup=False)
-
-
 def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> Progress | None:
     """Load the newest whole checkpoint, saying which; None when there is none yet."""
     if world.first:
@@ -247,8 +225,10 @@ def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimi
         except DamagedCheckpoint as error:
             console.print(f"Warning: {error} Falling back to the one before.", soft_wrap=True, markup=False)
             continue
+        if "origin" in progress and path != saved[-1]:
+            break  # going back to where the weights came from would be another run
         console.print(f"Resuming {run.path} from step {progress['step']:,}.", soft_wrap=True)
         return progress
     if saved:
-        raise MoelmError(f"All {len(saved)} checkpoints of {run.path} are damaged; choose another name=... to start again.")
+        raise MoelmError(f"All checkpoints that {run.path} has made are damaged; choose another name=... to start again.")
     return None

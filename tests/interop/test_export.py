@@ -224,6 +224,36 @@ def test_a_disk_that_fills_up_leaves_nothing(kilobytes: int, tmp_path: Path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
+def test_numbers_too_large_for_a_dtype_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make("byte", DENSE, {"embedding_multiplier": 1e6})
+    with pytest.raises(MoelmError, match=r"model.embed_tokens.weight reaches .*, too large for torch.float16"):
+        export_run("run", Path("out"), precision="float16")
+    assert not Path("out").exists()
+    export_run("run", Path("out"), precision="bf16", shard_gb=float("inf"))
+
+
+def test_an_empty_folder_or_a_link_to_one_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make("byte", DENSE, {})
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    export_run("run", Path("link"))
+    assert Path("real/config.json").exists()
+    Path("empty").mkdir()
+    run = Path("runs/run").resolve()
+    monkeypatch.chdir("empty")
+    with pytest.raises(MoelmError, match="an empty one that is not the current"):
+        export_run(run, Path())
+
+
+def test_the_card_remembers_where_the_weights_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make("byte", DENSE, {})
+    export_run("run", Path("out"))
+    assert "| weights from | import of a test |" in Path("out/README.md").read_text()
+
+
 def test_published_configs_find_their_architecture() -> None:
     from moelm.config import load_config
 

@@ -52,6 +52,8 @@ def test_a_tokenizer_without_bytes_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     make("char", DENSE, {})
     export_run("run", Path("out"))
-    done = subprocess.run([sys.executable, str(SCRIPT), "nowhere", "out"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "no byte-level BPE" in done.stderr
+    Path("convert_hf_to_gguf.py").touch()
+    for checkout, told in (("nowhere", "There is no nowhere"), (".", "no byte-level BPE")):
+        done = subprocess.run([sys.executable, str(SCRIPT), checkout, "out"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert told in done.stderr

@@ -1,6 +1,5 @@
 """The lm-evaluation-harness on a run, against the harness on its export through Hugging Face's library."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,17 @@ import yaml
 
 from moelm.errors import MoelmError
 from moelm.interop.export import export_run
+from moelm.rundir import load_run
 from tests.conftest import Moelm
+from tests.interop.test_export import DENSE, MOE, make
 
 pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from moelm.interop.harness import HarnessModel, evaluate_tasks
 
 QUESTIONS = [
     {"text": "the red cat", "choices": [" sees", " hears a stone", " and"], "answer": 0},
@@ -64,20 +71,26 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["moe", "dense"])
-def test_figures_are_those_of_the_export(kind: str, trained: Path, tasks: Path, tmp_path: Path) -> None:
-    from lm_eval.evaluator import simple_evaluate
+@pytest.fixture(params=["moe", "dense"])
+def here(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run of large random weights, whose continuations depend on their prompts, and its export."""
+    monkeypatch.chdir(tmp_path)
+    make("byte", MOE if request.param == "moe" else DENSE, {})
+    export_run("run", tmp_path / "out")
+    return tmp_path
+
+
+def peer() -> Any:
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    from moelm.interop.harness import evaluate_tasks
+    return HFLM(pretrained="out", device="cpu", batch_size=2, dtype="float32")
 
-    with contextlib.chdir(trained):
-        export_run(f"tiny-{kind}", tmp_path / "out")
-        ours = evaluate_tasks(f"tiny-{kind}", list(TASKS), batch_size=3, include=tasks)["results"]
-    peer = HFLM(pretrained=str(tmp_path / "out"), device="cpu", batch_size=2, dtype="float32")
+
+@pytest.mark.usefixtures("here")
+def test_figures_are_those_of_the_export(tasks: Path) -> None:
+    ours = evaluate_tasks("run", list(TASKS), batch_size=3, include=tasks)["results"]
     manager = TaskManager(include_path=str(tasks))
-    theirs = simple_evaluate(peer, tasks=list(TASKS), task_manager=manager, log_samples=False)["results"]
+    theirs = simple_evaluate(peer(), tasks=list(TASKS), task_manager=manager, log_samples=False)["results"]
     assert ours.keys() == theirs.keys() == TASKS.keys()
     for task, figures in theirs.items():
         numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
@@ -85,38 +98,59 @@ def test_figures_are_those_of_the_export(kind: str, trained: Path, tasks: Path, 
         assert {key: ours[task][key] for key in numbers} == pytest.approx(numbers, rel=1e-4), task
 
 
-def test_continuations_are_those_of_the_export(trained: Path, tmp_path: Path) -> None:
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    from moelm.interop.harness import HarnessModel
-    from moelm.rundir import load_run
-
-    with contextlib.chdir(trained):
-        export_run("tiny-moe", tmp_path / "out")
-        ours = HarnessModel(*load_run("tiny-moe"), 2)
-    theirs = HFLM(pretrained=str(tmp_path / "out"), device="cpu", batch_size=2, dtype="float32")
-    settings = [{"until": ["e"], "max_gen_toks": 12}, {"max_gen_toks": 5}]
-    asked = [
-        Instance("generate_until", {}, (question["text"] or "b", settings[number % 2]), number)
-        for number, question in enumerate(QUESTIONS)
+@pytest.mark.usefixtures("here")
+def test_answers_are_those_of_the_export() -> None:
+    """Request by request; some are longer than the context, spell special tokens, or end in a space."""
+    ours, theirs = HarnessModel(*load_run("run"), 2), peer()
+    pairs = [
+        ("the red cat", " sees"),
+        ("a " * 60, "dog"),
+        ("", "stone"),
+        ("the <|bos|>cat ", "hears <|eos|>"),
+        ("b", "a" * 64),
     ]
-    written = ours.generate_until(asked)
-    assert written == theirs.generate_until(asked)
-    assert any(written)
+    asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    for own, other in zip(ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True):
+        assert own[0] == pytest.approx(other[0], abs=1e-4)
+        assert own[1] == other[1]
+    whole = [
+        Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(["a " * 100, "dog", "<|eos|>"])
+    ]
+    assert ours.loglikelihood_rolling(whole) == pytest.approx(theirs.loglikelihood_rolling(whole), abs=1e-4)
+    settings = [{"until": ["e"], "max_gen_toks": 12}, {"max_gen_toks": 9}, {"max_gen_toks": 9, "repetition_penalty": 1.5}]
+    prompts = ["the red cat", "b", "a bird likes the green house " * 4, "stone", "the old dog hears a <|eos|>", "river"]
+    free = [Instance("generate_until", {}, (text, settings[n % 3]), n) for n, text in enumerate(prompts)]
+    written = ours.generate_until(free)
+    assert written == theirs.generate_until(free)
+    assert len(set(written)) == len(prompts)
 
 
-def test_a_mistake_is_a_sentence(trained: Path, tasks: Path) -> None:
-    from moelm.interop.harness import evaluate_tasks
+@pytest.mark.usefixtures("here")
+def test_a_mistake_is_a_sentence(tasks: Path) -> None:
+    for names, include, told in (
+        (["choose", "nonsense"], tasks, "knows no task nonsense"),
+        (["choose"], Path("nowhere"), "There is no folder nowhere"),
+    ):
+        with pytest.raises(MoelmError, match=told):
+            evaluate_tasks("run", names, include=include)
+    model = HarnessModel(*load_run("run"), 2)
+    for pair, told in ((("a", "b" * 65), "has 65 tokens"), (("a", ""), "has 0 tokens")):
+        with pytest.raises(MoelmError, match=told):
+            model.loglikelihood([Instance("loglikelihood", {}, pair, 0)])
+    for wishes, told in (({"num_beams": 4, "max_gen_toks": 3}, "num_beams"), ({}, "256 new tokens")):
+        with pytest.raises(MoelmError, match=told):
+            model.generate_until([Instance("generate_until", {}, ("a", wishes), 0)])
 
-    with contextlib.chdir(trained), pytest.raises(MoelmError, match="knows no task nonsense"):
-        evaluate_tasks("tiny-moe", ["choose", "nonsense"], include=tasks)
+
+@pytest.mark.usefixtures("here")
+def test_names_may_be_patterns(tasks: Path) -> None:
+    assert evaluate_tasks("run", ["cho*", " read"], include=tasks)["results"].keys() == {"choose", "read"}
 
 
 @pytest.mark.slow
 def test_the_command_prints_a_table_or_json(moelm: Moelm, workplace: Path, tasks: Path) -> None:
     assert moelm("train", "dense.yaml", "train.steps=2").returncode == 0
-    words = ("lm-eval", "tiny-dense", "--tasks", "choose,read", "--include", str(tasks), "--limit", "3")
+    words = ("lm-eval", "tiny-dense", "--tasks", "choose, guess", "--include", str(tasks), "--limit", "3")
     assert "acc_norm" in moelm(*words).stdout
     told = json.loads(moelm(*words, "--json").stdout)
     assert told["n-samples"]["choose"]["effective"] == 3

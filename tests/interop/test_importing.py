@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,10 +20,11 @@ from moelm.config import load_config
 from moelm.data.prepare import prepare
 from moelm.errors import MoelmError
 from moelm.interop.importing import import_model
+from moelm.interop.reading import read_settings
 from moelm.rundir import RunDirectory, load_run
 from moelm.train.launch import train
 from tests.conftest import Moelm, fill
-from tests.interop.peers import SHAPE, build, save, transformers
+from tests.interop.peers import CASES, SHAPE, build, save, transformers
 
 Weights = dict[str, Tensor]
 
@@ -101,6 +104,14 @@ def test_tensors_that_do_not_fit_stop_it_by_name(here: Path, spoil: Callable[[We
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"num_local_experts": None}, "num_local_experts is missing"),
+        ({"rms_norm_eps": None}, "hf/config.json: rms_norm_eps is missing"),
+        ({"rope_parameters": None}, "rope_theta is missing"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
+        ({"rope_parameters": "abc"}, "rope_parameters is 'abc'; a section is expected"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'; a number is expected"),
+        ({"intermediate_size": 0}, "intermediate_size is 0; a whole number above 0 is expected"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
+        ({"model_type": 7}, "model_type is 7; text is expected"),
         ({"num_attention_heads": 5}, "num_heads = 5 does not divide"),
         ({"vocab_size": 200}, "has 258 tokens"),
     ],
@@ -111,6 +122,85 @@ def test_settings_that_moelm_does_not_have_are_named(here: Path, changes: dict[s
     with pytest.raises(MoelmError, match=told):
         import_model(here, "run")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_missing_setting_means_what_the_library_makes_of_it_or_stops_the_import(case: str) -> None:
+    kind = CASES[case][0]
+    told = json.loads(build(case).config.to_json_string(use_diff=False))
+    for key in {"rms_norm_eps", "norm_topk_prob", "rope_parameters", "sliding_window", "tie_word_embeddings"} & told.keys():
+        given = {name: value for name, value in told.items() if name != key}
+        settings = {name: value for name, value in given.items() if name != "model_type"}
+        filled = {**given, key: getattr(transformers.AutoConfig.for_model(kind, **settings), key)}
+        with contextlib.suppress(MoelmError):
+            found = read_settings(given, "config.json")
+            assert found == read_settings(filled, "config.json"), key
+
+
+@pytest.mark.parametrize(
+    ("settings", "window"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 4}, None),
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, None),
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}, 4),
+        ({"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"] * 2}, None),
+        ({"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"] * 2}, 4),
+    ],
+)
+def test_windows_that_are_said_by_layer(settings: dict[str, Any], window: int | None) -> None:
+    told = {**SHAPE, "model_type": "qwen3", "head_dim": 6, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    assert read_settings({**told, **settings}, "config.json")[1]["window"] == window
+    mixed = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    with pytest.raises(MoelmError, match="some layers slide and some do not"):
+        read_settings({**told, **mixed}, "config.json")
+
+
+@pytest.mark.parametrize(
+    "word", ["name=x", "start.run=x", "model.dim=8", "data.tokenizer.kind=bpe", "model.ffn.router.kind=hash"]
+)
+def test_words_that_would_make_it_another_model_are_refused(here: Path, word: str) -> None:
+    with pytest.raises(MoelmError, match="cannot be chosen here, where the weights decide"):
+        import_model(here, "run", [word])
+
+
+def test_start_and_end_tokens_must_be_the_models_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = json.loads((here / "config.json").read_text())
+    (here / "config.json").write_text(json.dumps({**settings, "eos_token_id": [7, 1]}))
+    import_model(here, "run")
+    assert "eos_token_id is 7 in config.json, but moelm takes 1 (<|eos|>)" in capsys.readouterr().err
+    text = (here / "tokenizer.json").read_text().replace("<|bos|>", "[S]").replace("<|eos|>", "[E]")
+    (here / "tokenizer.json").write_text(text)
+    with pytest.raises(MoelmError, match=r"<\|bos\|>, <\|eos\|> would be new to the model"):
+        import_model(here, "other")
+
+
+def test_an_index_must_tell_the_truth(here: Path) -> None:
+    save(transformers.AutoModelForCausalLM.from_pretrained(here), Path("cut"), max_shard_size="20KB")
+    index = Path("cut/model.safetensors.index.json")
+    told = json.loads(index.read_text())
+    held = list(told["weight_map"].values())
+    name, file = next((name, file) for name, file in told["weight_map"].items() if held.count(file) > 1)
+    other = next(each for each in held if each != file)
+    for weight_map, sentence in (
+        ({**told["weight_map"], name: other}, f"has {name} in cut/{other}, but it is in cut/{file}"),
+        ({**told["weight_map"], "more": file}, f"has more in cut/{file}, but it is in None"),
+        ([], "has no weight_map"),
+        ({"a": 1}, "has no weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(MoelmError, match=re.escape(sentence)):
+            import_model(Path("cut"), "run")
+    index.write_text(json.dumps(told))
+    save_file({**load_file(f"cut/{other}"), name: torch.ones(1)}, f"cut/{other}")
+    with pytest.raises(MoelmError, match=f"{name} is in .* and in "):
+        import_model(Path("cut"), "run")
+
+
+def test_whole_numbers_are_no_weights(here: Path) -> None:
+    weights = load_file(here / "model.safetensors")
+    save_file({name: weight.int() for name, weight in weights.items()}, here / "model.safetensors")
+    with pytest.raises(MoelmError, match=r"is torch.int32; floating-point weights are expected"):
+        import_model(here, "run")
 
 
 @pytest.mark.parametrize(
@@ -141,14 +231,26 @@ def test_a_run_that_is_there_is_kept(here: Path) -> None:
         import_model(here, "run")
 
 
-def test_a_disk_that_fails_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object, path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("moelm.data.tokenizer.Tokenizer.save", fail)
-    with pytest.raises(MoelmError, match="No space left"):
-        import_model(here, "run")
+def test_a_disk_that_fills_up_leaves_nothing(here: Path) -> None:
+    """The limit on the size of a file stands for a full disk."""
+    resource = pytest.importorskip("resource")
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, whole[1]))
+    try:
+        with pytest.raises(MoelmError, match="The run runs/run cannot be written"):
+            import_model(here, "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, whole)
     assert list(Path("runs").iterdir()) == []
+
+
+def test_what_a_killed_import_left_goes_with_the_next(here: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process in (ended.pid, os.getppid()):
+        Path(f"runs/.run.writing-{process}").mkdir(parents=True)
+    import_model(here, "run")
+    assert sorted(path.name for path in Path("runs").iterdir()) == [f".run.writing-{os.getppid()}", "run"]
 
 
 def test_it_is_evaluated_and_trained_on(here: Path) -> None:
@@ -197,7 +299,7 @@ def test_another_shape_or_tokenizer_cannot_be_started_with(here: Path) -> None:
     config = load_config("moe.yaml", ["start.run=base", "name=new"])
     with pytest.raises(MoelmError, match="is of another model"):
         train(config, RunDirectory(Path("runs/new")))
-    with pytest.raises(MoelmError, match="whose tokenizer is another"):
+    with pytest.raises(MoelmError, match="belong to another tokenizer"):
         train(load_config("moe.yaml", ["start.run=base", "data.tokenizer.kind=char"]), RunDirectory(Path("runs/new")))
     assert not Path("runs/new").exists()
 
@@ -207,6 +309,7 @@ import sys, threading, time
 from pathlib import Path
 import moelm.checkpoint, moelm.model, moelm.interop.importing
 from moelm.interop.importing import import_model
+from moelm.interop.reading import read_settings
 
 def held():
     with open("/proc/self/status") as file:
