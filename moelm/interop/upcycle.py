@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moelm.checkpoint import read_weights, step_of
-from moelm.config import DenseFFNConfig, RunConfig, check_config, load_config, override
+from moelm.config import DenseFFNConfig, MoEFFNConfig, RunConfig, check_config, load_config, override
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.interop.words import check_words
@@ -52,6 +52,9 @@ def upcycle_run(
         raise MoelmError(f"noise is {noise}; a finite number is expected.")
     begun = load_config(dense.config)
     config = _sparse_config(begun, dense, run, num_experts, top_k, overrides)
+    assert isinstance(config.model.ffn, MoEFFNConfig)
+    if reinit and not round(reinit * config.model.ffn.hidden_dim):
+        raise MoelmError(f"reinit is {reinit}, less than one of {config.model.ffn.hidden_dim} hidden units.")
     path = dense.checkpoint(checkpoint)
     tokenizer = Tokenizer.load(dense.tokenizer)
     model = build_model(config.model, config.seed)

@@ -246,6 +246,10 @@ def test_notes_tell_what_a_reader_should_know(tmp_path: Path) -> None:
     assert any(note.startswith("At equal FLOPs moe is read 50% of the way") for note in notes)
     assert "Seconds are not like for like: device differs (cpu, cuda)." in notes
     assert notes[-1] == "All runs share seed 0; the spread between seeds is not measured here."
+    text = (moe / "config.yaml").read_text()
+    (moe / "config.yaml").write_text(f"{text}start: {{run: other}}\n")
+    told = compare(read_runs([dense, moe])).notes
+    assert "moe began with the weights of other; what those cost is in none of its figures." in told
 
 
 def test_config_differences_are_dotted_and_leave_out_the_name(pair: list[Path]) -> None:

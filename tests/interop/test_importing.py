@@ -19,6 +19,7 @@ from moelm.commands import evaluate_run
 from moelm.config import load_config
 from moelm.data.prepare import prepare
 from moelm.errors import MoelmError
+from moelm.interop.export import export_run
 from moelm.interop.importing import import_model
 from moelm.interop.reading import read_settings
 from moelm.rundir import RunDirectory, load_run
@@ -279,6 +280,10 @@ def test_it_is_evaluated_and_trained_on(here: Path) -> None:
     kept = [path.name for path in sorted(Path("runs/base/checkpoints").iterdir())]
     assert kept == ["step-00000000", "step-00000002", "step-00000004"]
     assert (loss("base"), loss("base", "0")) == (loss("tuned"), start)
+    export_run("base", Path("out"))
+    card = Path("out/README.md").read_text()
+    assert "| weights from | import of hf, model_type mixtral, dtype float32 |" in card
+    assert "| trained on | 1,024 tokens" in card
 
 
 @pytest.mark.slow
@@ -308,6 +313,7 @@ MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import moelm.checkpoint, moelm.model, moelm.interop.importing
+from moelm.interop.export import export_run
 from moelm.interop.importing import import_model
 from moelm.interop.reading import read_settings
 

@@ -102,6 +102,7 @@ def test_training_goes_on_where_the_dense_run_stood() -> None:
         ("tiny-dense", "new", {"overrides": ["model.num_layers=1"]}, "cannot be chosen here"),
         ("tiny-dense", "new", {"overrides": ["name=x"]}, "cannot be chosen here"),
         ("tiny-dense", "new", {"noise": float("inf")}, "noise is inf"),
+        ("tiny-dense", "new", {"reinit": 0.01}, "reinit is 0.01, less than one of 32"),
         ("tiny-dense", "new", {"top_k": 9}, "top_k"),
         ("tiny-dense", "new", {"checkpoint": "5"}, "no checkpoint '5'"),
     ],
