@@ -170,6 +170,25 @@ def compare(
 
 
 @app.command()
+def analyze(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="A directory that is not there yet, or empty.")],
+    split: Annotated[Literal["val", "train"], typer.Option(help="Which side of the data.")] = "val",
+    tokens: Annotated[int, typer.Option(min=1, help="About how many are read, drawn by lot.")] = 1_000_000,
+    permutations: Annotated[int, typer.Option(min=1, help="Shuffles of the documents' domains behind each p.")] = 999,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    checkpoint: Checkpoint = "last",
+    as_json: AsJson = False,
+) -> None:
+    """Look at a run's routing: which experts serve which domains and tokens, and what chance alone would give."""
+    from moelm.commands import analyze_and_show
+
+    told = analyze_and_show(run, out, split, checkpoint, tokens, permutations, seed, quiet=as_json)
+    if as_json and told is not None:
+        _print_json(told)
+
+
+@app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -131,3 +131,22 @@ def harness_and_show(
         print(make_table(results))
     kept = ("results", "groups", "versions", "n-shot", "n-samples")
     return {"run": name, "checkpoint": checkpoint} | {key: results[key] for key in kept if key in results}
+
+
+def analyze_and_show(
+    name: str, out: Path, split: str, checkpoint: str, tokens: int, permutations: int, seed: int, quiet: bool
+) -> dict[str, Any] | None:
+    """Write the report on a run's routing and, unless quiet, print its table; returns routing.json's content.
+
+    Under torchrun the processes share the work, and all but the first return None.
+    """
+    from rich.console import Console
+
+    from moelm.analysis.routing.report import analyze_run, render_routing
+
+    told = analyze_run(name, out, split, checkpoint, tokens, permutations, seed)
+    if told is not None and not quiet:
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        render_routing(console, told)
+        console.print(f"\nReport: {out / 'routing.json'} and pictures", soft_wrap=True)
+    return told

@@ -10,7 +10,20 @@ import pytest
 from moelm import __version__
 from tests.conftest import Moelm
 
-COMMANDS = ["prepare", "train", "eval", "sample", "compare", "plan", "bench", "export", "import", "upcycle", "lm-eval"]
+COMMANDS = [
+    "prepare",
+    "train",
+    "eval",
+    "sample",
+    "compare",
+    "analyze",
+    "plan",
+    "bench",
+    "export",
+    "import",
+    "upcycle",
+    "lm-eval",
+]
 
 
 @pytest.mark.parametrize("words", [[], *[[name] for name in COMMANDS]])

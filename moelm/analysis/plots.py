@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from moelm.analysis.compare import AXES, AXIS_NAMES, Axis, Comparison
 from moelm.analysis.runs import Load, RunRecord
 
-_COLOURS = ("#6b7280", "#d1495b", "#2a6f97", "#e09f3e", "#5a8f4e", "#7b5ea7", "#3aa6a0", "#a0522d")
+COLOURS = ("#6b7280", "#d1495b", "#2a6f97", "#e09f3e", "#5a8f4e", "#7b5ea7", "#3aa6a0", "#a0522d")
 """The reference is grey, for it is what the others are measured against."""
-_INK, _QUIET = "#1f2933", "#7b8794"
-_STYLE: Any = {
+INK, QUIET = "#1f2933", "#7b8794"
+STYLE: Any = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -29,27 +29,27 @@ _STYLE: Any = {
     "axes.titlepad": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _QUIET,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
     "axes.grid": True,
     "grid.color": "#e4e7eb",
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
-    "xtick.color": _QUIET,
-    "ytick.color": _QUIET,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "legend.frameon": False,
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,
 }
-_DPI = 160
+DPI = 160
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
     """Draw validation loss against tokens, FLOPs and seconds side by side."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.1), layout=ConstrainedLayoutEngine(wspace=0.04))
         panels = figure.subplots(1, 3, sharey=True)
         for axes, axis in zip(panels, AXES, strict=True):
@@ -58,7 +58,7 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
         panels[0].set_ylim(*_visible(comparison.runs))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), handlelength=1.6)
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
 
 
 def plot_load(runs: Sequence[RunRecord], path: Path) -> bool:
@@ -66,13 +66,13 @@ def plot_load(runs: Sequence[RunRecord], path: Path) -> bool:
     sparse = [(run.name, run.load) for run in runs if run.load is not None]
     if not sparse:
         return False
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.6 * len(sparse)), layout="constrained")
         rows = figure.subplots(len(sparse), 2, squeeze=False, width_ratios=(1.15, 1))
         for (name, load), (left, right) in zip(sparse, rows, strict=True):
             _load_over_time(left, name, load)
             _final_load(figure, right, name, load)
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
     return True
 
 
@@ -80,8 +80,8 @@ def _panel(axes: Axes, comparison: Comparison, axis: Axis) -> None:
     costs = [getattr(run.val, axis) for run in comparison.runs]
     scale, label = _unit(axis, max(float(cost[-1]) for cost in costs))
     for i, (run, cost) in enumerate(zip(comparison.runs, costs, strict=True)):
-        style = "-" if i < len(_COLOURS) else "--"
-        colour = _COLOURS[i % len(_COLOURS)]
+        style = "-" if i < len(COLOURS) else "--"
+        colour = COLOURS[i % len(COLOURS)]
         axes.plot(cost / scale, run.val.loss, style, color=colour, linewidth=2, label=run.name)
         axes.plot(cost[-1] / scale, run.val.loss[-1], "o", color=colour, markersize=5)
     axes.set_title(f"By {AXIS_NAMES[axis]}")
@@ -96,12 +96,12 @@ def _guide(axes: Axes, comparison: Comparison, axis: Axis, scale: float) -> None
     reference = comparison.runs[0].name
     pair = comparison.pair(comparison.challenger, reference)
     words = f"final loss of {reference} ({pair.target:.3f})"
-    axes.axhline(pair.target, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=words)
+    axes.axhline(pair.target, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=words)
     need = pair.needs[axis]
     if need.need is None or need.ratio is None:
         return
     x = need.need / scale
-    axes.plot(x, pair.target, "o", markersize=7, markerfacecolor="white", markeredgecolor=_INK, zorder=4)
+    axes.plot(x, pair.target, "o", markersize=7, markerfacecolor="white", markeredgecolor=INK, zorder=4)
     if x > 0.35 * axes.get_xlim()[1]:  # further left the words would run out of the panel
         words = f"{need.ratio:.2f}× {'sooner' if need.ratio >= 1 else '(later)'}"
         axes.annotate(words, (x, pair.target), xytext=(-7, -6), textcoords="offset points", ha="right", va="top")
@@ -136,7 +136,7 @@ def _load_over_time(axes: Axes, name: str, load: Load) -> None:
     for i, layer in enumerate(load.layers):
         steps, peak = _in_stretches(load.steps, load.max_over_mean[:, i])
         axes.plot(steps, peak, color=shades[i], linewidth=1.5, label=f"layer {layer}")
-    axes.axhline(1, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(1, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_title(f"{name}: busiest expert")
     axes.set_xlabel("step")
     axes.set_ylabel("max / mean load of a batch")
@@ -167,7 +167,7 @@ def _final_load(figure: Figure, axes: Axes, name: str, load: Load) -> None:
     if relative.size <= 128 and relative.shape[1] <= 16:
         axes.set_xticks(range(relative.shape[1]))
         for (row, column), value in np.ndenumerate(relative):
-            ink = "white" if abs(value - 1) > 0.6 else _INK
+            ink = "white" if abs(value - 1) > 0.6 else INK
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=ink)
     bar = figure.colorbar(image, ax=axes, extend="max", fraction=0.05, pad=0.02)
     bar.set_label("load / mean")

@@ -1,0 +1,92 @@
+"""`analyze`: the pass, the numbers, and the folder with routing.json and its pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moelm import __version__
+from moelm.analysis.routing.collect import collect
+from moelm.analysis.routing.plots import plot_experts, plot_repetition, plot_shares
+from moelm.analysis.routing.summary import summarise
+from moelm.analysis.routing.weights import expert_similarity
+from moelm.config import MoEFFNConfig
+from moelm.data.loader import open_data
+from moelm.distributed.world import joined
+from moelm.errors import MoelmError
+from moelm.folders import whole_folder
+from moelm.hardware import dtype_of, keep_memory, pick_device
+from moelm.rundir import load_run
+
+
+def analyze_run(
+    name: str, out: Path, split: str, checkpoint: str, tokens: int, permutations: int, seed: int
+) -> dict[str, Any] | None:
+    """Look at the routing of a run over a sample of a split and write what was found.
+
+    Args:
+        name: the run's directory, or its name under `runs/`.
+        out: a directory that does not exist yet, or is empty.
+        tokens: about how many are read.
+        permutations: shuffles behind each p.
+        seed: of the sample and the shuffles.
+
+    Returns:
+        What routing.json holds; None on all processes of a launch but the first.
+
+    Raises:
+        MoelmError: a dense run, or a folder that is not to be written to.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MoelmError(f"{out} exists already; a new or empty directory is expected.")
+    keep_memory()
+    device = pick_device()
+    model, tokenizer, config = load_run(name, checkpoint, device)
+    data = open_data(config)
+    rows = data.val if split == "val" else data.train
+    with joined() as world:
+        dtype = dtype_of(config.train.precision, device)
+        sample = collect(model, rows, tokens, seed, device, dtype, config.data.document_mask)
+        if not world.first:
+            return None
+    ffn = config.model.ffn
+    assert isinstance(ffn, MoEFFNConfig)
+
+    def words(token: int) -> str:
+        return tokenizer.decode([token]) or tokenizer.raw.id_to_token(token) or f"#{token}"
+
+    told = {"moelm": __version__, "run": name, "checkpoint": checkpoint, "split": split, "seed": seed}
+    told |= summarise(sample, ffn.top_k, words, expert_similarity(model), permutations, seed)
+    try:
+        with whole_folder(out.resolve()) as work:
+            (work / "routing.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+            plot_shares(told, work / "shares.png")
+            plot_repetition(told, work / "repetition.png")
+            plot_experts(told, work / "experts.png")
+    except OSError as error:
+        raise MoelmError(f"{out} cannot be written: {error.strerror}.") from error
+    return told
+
+
+def render_routing(console: Console, told: dict[str, Any]) -> None:
+    """A line a layer."""
+    console.print(f"{told['tokens']:,} tokens of {told['documents']:,} documents in {len(told['domains'])} domains")
+    table = Table(box=None, header_style="")
+    headings = ("layer", "max/mean", "dead", "V", "p", "same first", "shuffled", "by lot", "entropy", "margin", "cosine")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for layer in told["layers"]:
+        first, found = layer["repetition"]["first"], layer["association"].get("all")
+        table.add_row(
+            str(layer["layer"]),
+            f"{layer['load_max_over_mean']:.2f}",
+            str(len(layer["dead_experts"])),
+            *((f"{found['cramers_v']:.3f}", f"{found['p']:.3g}") if found else ("–", "–")),
+            *(f"{first[key]:.3f}" if first[key] is not None else "–" for key in ("all", "shuffled", "uniform")),
+            f"{layer['entropy']['all']:.3f}",
+            f"{layer['margin']['all']:.3f}",
+            f"{layer['similarity']['mean']:.3f}" if layer["similarity"]["mean"] is not None else "–",
+        )
+    console.print(table)

@@ -1,0 +1,22 @@
+"""How alike the experts of a layer are as weights: did they part, after upcycling or from their initial values?
+
+Shapes: E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from moelm.model import Transformer
+from moelm.model.experts import Experts
+
+
+@torch.no_grad()
+def expert_similarity(model: Transformer) -> list[Tensor]:
+    """Cosines between the experts of each sparse layer, all their weights laid end to end; `(E, E)` each."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, Experts):
+            flat = torch.cat([weight.flatten(1).double() for weight in (module.w1, module.w2, module.w3)], dim=1)
+            unit = flat / flat.norm(dim=1, keepdim=True)
+            found.append(unit @ unit.T)
+    return found
