@@ -122,13 +122,21 @@ def harness_and_show(
     """Run the lm-evaluation-harness on a run and, unless quiet, print its table; returns its results by task."""
     if find_spec("lm_eval") is None:
         raise MoelmError("lm-eval needs the library lm_eval, which is not installed; moelm's extra `lm-eval` brings it.")
-    from lm_eval.utils import make_table
+    from rich.console import Console
+    from rich.table import Table
 
     from moelm.interop.harness import evaluate_tasks
 
     results = evaluate_tasks(name, tasks, checkpoint, shots, limit, batch_size, include)
     if not quiet:
-        print(make_table(results))
+        table = Table("task", "metric", "value", "±", box=None, header_style="")
+        for task, figures in results["results"].items():
+            for key, value in figures.items():
+                metric, _, kind = key.partition(",")
+                if isinstance(value, float) and not metric.endswith("_stderr"):
+                    error = figures.get(f"{metric}_stderr,{kind}")
+                    table.add_row(task, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
+        Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(table)
     kept = ("results", "groups", "versions", "n-shot", "n-samples")
     return {"run": name, "checkpoint": checkpoint} | {key: results[key] for key in kept if key in results}
 

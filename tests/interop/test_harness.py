@@ -150,7 +150,7 @@ def test_names_may_be_patterns(tasks: Path) -> None:
 @pytest.mark.slow
 def test_the_command_prints_a_table_or_json(moelm: Moelm, workplace: Path, tasks: Path) -> None:
     assert moelm("train", "dense.yaml", "train.steps=2").returncode == 0
-    words = ("lm-eval", "tiny-dense", "--tasks", "choose,read", "--include", str(tasks), "--limit", "3")
+    words = ("lm-eval", "tiny-dense", "--tasks", "choose, guess", "--include", str(tasks), "--limit", "3")
     assert "acc_norm" in moelm(*words).stdout
     told = json.loads(moelm(*words, "--json").stdout)
     assert told["n-samples"]["choose"]["effective"] == 3
