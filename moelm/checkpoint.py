@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -130,7 +131,7 @@ def load_training(path: Path, model: Transformer, optimizer: Optimizer, world: W
     load_weights(path, model, world)
     progress = read_progress(path)
     if "origin" not in progress:
-        state = {"optimizer": training_state(model, optimizer)["optimizer"]}
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
         _load(path, state, world)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return progress

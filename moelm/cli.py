@@ -22,6 +22,7 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file,
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+_GO_ON = "{0.path}: `moelm train {0.config} name=...` trains it on, into a run of its own."
 Checkpoint = Annotated[str, typer.Option(help="last, best, or a step number.")]
 
 
@@ -226,7 +227,7 @@ def bench(
         _print_json({"rounds": rounds, "contestants": timings})
 
 
-@app.command("export")
+@app.command()
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A directory that is not there yet, or empty.")],
@@ -255,7 +256,7 @@ def import_(
     from moelm.interop.importing import import_model
 
     made = import_model(source, run, overrides or (), config, tokenizer)
-    typer.echo(f"{made.path}: `moelm train {made.config} name=...` trains it on, into a run of its own.")
+    typer.echo(_GO_ON.format(made))
 
 
 @app.command()
@@ -275,7 +276,7 @@ def upcycle(
     from moelm.interop.upcycle import upcycle_run
 
     made = upcycle_run(run, new_run, num_experts, top_k, noise, reinit, checkpoint, overrides or ())
-    typer.echo(f"{made.path}: `moelm train {made.config} name=...` trains it on, into a run of its own.")
+    typer.echo(_GO_ON.format(made))
 
 
 @app.command("lm-eval")

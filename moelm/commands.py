@@ -12,19 +12,13 @@ from moelm.evaluate import Evaluation
 
 def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
     """Score a run on a whole split; under torchrun the processes share the work, and all but the first return None."""
-    from moelm.data.loader import open_data
     from moelm.distributed.world import joined
     from moelm.evaluate import evaluate
-    from moelm.hardware import dtype_of, keep_memory, pick_device
-    from moelm.rundir import load_run
+    from moelm.rundir import open_run
 
-    keep_memory()
-    device = pick_device()
-    model, _, config = load_run(name, checkpoint, device)
-    data = open_data(config)
-    rows = data.val if split == "val" else data.train
+    run = open_run(name, checkpoint, split)
     with joined() as world:
-        evaluation = evaluate(model, rows, device, dtype_of(config.train.precision, device), config.data.document_mask)
+        evaluation = evaluate(run.model, run.rows, run.device, run.dtype, run.config.data.document_mask)
         return evaluation if world.first else None
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moelm.config import RunConfig, dump_config, load_config
 from moelm.errors import MoelmError
@@ -11,6 +11,7 @@ from moelm.folders import whole_folder
 if TYPE_CHECKING:
     import torch
 
+    from moelm.data.loader import Rows
     from moelm.data.tokenizer import Tokenizer
     from moelm.model import Transformer
 
@@ -128,6 +129,35 @@ def create_run(
             work.config.write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise MoelmError(f"The run {run.path} cannot be written: {error}.") from error
+
+
+class Opened(NamedTuple):
+    """A run with one side of its data, on this process's device."""
+
+    model: "Transformer"
+    tokenizer: "Tokenizer"
+    config: RunConfig
+    rows: "Rows"
+    device: "torch.device"
+    dtype: "torch.dtype"
+    """What it computes in."""
+
+
+def open_run(run: str | Path, checkpoint: str, split: str) -> Opened:
+    """A trained model and the `train` or `val` side of its data, to be evaluated or looked at.
+
+    Raises:
+        MoelmError: no such run or checkpoint, a damaged one, or data that is not prepared.
+    """
+    from moelm.data.loader import open_data
+    from moelm.hardware import dtype_of, keep_memory, pick_device
+
+    keep_memory()
+    device = pick_device()
+    model, tokenizer, config = load_run(run, checkpoint, device)
+    data = open_data(config)
+    rows = data.val if split == "val" else data.train
+    return Opened(model, tokenizer, config, rows, device, dtype_of(config.train.precision, device))
 
 
 def load_run(

@@ -21,7 +21,7 @@ from rich.text import Text
 from moelm import __version__
 from moelm.analysis.compare import AXES, AXIS_NAMES, Axis, Comparison, Equal, Need, amount, compare, quantity
 from moelm.analysis.plots import plot_comparison, plot_load
-from moelm.analysis.runs import RunRecord, read_runs
+from moelm.analysis.runs import SYNTHETIC, RunRecord, read_runs
 from moelm.errors import MoelmError
 
 SCHEMA = 1
@@ -284,7 +284,7 @@ def _domain_tables(runs: Sequence[RunRecord]) -> Iterator[Table]:
                 *(f"{run.domains[domain]['loss']:.3f}" if domain in run.domains else _NONE for run in runs),
             )
             for domain in domains
-            if domain.startswith("synthetic-") == wanted
+            if domain.startswith(SYNTHETIC) == wanted
         )
         if rows:
             yield Table(title, ("domain", *(run.name for run in runs)), rows)

@@ -18,6 +18,8 @@ from moelm.config import RunConfig, load_config
 from moelm.errors import MoelmError
 
 Array = npt.NDArray[np.float64]
+SYNTHETIC = "synthetic-"
+"""How the names of generated domains begin: far easier text than people's, and told apart from it."""
 Line = dict[str, Any]
 
 TOTALS = ("step", "tokens", "flops", "time_s")

@@ -268,6 +268,11 @@ class ModelConfig(Config):
         """Width of one head, with the default resolved."""
         return self.head_dim or self.dim // self.num_heads
 
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Numbers of the layers with experts."""
+        return [layer for layer in range(self.num_layers) if isinstance(self.ffn_at(layer), MoEFFNConfig)]
+
     def ffn_at(self, layer: int) -> DenseFFNConfig | MoEFFNConfig:
         """The feed-forward block of one layer; `ffn.every` leaves all but each n-th layer dense."""
         if isinstance(self.ffn, MoEFFNConfig) and (layer + 1) % self.ffn.every:

@@ -15,7 +15,7 @@ from moelm.checkpoint import read_progress, read_weights
 from moelm.config import RunConfig, load_config
 from moelm.data.tokenizer import UNKNOWN, Tokenizer
 from moelm.errors import MoelmError
-from moelm.folders import whole_folder
+from moelm.folders import free_folder, whole_folder
 from moelm.interop.architectures import Settings, architecture_for, write_settings
 from moelm.interop.card import write_card
 from moelm.interop.places import Place, Weights, find_places
@@ -48,16 +48,14 @@ def export_run(
     run = RunDirectory.find(name)
     config = load_config(run.config)
     architecture = architecture_for(config.model)
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd()):
-        raise MoelmError(f"{out} exists already; a new directory, or an empty one that is not the current, is expected.")
+    folder = free_folder(out)
     path = run.checkpoint(checkpoint)
     tokenizer = Tokenizer.load(run.tokenizer)
     weights = read_weights(path)
     places = find_places(config.model, architecture)
     dtype = _DTYPES.get(precision, weights["embedding.weight"].dtype)
     try:
-        with whole_folder(out) as work:
+        with whole_folder(folder) as work:
             _write_json(work / "config.json", _settings(config, tokenizer, dtype))
             _write_json(work / "generation_config.json", _special_ids(tokenizer))
             _write_tokenizer(work, tokenizer, config)

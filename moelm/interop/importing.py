@@ -64,7 +64,7 @@ def import_model(
 def _plan_run(run: RunDirectory, model: Settings, config: Path | None, overrides: Sequence[str]) -> RunConfig:
     """The config of the new run, which starts with its own weights under whatever name it is trained."""
     check_words(overrides, free=("model.ffn.balance", "model.ffn.capacity_factor"), own=(*OWN, "data.tokenizer"))
-    seq_len = min(1024, int(model.get("max_seq_len") or 1024))
+    seq_len = min(1024, model["max_seq_len"])
     tree: dict[str, Any] = {
         "data": {"sources": [{"name": "builtin"}], "seq_len": seq_len},
         "train": {"steps": 1000, "batch_tokens": 8 * seq_len},

@@ -3,7 +3,6 @@
 Shapes: E experts, F hidden units, D model width.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.interop.words import check_words
 from moelm.model import Transformer, build_model
-from moelm.model.experts import Experts
+from moelm.model.experts import Experts, experts_of
+from moelm.model.noise import named_generator
 from moelm.rundir import RunDirectory, create_run
 
 
@@ -61,8 +61,7 @@ def upcycle_run(
     spread(read_weights(path), model)
     for number, layer in enumerate(experts_of(model)):
         for expert in range(num_experts):
-            key = hashlib.blake2b(f"{config.seed}/upcycle/{number}/{expert}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+            generator = named_generator(f"{config.seed}/upcycle/{number}/{expert}")
             draw_anew(layer, expert, reinit, generator)
             add_noise(layer, expert, noise, generator)
     origin: dict[str, Any] = {"upcycling of": str(dense.path), "step": step_of(path)}
@@ -92,11 +91,6 @@ def spread(dense: dict[str, Tensor], model: Transformer) -> None:
     for name, weight in model.named_parameters():
         if ".router." not in name:
             weight.copy_(dense[name.replace(".experts.", ".")].expand_as(weight))
-
-
-def experts_of(model: Transformer) -> list[Experts]:
-    """All layers' experts, the first layer's first."""
-    return [module for module in model.modules() if isinstance(module, Experts)]
 
 
 @torch.no_grad()

@@ -42,3 +42,8 @@ class Experts(nn.Module):
     def _compute(self, x_SD: Tensor, gates_S: Tensor, ends_E: Tensor) -> Tensor:
         w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
         return gated_experts(x_SD, ends_E, (w1, w2, w3), self.activation, gates_S, self.recompute)
+
+
+def experts_of(model: nn.Module) -> list[Experts]:
+    """The experts of all sparse layers, the first layer's first."""
+    return [module for module in model.modules() if isinstance(module, Experts)]

@@ -51,3 +51,9 @@ def normal(keys_N: Tensor, columns: int, stream: int) -> Tensor:
     """Standard normal numbers, float32 `(N, columns)` (Box and Muller 1958)."""
     radius_NE = (-2 * uniform(keys_N, columns, 2 * stream).log()).sqrt()
     return radius_NE * (2 * math.pi * uniform(keys_N, columns, 2 * stream + 1)).cos()
+
+
+def named_generator(name: str) -> torch.Generator:
+    """A stream of random numbers of its own for every name, the same on every machine."""
+    digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -5,7 +5,6 @@ Dense and sparse differ in `ffn` alone.
 Shapes: B batch, T positions, D model width, V vocabulary.
 """
 
-import hashlib
 import math
 from typing import NamedTuple
 
@@ -202,8 +201,7 @@ def initialise(model: Transformer, seed: int) -> None:
         shape = parameter.shape[-2:]
         numbers = range(len(parameter))[part[0]] if parameter.dim() == 3 else range(1)
         for number, matrix in zip(numbers, held if parameter.dim() == 3 else (held,), strict=True):
-            digest = hashlib.blake2b(f"{seed}/{key}/{number}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+            generator = noise.named_generator(f"{seed}/{key}/{number}")
             matrix.copy_(torch.empty(shape).normal_(0.0, std, generator=generator)[part[-2:]])
 
 

@@ -81,7 +81,7 @@ def _travelling(config: RunConfig, setting: Setting) -> int:
     ffn = config.model.ffn
     if not isinstance(ffn, MoEFFNConfig):
         return 0
-    layers = sum(isinstance(config.model.ffn_at(layer), MoEFFNConfig) for layer in range(config.model.num_layers))
+    layers = len(config.model.sparse_layers)
     rows = setting.micro_rows * config.data.seq_len * ffn.top_k
     ways = 4 + 2 * ahead(config, setting) + 2 * (setting.checkpointing == "full")
     return layers * ways * rows * config.model.dim * (2 if setting.low else FLOAT32)

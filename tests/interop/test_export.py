@@ -108,6 +108,10 @@ def test_greedy_samples_agree_token_for_token() -> None:
     words = transformers.AutoTokenizer.from_pretrained("out")
     prompt = "the red cat sees a"
     given = words(prompt, return_tensors="pt")
+    assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+    )
     assert given["input_ids"][0].tolist() == tokenizer.encode_prompt(prompt)
     written = theirs.generate(**given, max_new_tokens=20, do_sample=False)[0, given["input_ids"].shape[1] :]
     expected = generate_text(ours, tokenizer, [prompt], Sampling(20, temperature=0))[0]

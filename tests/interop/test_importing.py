@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moelm.analysis.routing.report import analyze_run
 from moelm.commands import evaluate_run
 from moelm.config import load_config
 from moelm.data.prepare import prepare
@@ -22,6 +24,7 @@ from moelm.errors import MoelmError
 from moelm.interop.export import export_run
 from moelm.interop.importing import import_model
 from moelm.interop.reading import read_settings
+from moelm.interop.upcycle import upcycle_run
 from moelm.rundir import RunDirectory, load_run
 from moelm.train.launch import train
 from tests.conftest import Moelm, fill
@@ -249,9 +252,12 @@ def test_what_a_killed_import_left_goes_with_the_next(here: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for process in (ended.pid, os.getppid()):
-        Path(f"runs/.run.writing-{process}").mkdir(parents=True)
+        Path(f"runs/.old.writing-{platform.node()}-{process}").mkdir(parents=True)
+        Path(f"runs/.old.writing-elsewhere-{process}").mkdir()
     import_model(here, "run")
-    assert sorted(path.name for path in Path("runs").iterdir()) == [f".run.writing-{os.getppid()}", "run"]
+    left = {f".old.writing-elsewhere-{ended.pid}", f".old.writing-elsewhere-{os.getppid()}"}
+    left.add(f".old.writing-{platform.node()}-{os.getppid()}")
+    assert {path.name for path in Path("runs").iterdir()} == {*left, "run"}
 
 
 def test_it_is_evaluated_and_trained_on(here: Path) -> None:
@@ -280,10 +286,20 @@ def test_it_is_evaluated_and_trained_on(here: Path) -> None:
     kept = [path.name for path in sorted(Path("runs/base/checkpoints").iterdir())]
     assert kept == ["step-00000000", "step-00000002", "step-00000004"]
     assert (loss("base"), loss("base", "0")) == (loss("tuned"), start)
+    told = analyze_run("base", Path("routing"), "val", "0", 10_000, 9, 0)
+    assert told is not None
+    assert told["layers"][0]["load_max_over_mean"] >= 1
     export_run("base", Path("out"))
     card = Path("out/README.md").read_text()
     assert "| weights from | import of hf, model_type mixtral, dtype float32 |" in card
     assert "| trained on | 1,024 tokens" in card
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dense_import_can_be_upcycled() -> None:
+    import_model(save(build("llama"), Path("llama")), "dense")
+    upcycle_run("dense", "sparse", 4, 2)
+    torch.testing.assert_close(logits("sparse"), logits("dense"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -316,6 +332,7 @@ import moelm.checkpoint, moelm.model, moelm.interop.importing
 from moelm.interop.export import export_run
 from moelm.interop.importing import import_model
 from moelm.interop.reading import read_settings
+from moelm.interop.upcycle import upcycle_run
 
 def held():
     with open("/proc/self/status") as file:

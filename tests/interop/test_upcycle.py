@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moelm.config import load_config
 from moelm.errors import MoelmError
-from moelm.interop.upcycle import experts_of, upcycle_run
+from moelm.interop.upcycle import upcycle_run
 from moelm.model import Transformer
-from moelm.model.experts import Experts
+from moelm.model.experts import Experts, experts_of
 from moelm.rundir import RunDirectory, load_run
 from moelm.train.launch import train
 from tests.conftest import Moelm

@@ -48,7 +48,7 @@ def collect(
         raise MoelmError(
             "The model's experts choose their tokens (router.kind is expert_choice); tokens have no first choice."
         )
-    layers = [number for number in range(model.config.num_layers) if isinstance(model.config.ffn_at(number), MoEFFNConfig)]
+    layers = model.config.sparse_layers
     drawn = draw_rows(rows, tokens, seed)
     fragments = np.concatenate([np.arange(rows.packing.row_starts[r], rows.packing.row_starts[r + 1]) for r in drawn])
     documents = np.unique(rows.packing.document[fragments])
@@ -56,6 +56,8 @@ def collect(
     counts = RoutingCounts.empty(
         len(documents), len(rows.split.domains), len(layers), ffn.num_experts, model.embedding.num_embeddings
     )
+    document_of_fragment = torch.from_numpy(np.searchsorted(documents, rows.packing.document)).to(device)
+    domain_of_document = torch.from_numpy(domain_of[documents]).to(device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training = model.training
     model.eval()
@@ -67,8 +69,6 @@ def collect(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             output = model(batch.tokens_BT, batch.fragments_BT if mask else None, valid_BT=batch.valid_BT)
         if first + rank < len(batches):  # a process without a batch of its own does the last one again, uncounted
-            document_of_fragment = torch.from_numpy(np.searchsorted(documents, rows.packing.document)).to(device)
-            domain_of_document = torch.from_numpy(domain_of[documents]).to(device)
             marks = _mark(batch, document_of_fragment, domain_of_document, seed + number)
             predicted_M = output.logits.argmax(dim=-1).flatten()[marks.valid_N]
             for layer, (_, routing) in enumerate(sorted(output.routings.items())):
@@ -147,10 +147,10 @@ def count_layer(counts: RoutingCounts, layer: int, routing: Routing, marks: Mark
     ):
         for kind, same_M in enumerate(_alike(chosen_MK, other_M)):
             tally(into[:, layer, kind], domain_M[same_M & wanted_M])
-    ranked_ME = probs_ME.sort(dim=-1, descending=True).values
-    last_M = ranked_ME[:, top_k - 1] - (ranked_ME[:, top_k] if ranked_ME.shape[1] > top_k else 0)
+    left_M = probs_ME.scatter(1, chosen_MK, 0.0).amax(dim=-1)
+    margin_M = probs_ME.gather(1, chosen_MK).amin(dim=-1) - left_M
     entropy_M = torch.special.entr(probs_ME.double()).sum(dim=-1)
-    for sums, amount_M in ((counts.entropy, entropy_M), (counts.margin, last_M.double())):
+    for sums, amount_M in ((counts.entropy, entropy_M), (counts.margin, margin_M.double())):
         whole_M = (amount_M / UNIT).round().long()
         added_G = torch.zeros(len(sums), dtype=torch.int64, device=whole_M.device).index_add_(0, domain_M, whole_M)
         sums[:, layer] += added_G.cpu().numpy()

@@ -40,7 +40,7 @@ class RoutingCounts:
     entropy: Ints
     """`(G, L)`: of the router's distribution, nats, in `UNIT`s."""
     margin: Ints
-    """`(G, L)`: between the last choice's probability and the best one's that was not chosen, in `UNIT`s."""
+    """`(G, L)`: between the lowest probability that was chosen and the highest that was not, in `UNIT`s."""
     by_input: Ints
     """`(L, E, V)`: assignments by the token that is read."""
     by_prediction: Ints

@@ -13,12 +13,10 @@ from moelm.analysis.routing.plots import plot_experts, plot_repetition, plot_sha
 from moelm.analysis.routing.summary import summarise
 from moelm.analysis.routing.weights import expert_similarity
 from moelm.config import MoEFFNConfig
-from moelm.data.loader import open_data
 from moelm.distributed.world import joined
 from moelm.errors import MoelmError
-from moelm.folders import whole_folder
-from moelm.hardware import dtype_of, keep_memory, pick_device
-from moelm.rundir import load_run
+from moelm.folders import free_folder, whole_folder
+from moelm.rundir import open_run
 
 
 def analyze_run(
@@ -39,28 +37,22 @@ def analyze_run(
     Raises:
         MoelmError: a dense run, or a folder that is not to be written to.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MoelmError(f"{out} exists already; a new or empty directory is expected.")
-    keep_memory()
-    device = pick_device()
-    model, tokenizer, config = load_run(name, checkpoint, device)
-    data = open_data(config)
-    rows = data.val if split == "val" else data.train
+    folder = free_folder(out)
+    run = open_run(name, checkpoint, split)
     with joined() as world:
-        dtype = dtype_of(config.train.precision, device)
-        sample = collect(model, rows, tokens, seed, device, dtype, config.data.document_mask)
+        sample = collect(run.model, run.rows, tokens, seed, run.device, run.dtype, run.config.data.document_mask)
         if not world.first:
             return None
-    ffn = config.model.ffn
+    ffn = run.config.model.ffn
     assert isinstance(ffn, MoEFFNConfig)
 
     def words(token: int) -> str:
-        return tokenizer.decode([token]) or tokenizer.raw.id_to_token(token) or f"#{token}"
+        return run.tokenizer.decode([token]) or run.tokenizer.raw.id_to_token(token) or f"#{token}"
 
     told = {"moelm": __version__, "run": name, "checkpoint": checkpoint, "split": split, "seed": seed}
-    told |= summarise(sample, ffn.top_k, words, expert_similarity(model), permutations, seed)
+    told |= summarise(sample, ffn.top_k, words, expert_similarity(run.model), permutations, seed)
     try:
-        with whole_folder(out.resolve()) as work:
+        with whole_folder(folder) as work:
             (work / "routing.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
             plot_shares(told, work / "shares.png")
             plot_repetition(told, work / "repetition.png")

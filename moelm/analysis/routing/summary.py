@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelm.analysis.routing.collect import Sample
-from moelm.analysis.routing.counts import UNIT, RoutingCounts
+from moelm.analysis.routing.counts import UNIT, Ints, RoutingCounts
 from moelm.analysis.routing.statistics import (
     cramers_v,
     domain_table,
@@ -23,16 +23,14 @@ from moelm.analysis.routing.statistics import (
     permutation_p,
     uniform_repetition,
 )
+from moelm.analysis.runs import SYNTHETIC
 
 SCHEMA = 1
-SYNTHETIC = "synthetic-"
-"""How the names of generated domains begin; they are so unlike one another that they are told apart from the rest."""
 SEEN = 20
 """Occurrences below which a token is not called characteristic."""
 LISTED = 10
 """Characteristic tokens told of each expert."""
 
-Ints = NDArray[np.int64]
 Words = Callable[[int], str]
 
 

@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from moelm.model import Transformer
-from moelm.model.experts import Experts
+from moelm.model.experts import experts_of
 
 
 @torch.no_grad()
 def expert_similarity(model: Transformer) -> list[Tensor]:
     """Cosines between the experts of each sparse layer, all their weights laid end to end; `(E, E)` each."""
     found = []
-    for module in model.modules():
-        if isinstance(module, Experts):
-            flat = torch.cat([weight.flatten(1).double() for weight in (module.w1, module.w2, module.w3)], dim=1)
-            unit = flat / flat.norm(dim=1, keepdim=True)
-            found.append(unit @ unit.T)
+    for layer in experts_of(model):
+        flat = torch.cat([weight.flatten(1).double() for weight in (layer.w1, layer.w2, layer.w3)], dim=1)
+        unit = flat / flat.norm(dim=1, keepdim=True)
+        found.append(unit @ unit.T)
     return found

@@ -76,7 +76,7 @@ def test_counts_are_those_of_a_loop_over_positions(data: PreparedData, top_k: in
     counts = look(model, data).counts
     rows = data.val
     expected: Counter[Any] = Counter()
-    entropy = 0.0
+    entropy = margin = 0.0
     for row in range(len(rows)):
         batch = rows.batch(np.array([row]))
         with torch.no_grad():
@@ -102,6 +102,7 @@ def test_counts_are_those_of_a_loop_over_positions(data: PreparedData, top_k: in
                     expected["same any", layer, domain] += bool(set(before) & set(chosen))
                 probs = routing.probs_NE[t].double()
                 entropy -= float((probs * probs.log()).sum())
+                margin += float(min(probs[chosen]) - max(probs[e] for e in range(6) if e not in chosen))
     for layer in range(2):
         for expert in range(6):
             assert counts.load[layer, expert] == expected["load", layer, expert]
@@ -120,6 +121,7 @@ def test_counts_are_those_of_a_loop_over_positions(data: PreparedData, top_k: in
                 expected["same any", layer, domain],
             ]
     assert counts.entropy.sum() * UNIT == pytest.approx(entropy, rel=1e-5)
+    assert counts.margin.sum() * UNIT == pytest.approx(margin, rel=1e-5)
 
 
 class PlantedRouter(nn.Module):
