@@ -105,12 +105,25 @@ class BalanceConfig(Config):
         return self.scope == "global" and (self.aux > 0 or self.importance > 0 or self.load > 0)
 
 
+def _check_depth(hidden_dim: int, depth: int) -> None:
+    if hidden_dim % depth:
+        raise ValueError(f"depth is {depth}, which does not divide hidden_dim = {hidden_dim}")
+
+
 class DenseFFNConfig(Config):
     """A plain gated feed-forward block in every layer."""
 
     kind: Literal["dense"]
     hidden_dim: int = Field(gt=0)
-    """Width of the SwiGLU hidden layer."""
+    """Hidden units."""
+    depth: int = Field(default=1, gt=0)
+    """Hidden layers that the units are divided into; each reads the block's input and what the layers before it have added.
+    Neither parameters nor FLOPs depend on it."""
+
+    @model_validator(mode="after")
+    def _layers_are_even(self) -> "DenseFFNConfig":
+        _check_depth(self.hidden_dim, self.depth)
+        return self
 
 
 class MoEFFNConfig(Config):
@@ -119,6 +132,8 @@ class MoEFFNConfig(Config):
     kind: Literal["moe"]
     hidden_dim: int = Field(gt=0)
     """Width of one expert; `(top_k + shared_experts) * hidden_dim` is the dense width with equal active parameters."""
+    depth: int = Field(default=1, gt=0)
+    """Hidden layers that each expert's units are divided into, as those of a dense block are."""
     num_experts: int = Field(gt=0)
     """Routed experts; many narrow ones make them fine-grained (DeepSeekMoE)."""
     top_k: int = Field(gt=0)
@@ -145,6 +160,11 @@ class MoEFFNConfig(Config):
             if isinstance(balance, dict):
                 balance = {**BALANCE_OF_ROUTER.get(router["kind"], {}), **balance}
         return {**tree, "router": router, "balance": balance}
+
+    @model_validator(mode="after")
+    def _layers_are_even(self) -> "MoEFFNConfig":
+        _check_depth(self.hidden_dim, self.depth)
+        return self
 
     @model_validator(mode="after")
     def _enough_experts(self) -> "MoEFFNConfig":
@@ -214,6 +234,9 @@ class ModelConfig(Config):
     dim: int = Field(gt=0)
     """Width of the residual stream."""
     num_layers: int = Field(gt=0)
+    unique_layers: int | None = Field(default=None, gt=0)
+    """Layers with weights of their own, passed through over and over until there were `num_layers` (Dehghani et al. 2018;
+    default: all of them)."""
     num_heads: int = Field(gt=0)
     num_kv_heads: int | None = Field(default=None, gt=0)
     """Key/value heads for grouped-query attention (default: `num_heads`)."""
@@ -258,6 +281,23 @@ class ModelConfig(Config):
             raise ValueError(f"head_dim is {self.size_per_head}; rotary embeddings need an even number")
         return self
 
+    @model_validator(mode="after")
+    def _layers_repeat(self) -> "ModelConfig":
+        if self.num_layers % self.layers_built:
+            raise ValueError(f"unique_layers is {self.unique_layers}, which does not divide num_layers = {self.num_layers}")
+        every = self.ffn.every if isinstance(self.ffn, MoEFFNConfig) else 1
+        if self.layers_built < self.num_layers and self.layers_built % every:
+            raise ValueError(
+                f"unique_layers is {self.unique_layers}, which ffn.every = {every} does not divide: "
+                "a layer would be dense at one time and sparse at another"
+            )
+        return self
+
+    @property
+    def layers_built(self) -> int:
+        """Layers with weights of their own, with the default resolved."""
+        return self.unique_layers or self.num_layers
+
     @property
     def kv_heads(self) -> int:
         """Key/value heads, with the default resolved."""
@@ -276,5 +316,5 @@ class ModelConfig(Config):
     def ffn_at(self, layer: int) -> DenseFFNConfig | MoEFFNConfig:
         """The feed-forward block of one layer; `ffn.every` leaves all but each n-th layer dense."""
         if isinstance(self.ffn, MoEFFNConfig) and (layer + 1) % self.ffn.every:
-            return DenseFFNConfig(kind="dense", hidden_dim=self.ffn.dense_hidden_dim)
+            return DenseFFNConfig(kind="dense", hidden_dim=self.ffn.dense_hidden_dim, depth=self.ffn.depth)
         return self.ffn

@@ -118,6 +118,10 @@ def architecture_for(model: ModelConfig) -> Architecture:
     """
     if model.sandwich_norm:
         raise _inexpressible("model.sandwich_norm", True)
+    if model.layers_built < model.num_layers:
+        raise _inexpressible("model.unique_layers", model.unique_layers)
+    if model.ffn.depth > 1:
+        raise _inexpressible("model.ffn.depth", model.ffn.depth)
     if model.attention_logit_cap is not None:
         raise _inexpressible("model.attention_logit_cap", model.attention_logit_cap)
     name = _dense_name(model) if isinstance(model.ffn, DenseFFNConfig) else _sparse_name(model, model.ffn)

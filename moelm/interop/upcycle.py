@@ -79,7 +79,8 @@ def _sparse_config(
         raise MoelmError(f"The run {dense.path} is a mixture of experts already; a dense one can be upcycled.")
     check_words(overrides, free=("model.ffn.router", "model.ffn.balance", "model.ffn.capacity_factor"))
     tree = begun.model_dump(mode="json", exclude_none=True)
-    tree["model"]["ffn"] = {"kind": "moe", "hidden_dim": ffn.hidden_dim, "num_experts": num_experts, "top_k": top_k}
+    kept = {"hidden_dim": ffn.hidden_dim, "depth": ffn.depth}
+    tree["model"]["ffn"] = {"kind": "moe", **kept, "num_experts": num_experts, "top_k": top_k}
     override(tree, overrides)
     tree |= {"name": run.path.name, "start": {"run": str(run.path), "checkpoint": "0"}}
     return check_config(tree, f"{run.path}/config.yaml")

@@ -3,6 +3,8 @@
 Shapes: B batch, T query positions, S key positions, D model width, H query heads, G key/value heads, C head width.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,26 +122,32 @@ class KVCache:
         self.length = 0
         self.starts_B = starts_B
 
-    def append(self, layer: int, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the newest keys and values of one layer and return all of them; `advance` moves on afterwards."""
-        new = k_BGTC.shape[2]
-        seen = []
-        for memory, latest in zip(self.memory[layer], (k_BGTC, v_BGTC), strict=True):
-            memory.narrow(2, self.length, new).copy_(latest)
-            seen.append(memory.narrow(2, 0, self.length + new).to(latest.dtype))
-        return seen[0], seen[1]
-
     def advance(self, positions: int) -> None:
         """Count the positions that every layer has now appended."""
         self.length += positions
 
 
+class LayerCache(NamedTuple):
+    """One layer's place in a cache."""
+
+    cache: KVCache
+    layer: int
+
+    def append(self, k_BGTC: Tensor, v_BGTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest keys and values and return all of them; the cache's `advance` moves on afterwards."""
+        length, new = self.cache.length, k_BGTC.shape[2]
+        seen = []
+        for memory, latest in zip(self.cache.memory[self.layer], (k_BGTC, v_BGTC), strict=True):
+            memory.narrow(2, length, new).copy_(latest)
+            seen.append(memory.narrow(2, 0, length + new).to(latest.dtype))
+        return seen[0], seen[1]
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) without biases."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.logit_cap = config.attention_logit_cap
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.size_per_head
         self.wq = nn.Linear(config.dim, self.heads * self.head_dim, bias=False)
@@ -151,12 +159,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Windows | None, cache: KVCache | None = None
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Windows | None, cache: LayerCache | None = None
     ) -> Tensor:
         """Mix positions; `mask` is that of `visible_keys` for these queries and all keys, the cached ones included."""
         q_BHTC, k_BGSC, v_BGSC = self._project(x_BTD, rope)
         if cache is not None:
-            k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC)
+            k_BGSC, v_BGSC = cache.append(k_BGSC, v_BGSC)
         mixed_BTHC = self._mix(q_BHTC, k_BGSC, v_BGSC, mask).transpose(1, 2)
         mixed: Tensor = self.wo(mixed_BTHC.flatten(2))
         return mixed

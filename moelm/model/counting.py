@@ -53,7 +53,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     total = embedding * (1 if config.tie_embeddings else 2) + dim
     active = total
     experts = 0
-    for layer in range(config.num_layers):
+    for layer in range(config.layers_built):
         shared = (4 if config.sandwich_norm else 2) * dim + _attention_weights(config)
         if config.qk_norm:
             shared += 2 * config.size_per_head

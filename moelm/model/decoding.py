@@ -18,7 +18,7 @@ from moelm.model import noise
 from moelm.model.attention import Attention, KVCache, attention_mask, capped_attention
 from moelm.model.experts import Experts
 from moelm.model.ffn import DenseFFN
-from moelm.model.gated import gated
+from moelm.model.gated import gated, in_layers
 from moelm.model.moe import MoE
 from moelm.model.passes import RMSNorm
 from moelm.model.router import Routing, TokenContext
@@ -37,13 +37,13 @@ def build_decoder(model: Transformer, cache: KVCache) -> Step:
     layers = [
         (
             _norm(block.attention_norm),
-            _attention(block.attention, cache),
+            _attention(block.attention, cache, number),
             _norm(block.attention_out_norm),
             _norm(block.ffn_norm),
             _ffn(block.ffn),
             _norm(block.ffn_out_norm),
         )
-        for block in model.blocks
+        for number, block in enumerate(model.in_order)
     ]
 
     def step(tokens_B: Tensor) -> Tensor:
@@ -79,10 +79,10 @@ def _norm(module: nn.Module) -> Step:
     return norm
 
 
-def _attention(module: Attention, cache: KVCache) -> Callable[[Tensor, int, Tensor | None], Tensor]:
+def _attention(module: Attention, cache: KVCache, layer: int) -> Callable[[Tensor, int, Tensor | None], Tensor]:
     heads, kv_heads, width = module.heads, module.kv_heads, module.head_dim
     weight, out_weight, cap = module.fuse(), module.wo.weight, module.logit_cap
-    keys, values = cache.memory[module.layer]
+    keys, values = cache.memory[layer]
     cos_TC, sin_TC = cache.rope
     q_norm, k_norm = _norm(module.q_norm), _norm(module.k_norm)
 
@@ -113,8 +113,8 @@ def _ffn(module: nn.Module) -> Callable[[Tensor, TokenContext], Tensor]:
     if isinstance(module, MoE):
         return _moe(module)
     assert isinstance(module, DenseFFN)
-    w1, w2, w3, activation = module.w1, module.w2, module.w3, module.activation
-    return lambda x_BD, context: gated(x_BD, w1, w2, w3, activation)
+    weights, depth, activation = (module.w1, module.w2, module.w3), module.depth, module.activation
+    return lambda x_BD, context: in_layers(x_BD, weights, depth, lambda x_BD, part: gated(x_BD, *part, activation))
 
 
 def _moe(module: MoE) -> Callable[[Tensor, TokenContext], Tensor]:
@@ -134,7 +134,7 @@ def _experts(module: Experts) -> Callable[[Tensor, Routing], Tensor]:
     each: list[tuple[Tensor, Tensor, Tensor]] = list(
         zip(module.w1.unbind(), module.w2.unbind(), module.w3.unbind(), strict=True)
     )
-    activation = module.activation
+    depth, activation = module.depth, module.activation
 
     def experts(x_BD: Tensor, routing: Routing) -> Tensor:
         rows, top_k = routing.experts_NK.shape
@@ -146,7 +146,10 @@ def _experts(module: Experts) -> Callable[[Tensor, Routing], Tensor]:
         order = torch.tensor(order_M)
         x_SD = x_BD.index_select(0, order // top_k)
         slices = torch.split(x_SD, list(counts.values()))
-        parts = [gated(x, *each[e], activation) for e, x in zip(counts, slices, strict=True)]
+        parts = [
+            in_layers(x, each[e], depth, lambda x, part: gated(x, *part, activation))
+            for e, x in zip(counts, slices, strict=True)
+        ]
         y_SD = torch.cat(parts) * routing.gates_NK.flatten().index_select(0, order)[:, None].to(x_BD.dtype)
         return torch.empty_like(y_SD).index_copy_(0, order, y_SD).view(rows, top_k, -1).sum(dim=1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moelm.model.gated import gated_experts
+from moelm.model.gated import Weights, gated_experts, in_layers
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From rows sorted by expert, their gates and where each expert's rows end, to results."""
@@ -26,9 +26,9 @@ class Experts(nn.Module):
     exchange: Exchange | None = None
     """How rows reach experts on other processes; None where all are here."""
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int, activation: str) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, depth: int, activation: str) -> None:
         super().__init__()
-        self.activation = activation
+        self.depth, self.activation = depth, activation
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
@@ -41,7 +41,14 @@ class Experts(nn.Module):
 
     def _compute(self, x_SD: Tensor, gates_S: Tensor, ends_E: Tensor) -> Tensor:
         w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
-        return gated_experts(x_SD, ends_E, (w1, w2, w3), self.activation, gates_S, self.recompute)
+        if self.depth == 1:
+            return gated_experts(x_SD, ends_E, (w1, w2, w3), self.activation, gates_S, self.recompute)
+
+        def layer(x_SD: Tensor, weights: Weights) -> Tensor:
+            return gated_experts(x_SD, ends_E, weights, self.activation, None, self.recompute)
+
+        y_SD = in_layers(x_SD, (w1, w2, w3), self.depth, layer)
+        return y_SD * gates_S[:, None].to(y_SD.dtype)
 
 
 def experts_of(model: nn.Module) -> list[Experts]:

@@ -35,7 +35,7 @@ def gated_experts(
     ends_E: Tensor,
     weights: Weights,
     activation: str,
-    gates_S: Tensor,
+    gates_S: Tensor | None,
     recompute: bool = False,
 ) -> Tensor:
     """g * w2 (act(w1 x) * w3 x) with each expert's weights on its rows, the fastest way here.
@@ -45,7 +45,7 @@ def gated_experts(
         ends_E: where each expert's rows end.
         weights: w1 `(E, F, D)`, w2 `(E, D, F)`, w3 `(E, F, D)`.
         activation: `silu` or `gelu`.
-        gates_S: weight of each row's result.
+        gates_S: weight of each row's result; None leaves it as it is.
         recompute: make the hidden activations again for the gradient rather than keep them: slower, and less memory.
     """
     if not _in_one_kernel(x_SD):
@@ -79,6 +79,23 @@ def gated(x_ND: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3_FD: Tensor, activation:
     """w2 (act(w1 x) * w3 x), as Mixtral names them."""
     act, _, options = ACTIVATIONS[activation]
     return F.linear(act(F.linear(x_ND, w1_FD), **options) * F.linear(x_ND, w3_FD), w2_DF)
+
+
+def in_layers(x: Tensor, weights: Weights, depth: int, block: Callable[[Tensor, Weights], Tensor]) -> Tensor:
+    """Divide a block's hidden units into layers, each of which reads x and what the layers before it have added.
+
+    Args:
+        weights: w1 `(…, F, D)`, w2 `(…, D, F)`, w3 `(…, F, D)`.
+        depth: how many layers there are.
+        block: what one of them computes with its part of the weights.
+    """
+    if depth == 1:
+        return block(x, weights)
+    w1, w2, w3 = (weight.chunk(depth, dim) for weight, dim in zip(weights, (-2, -1, -2), strict=True))
+    y = block(x, (w1[0], w2[0], w3[0]))
+    for later in zip(w1[1:], w2[1:], w3[1:], strict=True):
+        y = y + block(x + y, later)
+    return y
 
 
 def _spans(ends_E: Tensor) -> list[tuple[int, int]]:

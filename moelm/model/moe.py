@@ -48,9 +48,9 @@ class MoE(nn.Module):
         super().__init__()
         self.capacity_factor = ffn.capacity_factor
         self.router = build_router(config.dim, ffn, layer)
-        self.experts = Experts(ffn.num_experts, config.dim, ffn.hidden_dim, config.activation)
+        self.experts = Experts(ffn.num_experts, config.dim, ffn.hidden_dim, ffn.depth, config.activation)
         width = ffn.shared_experts * ffn.hidden_dim
-        self.shared = DenseFFN(config.dim, width, config.activation) if width else None
+        self.shared = DenseFFN(config.dim, width, ffn.depth, config.activation) if width else None
 
     def forward(self, x_BTD: Tensor, context: TokenContext) -> tuple[Tensor, Routing]:
         """The weighted sum of the chosen experts' outputs, plus the shared experts', and the routing that made it."""

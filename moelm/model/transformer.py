@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moelm.config import ModelConfig, MoEFFNConfig
 from moelm.model import noise
-from moelm.model.attention import Attention, KVCache, rope_tables, visible_keys
+from moelm.model.attention import Attention, KVCache, LayerCache, rope_tables, visible_keys
 from moelm.model.balance import bias_step
 from moelm.model.experts import Experts
 from moelm.model.ffn import DenseFFN
@@ -34,7 +34,7 @@ class ModelOutput(NamedTuple):
     losses: TokenLosses | None
     """Of the targets; None where none were given."""
     routings: dict[int, Routing]
-    """Each MoE layer's, keyed by layer number; empty for a dense model."""
+    """Each MoE layer's, keyed by its number on a token's way; empty for a dense model."""
 
 
 class Block(nn.Module):
@@ -47,14 +47,14 @@ class Block(nn.Module):
             return RMSNorm(config.dim, eps=config.norm_eps) if wanted else nn.Identity()
 
         self.attention_norm = norm()
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.attention_out_norm = norm(config.sandwich_norm)
         self.ffn_norm = norm()
         ffn = config.ffn_at(layer)
         self.ffn: nn.Module = (
             MoE(config, ffn, layer)
             if isinstance(ffn, MoEFFNConfig)
-            else DenseFFN(config.dim, ffn.hidden_dim, config.activation)
+            else DenseFFN(config.dim, ffn.hidden_dim, ffn.depth, config.activation)
         )
         self.ffn_out_norm = norm(config.sandwich_norm)
 
@@ -63,7 +63,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | Windows | None,
-        cache: KVCache | None,
+        cache: LayerCache | None,
         context: TokenContext,
     ) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.attention_out_norm(self.attention(self.attention_norm(x_BTD), rope, mask, cache))
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size must be known before the model is built")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers_built))
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.draws = any(getattr(module, "draws", False) for module in self.modules())
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -129,8 +129,9 @@ class Transformer(nn.Module):
         context = TokenContext(tokens_BT.flatten(), keys_N, None if valid_BT is None else valid_BT.flatten())
         x_BTD = self.embedding(tokens_BT) * config.embedding_multiplier
         routings: dict[int, Routing] = {}
-        for number, layer in enumerate(self.layers):
-            x_BTD, routing = layer(x_BTD, rope, mask, cache, context)
+        for number, layer in enumerate(self.in_order):
+            place = None if cache is None else LayerCache(cache, number)
+            x_BTD, routing = layer(x_BTD, rope, mask, place, context)
             if routing is not None:
                 routings[number] = routing
         if cache is not None:
@@ -145,8 +146,13 @@ class Transformer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The layers, typed."""
+        """The layers that have weights of their own, typed."""
         return [block for block in self.layers if isinstance(block, Block)]
+
+    @property
+    def in_order(self) -> list[Block]:
+        """The layers as a token meets them, some of them perhaps several times."""
+        return self.blocks * (self.config.num_layers // self.config.layers_built)
 
     def recompute_hidden(self, wanted: bool) -> None:
         """Whether training makes the feed-forward blocks' hidden activations again rather than keep them."""
@@ -157,11 +163,12 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def move_biases(self, counts: dict[int, Tensor]) -> None:
         """After an optimizer step: move the selection bias of each layer that has one, by its assignments `(E,)`."""
-        ffn = self.config.ffn
+        ffn, built = self.config.ffn, self.config.layers_built
         if isinstance(ffn, MoEFFNConfig) and ffn.balance.bias:
-            for layer, counts_E in counts.items():
+            for layer in [layer for layer in counts if layer < built]:
                 bias_E = self.get_buffer(f"layers.{layer}.ffn.router.bias")
-                bias_E += bias_step(counts_E, ffn.balance.bias).to(bias_E)
+                over_visits = [counts_E for visit, counts_E in counts.items() if visit % built == layer]
+                bias_E += bias_step(torch.stack(over_visits).sum(dim=0), ffn.balance.bias).to(bias_E)
 
 
 def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:

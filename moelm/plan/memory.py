@@ -69,7 +69,7 @@ def weights_of(config: RunConfig) -> Weights:
     model = config.model
     counted = count_parameters(model)
     root = counted.embedding * (1 if model.tie_embeddings else 2) + model.dim
-    return Weights(root, counted.total - counted.experts - root, counted.experts, model.num_layers)
+    return Weights(root, counted.total - counted.experts - root, counted.experts, model.layers_built)
 
 
 def estimate_memory(config: RunConfig, setting: Setting) -> Memory:
@@ -123,7 +123,7 @@ def _activations(config: RunConfig, setting: Setting) -> int:
         attention = FLOAT32 * model.dim + wide * (model.dim + 3 * queries + 3 * keys)
         if isinstance(ffn, MoEFFNConfig):
             hidden = 2 * wide * ffn.top_k * ffn.hidden_dim
-            rows = wide * ffn.top_k * model.dim + 2 * INDEX * ffn.top_k
+            rows = wide * ffn.top_k * ffn.depth * model.dim + 2 * INDEX * ffn.top_k
             routing = FLOAT32 * (model.dim + 5 * ffn.num_experts + 2 * ffn.top_k) + INDEX * ffn.top_k
             decided = FLOAT32 * (2 * ffn.num_experts + ffn.top_k) + INDEX * ffn.top_k
             if ffn.shared_experts:
@@ -131,7 +131,7 @@ def _activations(config: RunConfig, setting: Setting) -> int:
                 rows += wide * model.dim if setting.low else 0
         else:
             hidden = 2 * wide * ffn.hidden_dim
-            rows, routing, decided = wide * model.dim, 0, 0
+            rows, routing, decided = wide * ffn.depth * model.dim, 0, 0
         if setting.checkpointing == "selective":
             hidden = 0
         whole = tokens * (attention + FLOAT32 * model.dim + hidden + rows + routing) + fused

@@ -81,6 +81,17 @@ def test_experts_that_cannot_be_divided_are_cut(workplace: Path) -> None:
 
 
 @pytest.mark.slow
+def test_layers_that_repeat_and_deep_experts_agree_too(workplace: Path) -> None:
+    common = [*STEADY, "train.steps=10", "model.num_layers=4", "model.unique_layers=2", "model.ffn.depth=2"]
+    runs = {name: [*common, *filter(None, settings.split("|"))] for name, settings in LAYOUTS[2].items()}
+    spread(workplace, 2, runs)
+    reference = train_here(workplace, "moe", *common, "name=one")
+    found = {name: deviation(workplace / "runs" / name, reference) for name in runs}
+    print({name: f"{value:.1e}" for name, value in found.items()})
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_any_layout_goes_on_on_any_other(workplace: Path) -> None:
     """Steps 1-20 on four processes, to 30 on one, to 40 on two, to 50 on four, each spread in another way."""
     common = [

@@ -33,6 +33,8 @@ SHAPES = [
     shape(ffn={**MOE, "router": {"kind": "sigmoid"}, "num_experts": 16, "top_k": 4, "hidden_dim": 8}),
     shape(ffn={**MOE, "router": {"kind": "hierarchical", "groups": 2, "group_k": 1}}),
     shape(ffn={**MOE, "router": {"kind": "hash"}}),
+    shape(ffn={**MOE, "depth": 2, "shared_experts": 1}),
+    shape(num_layers=4, unique_layers=2, ffn={**MOE, "every": 2, "depth": 4}),
 ]
 
 
