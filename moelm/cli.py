@@ -171,6 +171,23 @@ def compare(
 
 
 @app.command()
+def sweep(
+    path: Annotated[Path, typer.Argument(metavar="SWEEP", help="A YAML file, such as configs/sweeps/experts.yaml.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the report (default: reports/NAME).")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes of each run, one for each GPU.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and train nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train many runs from one file, equal where it says so, and compare them; interrupted, the same command goes on."""
+    from moelm.commands import sweep_and_show
+
+    told = sweep_and_show(path, overrides or (), out, nproc, dry_run, quiet=as_json)
+    if as_json:
+        _print_json(told)
+
+
+@app.command()
 def analyze(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="A directory that is not there yet, or empty.")],

@@ -36,6 +36,28 @@ def compare_and_show(runs: Sequence[str], out: Path, force: bool, quiet: bool) -
     return report_json(comparison)
 
 
+def sweep_and_show(
+    path: Path, overrides: Sequence[str], out: Path | None, processes: int, dry: bool, quiet: bool
+) -> dict[str, Any]:
+    """Train a sweep's runs and compare them; returns report.json's content or, of a dry run, its contestants."""
+    from rich.console import Console
+
+    from moelm.analysis.report import compare_runs, render_table, report_json
+    from moelm.sweep.plan import plan_sweep
+    from moelm.sweep.report import render_sweep, sweep_json
+    from moelm.sweep.runs import train_all
+    from moelm.sweep.schema import load_sweep
+
+    sweep = load_sweep(path)
+    entries = plan_sweep(path, sweep, overrides)
+    if not quiet:
+        render_sweep(Console(highlight=False, width=None if sys.stdout.isatty() else 140), entries)
+    if dry:
+        return sweep_json(sweep, entries)
+    train_all(entries, processes)
+    raise NotImplementedError
+
+
 def plan_and_show(
     path: Path, overrides: Sequence[str], gpus: int, device: str, everything: bool, quiet: bool
 ) -> dict[str, Any]:

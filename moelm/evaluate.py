@@ -15,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from moelm.data.loader import Rows
+from moelm.document_losses import DocumentLosses
 from moelm.model import Transformer
 
 EVAL_TOKENS = 8192
@@ -42,6 +43,7 @@ class Evaluation(NamedTuple):
 
     overall: Score
     domains: dict[str, Score]
+    documents: DocumentLosses
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -101,14 +103,21 @@ def _summarise(losses_F: NDArray[np.float64], rows: Rows) -> Evaluation:
     count = len(rows.split.domains)
     nats = np.bincount(domain_F, weights=losses_F, minlength=count)
     tokens = np.bincount(domain_F, weights=rows.packing.length, minlength=count)
-    seen = np.unique(rows.packing.document)
+    seen, document_F = np.unique(rows.packing.document, return_inverse=True)
     sizes = np.bincount(table["domain"][seen], weights=table["bytes"][seen], minlength=count)
     domains = {
         name: _score(float(nats[i]), int(tokens[i]), int(sizes[i]))
         for i, name in enumerate(rows.split.domains)
         if tokens[i]
     }
-    return Evaluation(_score(float(nats.sum()), int(tokens.sum()), int(sizes.sum())), domains)
+    documents = DocumentLosses(
+        numbers=seen.astype(np.int64),
+        domains=table["domain"][seen].astype(np.int64),
+        tokens=np.bincount(document_F, weights=rows.packing.length).astype(np.int64),
+        nats=np.bincount(document_F, weights=losses_F).astype(np.float64),
+        names=tuple(rows.split.domains),
+    )
+    return Evaluation(_score(float(nats.sum()), int(tokens.sum()), int(sizes.sum())), domains, documents)
 
 
 def _score(nats: float, tokens: int, size: int) -> Score:

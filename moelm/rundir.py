@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """`runs/NAME/{config.yaml, environment.json, metrics.jsonl, tokenizer.json, checkpoints/}`."""
+    """`runs/NAME/{config.yaml, environment.json, metrics.jsonl, documents.npz, tokenizer.json, checkpoints/}`."""
 
     path: Path
 
@@ -48,6 +48,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def documents(self) -> Path:
+        """Losses of the validation documents at the last evaluation."""
+        return self.path / "documents.npz"
 
     @property
     def tokenizer(self) -> Path:

@@ -9,13 +9,14 @@ PACKAGE = Path(__file__).parents[1] / "moelm"
 
 FLOORS = [
     ["errors"],
-    ["config", "console", "folders", "hardware"],
+    ["config", "console", "document_losses", "folders", "hardware"],
     ["data", "model"],
     ["distributed"],
     ["checkpoint", "evaluate", "generate"],
     ["rundir"],
     ["train", "analysis", "plan", "interop"],
     ["bench"],
+    ["sweep"],
     ["commands"],
     ["cli"],
     ["__main__"],

@@ -41,7 +41,7 @@ def enter(paths: Sequence[Path], settings: Sequence[str], vary: str | None, peer
         Contestant(f"{config.name}{label}", config)
         for path in paths
         for label, setting in _variations(vary)
-        for config in [_settled(load_config(path, [*settings, *setting]))]
+        for config in [settle(load_config(path, [*settings, *setting]))]
     ]
     return entries + [peer for entry in entries for peer in _peers(entry)] if peers else entries
 
@@ -55,7 +55,7 @@ def _variations(vary: str | None) -> list[tuple[str, list[str]]]:
     return [(f" {key.rpartition('.')[2]}={value}", [f"{key}={value}"]) for value in values.split(",")]
 
 
-def _settled(config: RunConfig) -> RunConfig:
+def settle(config: RunConfig) -> RunConfig:
     if config.train.precision != "auto":
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": pick_precision(pick_device())})})

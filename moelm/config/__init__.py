@@ -1,6 +1,6 @@
 """What a run is (`schema`, and `model` for its model) and how its YAML is read (`load`)."""
 
-from moelm.config.load import check_config, dump_config, load_config, override, read_tree
+from moelm.config.load import check_config, check_section, dump_config, load_config, override, read_tree
 from moelm.config.model import (
     BalanceConfig,
     DenseFFNConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "TopKRouterConfig",
     "TrainConfig",
     "check_config",
+    "check_section",
     "dump_config",
     "load_config",
     "override",

@@ -11,10 +11,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from moelm.config.base import Config
 from moelm.config.schema import RunConfig
 from moelm.errors import MoelmError
 
 Tree = dict[str, Any]
+Section = typing.TypeVar("Section", bound=Config)
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,10 +61,19 @@ def override(tree: Tree, words: typing.Sequence[str]) -> None:
 
 def check_config(tree: Tree, origin: str) -> RunConfig:
     """Validate a mapping as a run; `origin` opens the error sentence."""
+    return check_section(RunConfig, tree, origin)
+
+
+def check_section(kind: type[Section], tree: Tree, origin: str) -> Section:
+    """Validate a mapping as a section of settings; `origin` opens the error sentence.
+
+    Raises:
+        MoelmError: an unknown key, a wrong type or a value out of range.
+    """
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise MoelmError(f"{origin}: {_sentence(error)}") from None
+        raise MoelmError(f"{origin}: {_sentence(error, kind)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -145,13 +156,13 @@ def _index(items: list[Any], part: str, word: str) -> int:
     return int(part)
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, whole: type[BaseModel]) -> str:
     """The first problem as a sentence, with the nearest known key for a misspelt one."""
     problems = error.errors()
     first = problems[0]
-    place, section = _locate(first["loc"])
+    place, section = _locate(first["loc"], whole)
     # A setting of several types has failed once for each.
-    same = [problem for problem in problems if _locate(problem["loc"])[0] == place]
+    same = [problem for problem in problems if _locate(problem["loc"], whole)[0] == place]
     value = first.get("input")
     match first["type"]:
         case "extra_forbidden":
@@ -181,6 +192,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "list_type": "a list",
+    "dict_type": "a section of settings",
     "model_type": "a section of settings",
     "model_attributes_type": "a section of settings",
     "string_pattern_mismatch": "letters, digits, dots, dashes and underscores, opening with a letter or digit",
@@ -193,13 +205,13 @@ def _expected(problem: ErrorDetails) -> str:
     return _EXPECTED.get(problem["type"], said)
 
 
-def _locate(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
+def _locate(loc: tuple[int | str, ...], whole: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
     """The dotted key of an error, and the section in which its last part was looked up.
 
     pydantic puts the tag of a union (`dense`) and the type of a plain one (`int`) into the path; a user never wrote those.
     """
-    section: type[BaseModel] | None = RunConfig
-    annotation: Any = RunConfig
+    section: type[BaseModel] | None = whole
+    annotation: Any = whole
     parts: list[str] = []
     for part in loc:
         if isinstance(part, int):

@@ -175,7 +175,7 @@ def _check_same(config: RunConfig, begun: RunConfig, run: RunDirectory, resume: 
     """A directory is only ever continued by its own run."""
     if resume == "never":
         run.must_be_new()
-    saved, wanted = (_identity(each) for each in (begun, config))
+    saved, wanted = (identity(each) for each in (begun, config))
     if begun.train.precision == "auto":  # made of weights from elsewhere, and never trained
         saved["train.precision"] = wanted["train.precision"]
     different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
@@ -195,7 +195,7 @@ FREE = (
 """What a run may go on with another value of: nothing it learns depends on it."""
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
+def identity(config: RunConfig) -> dict[str, Any]:
     """Dotted settings that decide the trajectory."""
     return {key: value for key, value in flatten(config).items() if not key.startswith(FREE)}
 

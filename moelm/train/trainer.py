@@ -277,6 +277,8 @@ class Trainer:
     def _evaluate(self, line: Line, ticker: Ticker) -> Evaluation:
         ticker.update(f"{self.config.name}: evaluating at step {line['step']:,} …")
         evaluation = self._score()
+        if self.world.first:
+            evaluation.documents.save(self.run.documents, line["step"])
         score = evaluation.overall
         line |= {"val/loss": score.loss, "val/bpb": score.bpb}
         line["val/domains"] = {
