@@ -159,13 +159,19 @@ def sample(
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="The first is the reference.")],
     out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("reports/compare"),
+    group: Annotated[
+        bool, typer.Option("--group", help="Runs that differ in their seed alone are one contestant.")
+    ] = False,
+    price: Annotated[
+        list[float] | None, typer.Option(help="Dollars an hour of one process: once for all, or once for each contestant.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compare runs on different data, with a warning.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say which run won, by how much, at equal tokens, FLOPs and seconds; write tables, pictures and a page."""
+    """Say which run won, by how much and how surely, at equal tokens, FLOPs and seconds; write tables, pictures, a page."""
     from moelm.commands import compare_and_show
 
-    report = compare_and_show(runs, out, force, quiet=as_json)
+    report = compare_and_show(runs, out, force, group, price or (), quiet=as_json)
     if as_json:
         _print_json(report)
 

@@ -1,5 +1,6 @@
 """What the shorter commands do with a run once its name is known; the command line only words it."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -22,13 +23,21 @@ def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
         return evaluation if world.first else None
 
 
-def compare_and_show(runs: Sequence[str], out: Path, force: bool, quiet: bool) -> dict[str, Any]:
+def compare_and_show(
+    runs: Sequence[str],
+    out: Path,
+    force: bool = False,
+    grouped: bool = False,
+    prices: Sequence[float] = (),
+    names: Sequence[str] = (),
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Write the report of a comparison and, unless quiet, print its table and verdict; returns report.json's content."""
     from rich.console import Console
 
     from moelm.analysis.report import compare_runs, render_table, report_json
 
-    comparison = compare_runs(runs, out, force)
+    comparison = compare_runs(runs, out, force, grouped, prices, names, shlex.join(["moelm", *sys.argv[1:]]))
     if not quiet:
         console = Console(highlight=False)
         render_table(console, comparison)
@@ -42,7 +51,6 @@ def sweep_and_show(
     """Train a sweep's runs and compare them; returns report.json's content or, of a dry run, its contestants."""
     from rich.console import Console
 
-    from moelm.analysis.report import compare_runs, render_table, report_json
     from moelm.sweep.plan import plan_sweep
     from moelm.sweep.report import render_sweep, sweep_json
     from moelm.sweep.runs import train_all
@@ -54,8 +62,10 @@ def sweep_and_show(
         render_sweep(Console(highlight=False, width=None if sys.stdout.isatty() else 140), entries)
     if dry:
         return sweep_json(sweep, entries)
+    out = out or Path("reports") / sweep.name
     train_all(entries, processes)
-    raise NotImplementedError
+    runs = [str(run.path) for entry in entries for run in entry.runs.values()]
+    return compare_and_show(runs, out, grouped=True, names=[entry.label for entry in entries], quiet=quiet)
 
 
 def plan_and_show(

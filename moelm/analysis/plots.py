@@ -1,11 +1,11 @@
-"""The pictures of a comparison: loss against cost, and the load of the experts.
+"""The pictures of a comparison: loss against cost, what a doubling brings, and the load of the experts.
 
 Figures are drawn without pyplot, so nothing here touches global state or needs a display.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -15,75 +15,127 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from moelm.analysis.compare import AXES, AXIS_NAMES, Axis, Comparison
-from moelm.analysis.runs import Load, RunRecord
+from moelm.analysis.compare import Comparison
+from moelm.analysis.contestants import AXIS_NAMES, Axis, Contestant
+from moelm.analysis.runs import Load
+from moelm.analysis.trends import Trend
 
-COLOURS = ("#6b7280", "#d1495b", "#2a6f97", "#e09f3e", "#5a8f4e", "#7b5ea7", "#3aa6a0", "#a0522d")
+COLOURS = ("#7b8794", "#d1495b", "#3a86b7", "#e09f3e", "#5a9f4e", "#8f6cc0", "#3aa6a0", "#b5652f")
 """The reference is grey, for it is what the others are measured against."""
 INK, QUIET = "#1f2933", "#7b8794"
-STYLE: Any = {
-    "font.size": 10.5,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": QUIET,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.grid": True,
-    "grid.color": "#e4e7eb",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "text.color": INK,
-    "text.parse_math": False,
-}
 DPI = 160
 
 
-def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw validation loss against tokens, FLOPs and seconds side by side."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.1), layout=ConstrainedLayoutEngine(wspace=0.04))
-        panels = figure.subplots(1, 3, sharey=True)
-        for axes, axis in zip(panels, AXES, strict=True):
-            _panel(axes, comparison, axis)
-        panels[0].set_ylabel("validation loss (nats per token)")
-        panels[0].set_ylim(*_visible(comparison.runs))
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), handlelength=1.6)
-        figure.savefig(path, dpi=DPI)
+class Light(NamedTuple):
+    """Colours of the ground and of what is written on it."""
+
+    paper: str
+    ink: str
+    grid: str
 
 
-def plot_load(runs: Sequence[RunRecord], path: Path) -> bool:
-    """Draw how evenly each MoE run used its experts; False, and no file, when all runs are dense."""
-    sparse = [(run.name, run.load) for run in runs if run.load is not None]
-    if not sparse:
-        return False
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 3.6 * len(sparse)), layout="constrained")
-        rows = figure.subplots(len(sparse), 2, squeeze=False, width_ratios=(1.15, 1))
-        for (name, load), (left, right) in zip(sparse, rows, strict=True):
-            _load_over_time(left, name, load)
-            _final_load(figure, right, name, load)
-        figure.savefig(path, dpi=DPI)
-    return True
+DAY, NIGHT = Light("#ffffff", INK, "#e4e7eb"), Light("#15191e", "#e4e7eb", "#2b343d")
+
+
+def style(light: Light) -> Any:
+    """Settings of matplotlib."""
+    return {
+        "font.size": 10.5,
+        "axes.titlesize": 11.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlepad": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": QUIET,
+        "axes.facecolor": light.paper,
+        "figure.facecolor": light.paper,
+        "axes.labelcolor": light.ink,
+        "axes.titlecolor": light.ink,
+        "axes.grid": True,
+        "grid.color": light.grid,
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "xtick.color": QUIET,
+        "ytick.color": QUIET,
+        "xtick.labelcolor": light.ink,
+        "ytick.labelcolor": light.ink,
+        "legend.frameon": False,
+        "text.color": light.ink,
+        "text.parse_math": False,
+    }
+
+
+STYLE = style(DAY)
+
+
+def in_both_lights(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
+    """A picture as PNG, for light and for dark pages."""
+    found = []
+    for light in (DAY, NIGHT):
+        with mpl.rc_context(style(light)):
+            file = io.BytesIO()
+            draw().savefig(file, dpi=DPI, format="png")
+            found.append(file.getvalue())
+    return found[0], found[1]
+
+
+def draw_comparison(comparison: Comparison) -> Figure:
+    """Validation loss against each cost side by side; seeds as a band around their mean."""
+    axes = comparison.axes
+    figure = Figure(figsize=(3.5 * len(axes), 4.1), layout=ConstrainedLayoutEngine(wspace=0.04))
+    panels = figure.subplots(1, len(axes), sharey=True)
+    for panel, axis in zip(panels, axes, strict=True):
+        _panel(panel, comparison, axis)
+    panels[0].set_ylabel("validation loss (nats per token)")
+    panels[0].set_ylim(*_visible(comparison.contestants))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), handlelength=1.6)
+    return figure
+
+
+def draw_trend(trend: Trend) -> Figure:
+    """Final loss by a setting of the experts, on a logarithmic axis, and a line (Shazeer et al. 2017, figure 2)."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    values = np.array(trend.values)
+    for value, losses in zip(trend.values, trend.losses, strict=True):
+        axes.plot([value] * len(losses), losses, "o", color=COLOURS[1], markersize=5, alpha=0.75)
+    ends = np.array([values.min(), values.max()])
+    label = f"{trend.slope:+.3f} nats for each doubling"
+    line = trend.at_one + trend.slope * np.log2(ends)
+    axes.plot(ends, line, color=COLOURS[2], linewidth=1.5, linestyle=(0, (4, 3)), label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(trend.values)), [f"{value:g}" for value in sorted(set(trend.values))])
+    axes.minorticks_off()
+    axes.set_title(f"Final loss by {trend.noun}")
+    axes.set_xlabel(trend.what.replace("_", "-"))
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.legend()
+    return figure
+
+
+def draw_load(sparse: Sequence[tuple[str, Load]]) -> Figure:
+    """How evenly each mixture used its experts."""
+    figure = Figure(figsize=(10.5, 3.6 * len(sparse)), layout="constrained")
+    rows = figure.subplots(len(sparse), 2, squeeze=False, width_ratios=(1.15, 1))
+    for (name, load), (left, right) in zip(sparse, rows, strict=True):
+        _load_over_time(left, name, load)
+        _final_load(figure, right, name, load)
+    return figure
 
 
 def _panel(axes: Axes, comparison: Comparison, axis: Axis) -> None:
-    costs = [getattr(run.val, axis) for run in comparison.runs]
+    costs = [each.cost(axis) for each in comparison.contestants]
     scale, label = _unit(axis, max(float(cost[-1]) for cost in costs))
-    for i, (run, cost) in enumerate(zip(comparison.runs, costs, strict=True)):
-        style = "-" if i < len(COLOURS) else "--"
+    for i, (each, cost) in enumerate(zip(comparison.contestants, costs, strict=True)):
+        line = "-" if i < len(COLOURS) else "--"
         colour = COLOURS[i % len(COLOURS)]
-        axes.plot(cost / scale, run.val.loss, style, color=colour, linewidth=2, label=run.name)
-        axes.plot(cost[-1] / scale, run.val.loss[-1], "o", color=colour, markersize=5)
+        axes.plot(cost / scale, each.val.loss, line, color=colour, linewidth=2, label=each.name)
+        if len(each.runs) > 1:
+            low, high = each.losses.min(axis=0), each.losses.max(axis=0)
+            axes.fill_between(cost / scale, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(cost[-1] / scale, each.val.loss[-1], "o", color=colour, markersize=5)
     axes.set_title(f"By {AXIS_NAMES[axis]}")
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
@@ -93,7 +145,7 @@ def _panel(axes: Axes, comparison: Comparison, axis: Axis) -> None:
 
 def _guide(axes: Axes, comparison: Comparison, axis: Axis, scale: float) -> None:
     """The reference's final loss, and where the challenger comes down to it."""
-    reference = comparison.runs[0].name
+    reference = comparison.contestants[0].name
     pair = comparison.pair(comparison.challenger, reference)
     words = f"final loss of {reference} ({pair.target:.3f})"
     axes.axhline(pair.target, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=words)
@@ -101,7 +153,8 @@ def _guide(axes: Axes, comparison: Comparison, axis: Axis, scale: float) -> None
     if need.need is None or need.ratio is None:
         return
     x = need.need / scale
-    axes.plot(x, pair.target, "o", markersize=7, markerfacecolor="white", markeredgecolor=INK, zorder=4)
+    ink, paper = mpl.rcParams["text.color"], mpl.rcParams["axes.facecolor"]
+    axes.plot(x, pair.target, "o", markersize=7, markerfacecolor=paper, markeredgecolor=ink, zorder=4)
     if x > 0.35 * axes.get_xlim()[1]:  # further left the words would run out of the panel
         words = f"{need.ratio:.2f}× {'sooner' if need.ratio >= 1 else '(later)'}"
         axes.annotate(words, (x, pair.target), xytext=(-7, -6), textcoords="offset points", ha="right", va="top")
@@ -114,6 +167,8 @@ def _unit(axis: Axis, largest: float) -> tuple[float, str]:
             if largest >= 2 * size:
                 return size, f"training time ({name})"
         return 1.0, "training time (seconds)"
+    if axis == "dollars":
+        return 1.0, "dollars"
     if axis == "tokens":
         for size, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
             if largest >= size:
@@ -123,9 +178,9 @@ def _unit(axis: Axis, largest: float) -> tuple[float, str]:
     return 10.0**power, f"training FLOPs (1e{power})"
 
 
-def _visible(runs: Sequence[RunRecord]) -> tuple[float, float]:
+def _visible(contestants: Sequence[Contestant]) -> tuple[float, float]:
     """Leave out the steep first eighth of each run, which would flatten all that is worth seeing."""
-    late = np.concatenate([run.val.loss[run.val.tokens >= run.val.tokens[-1] / 8] for run in runs])
+    late = np.concatenate([each.losses[:, each.val.tokens >= each.val.tokens[-1] / 8].ravel() for each in contestants])
     low, high = float(late.min()), float(late.max())
     pad = 0.06 * (high - low) or 0.05
     return low - 2 * pad, high + pad

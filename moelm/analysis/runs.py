@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moelm.config import RunConfig, load_config
+from moelm.document_losses import DocumentLosses, load_document_losses
 from moelm.errors import MoelmError
 
 Array = npt.NDArray[np.float64]
@@ -80,6 +81,8 @@ class RunRecord:
     val: Curve
     domains: dict[str, dict[str, float]]
     """`loss` and `bpb` of each domain at the last evaluation that told them."""
+    documents: tuple[DocumentLosses, int] | None
+    """Losses on each evaluation document, and the step at which they were taken; None where they were not kept."""
     load: Load | None
     """None for a dense run."""
 
@@ -126,6 +129,7 @@ def read_run(run: str | Path) -> RunRecord:
         train=tuple(line for line in lines if "train/loss" in line),
         val=_curve(lines, metrics),
         domains=_domains(lines),
+        documents=load_document_losses(path / "documents.npz"),
         load=_load(lines, metrics),
     )
 

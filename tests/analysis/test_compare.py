@@ -2,92 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
-from moelm.analysis.compare import (
-    Equal,
-    amount,
-    compare,
-    duration,
-    exponent,
-    first_reach,
-    losses_at_equal,
-    quantity,
-)
-from moelm.analysis.runs import Curve, read_run, read_runs
+from moelm.analysis.measures import Equal, first_reach
+from moelm.analysis.runs import read_run, read_runs
+from moelm.analysis.tables import amount
+from moelm.analysis.words import duration, exponent, quantity
 from moelm.errors import MoelmError
-
-DENSE = {"kind": "dense", "hidden_dim": 64}
-MOE = {"kind": "moe", "hidden_dim": 32, "num_experts": 4, "top_k": 2}
-
-
-def write_run(
-    path: Path,
-    *,
-    slope: float,
-    ffn: dict[str, Any] = DENSE,
-    flops: float = 1e9,
-    seconds: float = 0.1,
-    evaluations: int = 4,
-    schedule: str = "constant",
-    environment: dict[str, Any] | None = None,
-) -> Path:
-    """A finished run, evaluated each 100 steps of 1000 tokens; its loss falls from 5 by `slope` each time."""
-    path.mkdir(parents=True)
-    steps = 100 * evaluations
-    config = {
-        "name": path.name,
-        "model": {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn": ffn},
-        "data": {"sources": [{"name": "builtin"}], "seq_len": 10},
-        "train": {"steps": steps, "batch_tokens": 1000},
-        "optim": {"lr": 0.001, "schedule": schedule},
-    }
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    sparse = ffn["kind"] == "moe"
-    known = {
-        "moelm": "0.1.0",
-        "device": "cpu",
-        "data_fingerprint": "d1",
-        "tokenizer_fingerprint": "t1",
-        "eval_fingerprint": "e1",
-        "parameters": {"total": 40_000 if sparse else 20_000, "active": 20_100 if sparse else 20_000},
-        "flops_per_token": {"forward": 40_000, "backward": 80_000},
-    }
-    (path / "environment.json").write_text(json.dumps(known | (environment or {})))
-    lines = [_line(step, slope, flops, seconds, sparse) for step in range(0, steps + 1, 50)]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def _line(step: int, slope: float, flops: float, seconds: float, sparse: bool) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "step": step,
-        "tokens": 1000 * step,
-        "flops": flops * step,
-        "time_s": seconds * step,
-    }
-    if step:
-        line |= {
-            "train/loss": 5 - slope * step / 100,
-            "train/lr": 0.001,
-            "train/grad_norm": 1.0,
-            "perf/mfu": 0.1,
-        }
-        line |= {"perf/tokens_per_s": 1000 / seconds, "perf/memory_peak_bytes": 2**30 + step}
-    if step % 100 == 0:
-        loss = 5 - slope * step / 100
-        line |= {"val/loss": loss, "val/bpb": loss / 2}
-        line["val/domains"] = {
-            name: {"loss": loss + shift, "bpb": loss / 2} for name, shift in (("code", 0.5), ("synthetic-sums", -0.5))
-        }
-    if sparse and step:
-        layers = [{"layer": layer, "load": [0.4, 0.3, 0.2, 0.1], "load_max_over_mean": 1.6 + layer} for layer in range(2)]
-        line["moe/layers"] = layers
-    return line
+from tests.analysis.made_runs import MOE, compared, write_run
 
 
 @pytest.fixture
@@ -133,7 +57,7 @@ def test_what_a_resumed_run_wrote_last_counts(pair: list[Path]) -> None:
 
 
 def test_needs_of_straight_lines(pair: list[Path]) -> None:
-    comparison = compare(read_runs(pair))
+    comparison = compared(pair)
     forth = comparison.pair("moe", "dense")
     assert forth.target == pytest.approx(3.0)
     assert {axis: need.need for axis, need in forth.needs.items()} == pytest.approx(
@@ -148,7 +72,7 @@ def test_needs_of_straight_lines(pair: list[Path]) -> None:
 
 
 def test_losses_at_equal_cost(pair: list[Path]) -> None:
-    equal = compare(read_runs(pair)).pair("moe", "dense").equal
+    equal = compared(pair).pair("moe", "dense").equal
     assert equal["tokens"] is not None
     assert equal["flops"] is not None
     assert equal["seconds"] is not None
@@ -158,7 +82,7 @@ def test_losses_at_equal_cost(pair: list[Path]) -> None:
 
 
 def test_a_split_result_is_told_as_one(pair: list[Path]) -> None:
-    verdict = compare(read_runs(pair)).verdict
+    verdict = compared(pair).verdict
     assert verdict.winner is None
     assert verdict.sentence == (
         "Split result: against dense, moe's validation loss is "
@@ -182,7 +106,7 @@ def test_a_split_result_is_told_as_one(pair: list[Path]) -> None:
 )
 def test_verdict_at_equal_price(tmp_path: Path, slopes: tuple[float, float], winner: str | None, head: str) -> None:
     runs = [write_run(tmp_path / name, slope=slope) for name, slope in zip("ab", slopes, strict=True)]
-    verdict = compare(read_runs(runs)).verdict
+    verdict = compared(runs).verdict
     assert verdict.winner == winner
     assert verdict.sentence.startswith(head)
 
@@ -193,7 +117,7 @@ def test_ahead_here_and_level_there_is_a_win_in_part(tmp_path: Path) -> None:
         write_run(tmp_path / "a", slope=0.4),
         write_run(tmp_path / "b", slope=0.5, flops=1.25e9),
     ]
-    verdict = compare(read_runs(runs)).verdict
+    verdict = compared(runs).verdict
     assert verdict.winner is None
     assert verdict.sentence.startswith("b wins in part: against a, its validation loss is 0.400 nats lower")
     assert "level at equal FLOPs (3.400 to 3.400)" in verdict.sentence
@@ -206,7 +130,7 @@ def test_five_thousandths_are_no_tie() -> None:
 
 def test_of_several_runs_the_best_meets_the_reference(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, slope=slope) for name, slope in (("a", 0.5), ("b", 0.6), ("c", 0.7))]
-    comparison = compare(read_runs(runs))
+    comparison = compared(runs)
     assert comparison.challenger == "c"
     assert comparison.verdict.winner == "c"
     assert len(comparison.pairs) == 6
@@ -221,16 +145,18 @@ def test_reaching_uses_the_running_best() -> None:
     assert first_reach(x, bumpy, 1.9) is None
 
 
-def test_no_common_cost_is_no_number() -> None:
-    def curve(*x: float) -> Curve:
-        return Curve(*(np.array(x) for _ in range(6)))
-
-    assert losses_at_equal(curve(1, 2), curve(3, 4), "tokens") is None
-    assert losses_at_equal(curve(1, 3), curve(3, 4), "tokens") is not None
+def test_no_common_cost_is_no_number(tmp_path: Path) -> None:
+    early, late = (write_run(tmp_path / name, slope=0.5) for name in ("early", "late"))
+    lines = [json.loads(text) for text in (late / "metrics.jsonl").read_text().splitlines()]
+    kept = [json.dumps(line | {"flops": 10 * line["flops"]}) for line in lines if line["step"] > 200]
+    (late / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    equal = compared([early, late]).pair("early", "late").equal
+    assert equal["flops"] is None
+    assert equal["tokens"] is not None
 
 
 def test_basis_names_what_is_equal(pair: list[Path]) -> None:
-    assert compare(read_runs(pair)).basis == (
+    assert compared(pair).basis == (
         "moe and dense are equal in active parameters and FLOPs per token (within 3%); "
         "moe has 2.00× the total parameters (40.0K against 20.0K)."
     )
@@ -241,19 +167,19 @@ def test_notes_tell_what_a_reader_should_know(tmp_path: Path) -> None:
     moe = write_run(tmp_path / "moe", slope=0.8, flops=2e9, schedule="cosine", environment={"device": "cuda"})
     config = (moe / "config.yaml").read_text()
     (moe / "config.yaml").write_text(config.replace("steps: 400", "steps: 500"))
-    notes = compare(read_runs([dense, moe])).notes
+    notes = compared([dense, moe]).notes
     assert notes[0] == "moe was last evaluated at step 400 of its 500."
     assert any(note.startswith("At equal FLOPs moe is read 50% of the way") for note in notes)
     assert "Seconds are not like for like: device differs (cpu, cuda)." in notes
     assert notes[-1] == "All runs share seed 0; the spread between seeds is not measured here."
     text = (moe / "config.yaml").read_text()
     (moe / "config.yaml").write_text(f"{text}start: {{run: other}}\n")
-    told = compare(read_runs([dense, moe])).notes
+    told = compared([dense, moe]).notes
     assert "moe began with the weights of other; what those cost is in none of its figures." in told
 
 
 def test_config_differences_are_dotted_and_leave_out_the_name(pair: list[Path]) -> None:
-    differences = compare(read_runs(pair)).differences
+    differences = compared(pair).differences
     assert differences["model.ffn.kind"] == {"dense": "dense", "moe": "moe"}
     assert differences["model.ffn.num_experts"] == {"dense": None, "moe": 4}
     assert all(key.startswith("model.ffn.") for key in differences)
@@ -271,15 +197,15 @@ def test_runs_on_other_data_are_refused_unless_forced(tmp_path: Path, key: str, 
     a = write_run(tmp_path / "a", slope=0.5)
     b = write_run(tmp_path / "b", slope=0.6, environment={key: "other"})
     with pytest.raises(MoelmError, match=rf"a and b differ in {what}, .*--force"):
-        compare(read_runs([a, b]))
-    forced = compare(read_runs([a, b]), force=True)
+        compared([a, b])
+    forced = compared([a, b], force=True)
     assert len(forced.warnings) == 1
     assert forced.verdict.winner == "b"
 
 
 def test_one_run_is_no_comparison(pair: list[Path]) -> None:
-    with pytest.raises(MoelmError, match="at least two runs"):
-        compare(read_runs(pair[:1]))
+    with pytest.raises(MoelmError, match="at least two contestants"):
+        compared(pair[:1])
 
 
 def test_a_run_given_twice(pair: list[Path]) -> None:

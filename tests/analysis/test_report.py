@@ -13,7 +13,7 @@ from rich.console import Console
 
 from moelm.analysis.report import FILES, compare_runs, render_table
 from moelm.errors import MoelmError
-from tests.analysis.test_compare import MOE, write_run
+from tests.analysis.made_runs import MOE, write_run
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def pair(tmp_path: Path) -> list[str]:
 def test_all_files_are_written(pair: list[str], tmp_path: Path) -> None:
     out = tmp_path / "deep" / "report"
     compare_runs(pair, out)
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in out.iterdir()) == sorted(set(FILES) - {"trend.png"})
     assert [path.name for path in out.parent.iterdir()] == ["report"]
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("comparison.png", "load.png"))
 
@@ -35,7 +35,7 @@ def test_report_json_keeps_its_keys(pair: list[str], tmp_path: Path) -> None:
     comparison = compare_runs(pair, tmp_path / "report")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report.keys() == {
-        *("schema", "kind", "moelm", "reference", "challenger", "winner", "verdict", "reach", "basis"),
+        *("schema", "kind", "moelm", "reference", "challenger", "winner", "verdict", "sureness", "reach", "basis", "trend"),
         *("notes", "forced", "warnings", "runs", "pairs", "config_differences"),
     }
     assert (report["schema"], report["kind"], report["forced"]) == (1, "moelm compare", False)
@@ -46,17 +46,19 @@ def test_report_json_keeps_its_keys(pair: list[str], tmp_path: Path) -> None:
         *(
             "name",
             "path",
+            "members",
             "parameters",
             "flops_per_token",
             "tokens",
             "flops",
             "seconds",
+            "dollars",
             "val_loss",
             "val_bpb",
         ),
         *("tokens_per_second", "memory_peak_bytes", "domains", "curve", "load", "environment"),
     }
-    assert moe["val_loss"] == pytest.approx({"final": 1.8, "best": 1.8})
+    assert moe["val_loss"] == pytest.approx({"final": 1.8, "best": 1.8, "spread": None})
     assert moe["load"] == {"layers": [0, 1], "final_share": [[0.4, 0.3, 0.2, 0.1]] * 2}
     assert report["runs"][0]["load"] is None
     forth = next(pair for pair in report["pairs"] if pair["a"] == "moe")
@@ -89,8 +91,8 @@ class _Page(HTMLParser):
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [value or "" for key, value in attrs if key in ("src", "href")]
-        if tag not in ("meta", "img"):
+        self.sources += [value or "" for key, value in attrs if key in ("src", "srcset", "href")]
+        if tag not in ("meta", "img", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -103,7 +105,7 @@ def test_page_opens_with_the_verdict_and_needs_nothing_else(pair: list[str], tmp
     page = _Page()
     page.feed(text)
     assert page.open == []
-    assert len(page.sources) == 2
+    assert len(page.sources) == 4
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "prefers-color-scheme: dark" in text
     verdict = comparison.verdict.sentence.replace("'", "&#x27;")
@@ -115,7 +117,7 @@ def test_page_escapes_what_runs_say(tmp_path: Path) -> None:
     runs = [str(write_run(tmp_path / name, slope=0.5, environment={"command": "<script>a|b</script>"})) for name in "ab"]
     compare_runs(runs, tmp_path / "report")
     assert "<script>" not in (tmp_path / "report" / "report.html").read_text()
-    assert "<script>a\\|b</script>" in (tmp_path / "report" / "report.md").read_text()
+    assert "<script>a|b</script>" in (tmp_path / "report" / "report.md").read_text()
     assert not (tmp_path / "report" / "load.png").exists()
 
 
@@ -183,7 +185,7 @@ def test_a_failed_write_leaves_the_earlier_report(pair: list[str], tmp_path: Pat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moelm.analysis.report.plot_load", full)
+    monkeypatch.setattr("moelm.analysis.report.draw_load", full)
     with pytest.raises(MoelmError, match="report cannot be written: No space left on device"):
         compare_runs(pair[::-1], out)
     assert (out / "report.json").read_bytes() == before
