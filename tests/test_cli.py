@@ -16,6 +16,7 @@ COMMANDS = [
     "eval",
     "sample",
     "compare",
+    "sweep",
     "analyze",
     "plan",
     "bench",

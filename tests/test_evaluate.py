@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import moelm.evaluate
 from moelm.commands import evaluate_run
 from moelm.data.loader import IGNORE, open_data
+from moelm.document_losses import load_document_losses
 from moelm.evaluate import Evaluation, evaluate
 from moelm.rundir import load_run
 from tests.conftest import fill, train_here
@@ -50,6 +51,17 @@ def test_it_is_the_mean_over_every_target_and_nothing_else(trained: Path) -> Non
     assert found.overall.perplexity == pytest.approx(math.exp(found.overall.loss))
     nats = found.overall.loss * found.overall.tokens
     assert found.overall.bpb == pytest.approx(nats / math.log(2) / found.overall.bytes)
+
+
+def test_documents_add_up_to_the_whole_and_are_kept_by_training(trained: Path) -> None:
+    found = score(trained, "tiny-moe")
+    losses = found.documents
+    assert losses.nats.sum() / losses.tokens.sum() == pytest.approx(found.overall.loss, rel=1e-12)
+    assert len(losses.numbers) == len(set(losses.numbers.tolist()))
+    kept, step = load_document_losses(trained / "runs/tiny-moe/documents.npz") or pytest.fail("no file")
+    assert step == 8
+    assert kept.nats.tolist() == losses.nats.tolist()
+    assert kept.names == losses.names
 
 
 def test_the_size_of_its_batches_hardly_shows(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,8 @@ def draw_comparison(comparison: Comparison) -> Figure:
     panels[0].set_ylabel("validation loss (nats per token)")
     panels[0].set_ylim(*_visible(comparison.contestants))
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), handlelength=1.6)
+    columns = max(1, min(len(labels), int(42 * len(axes) / (5 + max(map(len, labels))))))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.6)
     return figure
 
 
@@ -187,7 +188,7 @@ def _visible(contestants: Sequence[Contestant]) -> tuple[float, float]:
 
 
 def _load_over_time(axes: Axes, name: str, load: Load) -> None:
-    shades = mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(load.layers)))
+    shades = mpl.colormaps["viridis"](np.linspace(0.25, 0.9, len(load.layers)))
     for i, layer in enumerate(load.layers):
         steps, peak = _in_stretches(load.steps, load.max_over_mean[:, i])
         axes.plot(steps, peak, color=shades[i], linewidth=1.5, label=f"layer {layer}")

@@ -80,7 +80,8 @@ def _last_line(run: RunDirectory) -> dict[str, Any]:
 
 def _run(command: Sequence[str]) -> int:
     """Run a command to its end, handing on signals; its exit code, as a shell would tell it."""
-    process = subprocess.Popen(command, start_new_session=True)  # so that a Ctrl-C comes by way of us, and once
+    # In a session of its own, so that a Ctrl-C comes by way of us, and once; what it says is progress here.
+    process = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
     with _handing_on(process):
         code = process.wait()
     return code if code >= 0 else 128 - code

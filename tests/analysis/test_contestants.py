@@ -1,0 +1,78 @@
+"""Runs of several seeds as one contestant."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moelm.analysis.contestants import gather
+from moelm.analysis.runs import read_runs
+from moelm.errors import MoelmError
+from tests.analysis.made_runs import MOE, compared, write_run
+
+
+def seeds(folder: Path, stem: str, slopes: list[float], **options: object) -> list[Path]:
+    return [
+        write_run(folder / f"{stem}-{seed}", slope=slope, seed=seed, **options)  # type: ignore[arg-type]
+        for seed, slope in enumerate(slopes)
+    ]
+
+
+def test_runs_that_differ_in_their_seed_are_one_contestant(tmp_path: Path) -> None:
+    paths = [*seeds(tmp_path, "dense", [0.5, 0.6]), *seeds(tmp_path, "moe-seed", [0.7, 0.8, 0.9], ffn=MOE)]
+    dense, moe = gather(read_runs(paths), grouped=True)
+    assert (dense.name, moe.name) == ("dense", "moe")
+    assert (dense.seeds, moe.seeds) == ((0, 1), (0, 1, 2))
+    assert moe.val.loss == pytest.approx([5, 4.2, 3.4, 2.6, 1.8])
+    assert moe.final_losses == pytest.approx([2.2, 1.8, 1.4])
+    assert moe.spread == pytest.approx(0.4)
+    assert moe.domains["code"]["loss"] == pytest.approx(2.3)
+    assert [each.name for each in gather(read_runs(paths), grouped=False)] == [path.name for path in paths]
+
+
+def test_only_common_evaluations_are_averaged(tmp_path: Path) -> None:
+    paths = seeds(tmp_path, "dense", [0.5, 0.6])
+    lines = (paths[1] / "metrics.jsonl").read_text().splitlines()
+    (paths[1] / "metrics.jsonl").write_text("\n".join(lines[:7]) + "\n")  # up to step 300
+    (dense,) = gather(read_runs(paths), grouped=True)
+    assert dense.val.steps.tolist() == [0, 100, 200, 300]
+    assert dense.final_losses == pytest.approx([3.5, 3.2])
+
+
+def test_seeds_show_in_the_comparison(tmp_path: Path) -> None:
+    paths = [*seeds(tmp_path, "dense", [0.5, 0.6]), *seeds(tmp_path, "moe", [0.7, 0.8], ffn=MOE)]
+    comparison = compared(paths, grouped=True)
+    assert comparison.verdict.sentence.startswith("moe wins: against dense")
+    assert comparison.differences["model.ffn.kind"] == {"dense": "dense", "moe": "moe"}
+    assert "seed" not in comparison.differences
+    alone = compared(paths)
+    assert "dense-0 and dense-1 differ in nothing but their seed; --group takes them as one contestant." in alone.notes
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / name, slope=0.5) for name in "ab"]
+    with pytest.raises(MoelmError, match="a and b have equal configs, but not each a seed of its own"):
+        gather(read_runs(paths), grouped=True)
+
+
+def test_prices_are_one_more_axis(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / "dense", slope=0.5), write_run(tmp_path / "moe", slope=0.8, ffn=MOE, seconds=0.2)]
+    comparison = compared(paths, prices=[3.6, 1.8])
+    assert comparison.axes == ("tokens", "flops", "seconds", "dollars")
+    forth = comparison.pair("moe", "dense")
+    # 40 s at $3.60 an hour are 4 cents; 50 s, where the mixture gets there, at half the price 2.5.
+    assert forth.needs["dollars"].total == pytest.approx(0.04)
+    assert forth.needs["dollars"].need == pytest.approx(0.025)
+    assert "less money ($0.025 against $0.04)" in comparison.verdict.reach
+    assert compared(paths, prices=[2.0]).axes[-1] == "dollars"
+    assert compared(paths).axes == ("tokens", "flops", "seconds")
+    with pytest.raises(MoelmError, match="There are 3 prices for 2 contestants"):
+        compared(paths, prices=[1, 2, 3])
+    with pytest.raises(MoelmError, match="A price is -1; dollars an hour above 0"):
+        compared(paths, prices=[-1])
+
+
+def test_processes_are_paid_for(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / "dense", slope=0.5, environment={"processes": 8}), write_run(tmp_path / "b", slope=0.5)]
+    eight, one = gather(read_runs(paths), grouped=False, prices=[1.0])
+    assert np.allclose(eight.cost("dollars"), 8 * one.cost("dollars"))

@@ -1,0 +1,70 @@
+"""A sweep from its file to its comparison, by the real command line."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import Moelm
+
+
+def write_sweep(folder: Path, steps: int) -> None:
+    sparse = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
+    tree = {
+        "name": "study",
+        "config": "dense.yaml",
+        "seeds": [0, 1],
+        "match": "flops_per_token",
+        "budget": {"tokens": 256 * steps},
+        "contestants": {"dense": {"model.ffn.hidden_dim": 64}, "moe": {"model.ffn": sparse}},
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def test_a_dry_run_trains_nothing(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=4)
+    done = moelm("sweep", "sweep.yaml", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [each["label"] for each in told["contestants"]] == ["dense", "moe"]
+    assert told["contestants"][1]["runs"] == ["study-moe-0", "study-moe-1"]
+    assert told["contestants"][1]["steps"] == 4
+    assert not (workplace / "runs").exists()
+
+
+@pytest.mark.slow
+def test_it_is_trained_compared_interrupted_and_continued(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=60)
+    command = [sys.executable, "-m", "moelm", "sweep", "sweep.yaml"]
+    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    second = workplace / "runs/study-moe-0/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (second.exists() and second.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    assert "Stopped by SIGINT and saved at step" in told
+    assert told.splitlines()[-1] == "moelm: The sweep ends here; give the same command again to go on with study-moe-0."
+
+    done = moelm("sweep", "sweep.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "[1/4] study-dense-0 is trained already." in done.stderr
+    assert "Resuming runs/study-moe-0 from step" in done.stderr
+    report = json.loads(done.stdout)
+    assert [(each["name"], len(each["members"])) for each in report["runs"]] == [("dense", 2), ("moe", 2)]
+    assert report["pairs"][0]["paired"]["seeds"] == 2
+    assert (workplace / "reports/study/report.html").exists()
+    lines = [json.loads(text) for text in second.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 61))
+
+    again = moelm("sweep", "sweep.yaml", "optim.lr=0.02")
+    assert again.returncode == 2
+    assert "study-dense-0 exists already with another optim.lr" in again.stderr
