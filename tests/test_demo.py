@@ -16,10 +16,12 @@ ROOT = Path(__file__).parent.parent
 def test_demo_ends_in_a_report(tmp_path: Path) -> None:
     for folder in ("configs", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
+    # With all threads that a user has: the models are larger than those of other tests.
+    own = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        ["bash", "scripts/demo.sh", "train.steps=10", "train.eval_every=5", "optim.warmup_steps=5"],
+        ["bash", "scripts/demo.sh", "train.steps=10", "optim.warmup_steps=5"],
         cwd=tmp_path,
-        env={**os.environ, "BIN": str(Path(sys.executable).parent)},
+        env={**own, "BIN": str(Path(sys.executable).parent)},
         capture_output=True,
         text=True,
         timeout=590,
