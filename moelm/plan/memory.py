@@ -123,7 +123,7 @@ def _activations(config: RunConfig, setting: Setting) -> int:
         attention = FLOAT32 * model.dim + wide * (model.dim + 3 * queries + 3 * keys)
         if isinstance(ffn, MoEFFNConfig):
             hidden = 2 * wide * ffn.top_k * ffn.hidden_dim
-            rows = wide * ffn.top_k * ffn.depth * model.dim + 2 * INDEX * ffn.top_k
+            rows = wide * ffn.top_k * (ffn.depth + (ffn.depth > 1)) * model.dim + 2 * INDEX * ffn.top_k
             routing = FLOAT32 * (model.dim + 5 * ffn.num_experts + 2 * ffn.top_k) + INDEX * ffn.top_k
             decided = FLOAT32 * (2 * ffn.num_experts + ffn.top_k) + INDEX * ffn.top_k
             if ffn.shared_experts:

@@ -48,6 +48,8 @@ def messages(config: RunConfig, setting: Setting) -> Iterator[Message]:
     micro_batches = config.batch_rows // layout.size // setting.micro_rows
     # What is kept after a forward pass serves the next pass too.
     gathers = micro_batches * (2 + ahead(config, setting) if config.parallel.reshard_after_forward else 1)
+    # A layer that repeats is gathered at each visit; its gradient is summed once.
+    visits = config.model.num_layers // config.model.layers_built if config.parallel.reshard_after_forward else 1
     sums = micro_batches if layout.dp_shard > 1 else 1
     copies, shared = layout.trunk
     trunk, experts = counted.trunk, counted.experts // layout.ep
@@ -55,8 +57,8 @@ def messages(config: RunConfig, setting: Setting) -> Iterator[Message]:
         trunk, experts = trunk + experts, 0
     # The root travels in float32. Groups: bytes of weights, their number, copies and shares, and how far apart shares are.
     for weights, number, replicas, shares, apart in (
-        (FLOAT32 * counted.root + wide * trunk, counted.root + trunk, copies, shared, 1),
-        (wide * experts, experts, layout.dp_replicate, layout.dp_shard, layout.ep),
+        (FLOAT32 * counted.root + visits * wide * trunk, counted.root + trunk, copies, shared, 1),
+        (visits * wide * experts, experts, layout.dp_replicate, layout.dp_shard, layout.ep),
     ):
         yield Message("all_gather", gathers * _part(shares) * weights, shares, apart)
         yield Message("reduce_scatter", sums * reduced * _part(shares) * number, shares, apart)

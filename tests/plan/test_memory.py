@@ -18,6 +18,8 @@ CASES = {
     "dense": ("demo-dense", 1, ()),
     "moe-bf16": ("demo-moe", 1, ("train.precision=bf16",)),
     "full": ("demo-moe", 1, ("parallel.activation_checkpointing=full",)),
+    "deep": ("demo-moe", 1, ("model.ffn.depth=2",)),
+    "looped": ("demo-moe", 1, ("model.unique_layers=2",)),
     "copies": ("demo-moe", 2, ()),
     "ep": ("demo-moe", 2, ("parallel.ep=2",)),
     "sharded-ep": ("demo-moe", 4, ("parallel.dp_shard=2", "parallel.ep=2")),

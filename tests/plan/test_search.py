@@ -9,6 +9,7 @@ from moelm.config import RunConfig, load_config
 from moelm.distributed.layout import Layout
 from moelm.errors import MoelmError
 from moelm.hardware import DEVICES
+from moelm.model import count_parameters
 from moelm.plan import make_plan
 from moelm.plan.memory import Setting, estimate_memory
 from moelm.plan.search import LINKS, _seconds, layouts
@@ -67,6 +68,16 @@ def test_messages_by_hand() -> None:
     assert sent(1, 2, 1) == (2 * 2 * parameters, 2 * parameters, 0, 0)
     # Two ways and their gradients, in four layers, of which half stays here: 1,024 tokens, two experts each, 128 wide.
     assert sent(1, 1, 2) == (0, 0, 4 * (parameters - experts), 4 * 4 * 1024 * 2 * 128 * 4 // 2)
+
+
+def test_layers_that_repeat_are_gathered_at_each_visit_and_summed_once() -> None:
+    whole, looped = (shaped("demo-moe", "train.precision=float32", *words) for words in ((), ("model.unique_layers=2",)))
+    plain, repeated = (
+        Traffic.of(list(messages(config, Setting(Layout(1, 2, 1), "none", 4, False)))) for config in (whole, looped)
+    )
+    assert repeated.all_gather == plain.all_gather
+    left_out = count_parameters(whole.model).total - count_parameters(looped.model).total
+    assert plain.reduce_scatter - repeated.reduce_scatter == 2 * left_out
 
 
 def test_groups_inside_a_machine_have_its_links_and_others_the_network() -> None:
