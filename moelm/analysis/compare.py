@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moelm.analysis.contestants import AXES, Axis, Contestant, flatten
+from moelm.analysis.intervals import Resampled
 from moelm.analysis.measures import Pair, measure
 from moelm.analysis.runs import FINGERPRINTS, RunRecord
 from moelm.analysis.trends import Trend, find_trend
@@ -63,7 +64,8 @@ def compare(contestants: Sequence[Contestant], force: bool = False) -> Compariso
     reference = contestants[0]
     challenger = min(contestants[1:], key=lambda each: each.val.loss[-1])
     axes = AXES if all(each.price is not None for each in contestants) else AXES[:-1]
-    pairs = tuple(measure(a, b, axes) for a, b in itertools.permutations(contestants, 2))
+    resampled = Resampled(contestants)
+    pairs = tuple(measure(a, b, axes, resampled.paired(a, b)) for a, b in itertools.permutations(contestants, 2))
     return Comparison(
         contestants=tuple(contestants),
         pairs=pairs,

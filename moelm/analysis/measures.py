@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelm.analysis.contestants import Axis, Contestant
-from moelm.analysis.intervals import Interval, Paired, paired
+from moelm.analysis.intervals import Interval, Paired
 from moelm.analysis.runs import Array
 
 TIE = 0.005
@@ -65,10 +65,13 @@ class Pair:
     """None where not both tell their losses on each document."""
 
 
-def measure(a: Contestant, b: Contestant, axes: tuple[Axis, ...]) -> Pair:
-    """All that is asked of two contestants."""
+def measure(a: Contestant, b: Contestant, axes: tuple[Axis, ...], both: Paired | None) -> Pair:
+    """All that is asked of two contestants.
+
+    Args:
+        both: their difference on the same documents, where it is known.
+    """
     target = float(b.val.loss[-1])
-    both = paired(a, b)
     known = None if both is None else both.whole
     return Pair(
         a=a.name,
