@@ -14,7 +14,7 @@ from moelm.analysis.runs import Array
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-DRAWS = 200_000_000
+DRAWS = 50_000_000
 """Most documents drawn in all; where there are very many, fewer resamples say as much."""
 CHUNK = 4_000_000
 """Documents drawn at once, to bound the memory."""
@@ -113,8 +113,11 @@ def draw(tokens_D: Array, nats_ND: Array, resamples: int = RESAMPLES) -> Draws:
     resamples = max(1000, min(resamples, DRAWS // count))
     rng = np.random.default_rng(0)
     tokens, nats = [], []
-    for start in range(0, resamples, most := max(1, CHUNK // count)):
-        times_RD = rng.multinomial(count, np.full(count, 1 / count), size=min(most, resamples - start)).astype(np.float64)
+    most = max(1, CHUNK // count)
+    for start in range(0, resamples, most):
+        size = min(most, resamples - start)
+        drawn = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        times_RD = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
         tokens.append(times_RD @ tokens_D)
         nats.append(times_RD @ nats_ND.T)
     return Draws(np.concatenate(tokens), np.concatenate(nats))

@@ -1,5 +1,6 @@
 """From a sweep's file to its runs: each one's settings, widths that match, steps that spend the budget. Trains nothing."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,7 @@ def plan_sweep(path: Path, sweep: SweepConfig, overrides: Sequence[str]) -> list
     if sweep.budget is not None:
         steps = _steps(entries, sweep.budget)
         entries = [_add(entry, [f"train.steps={count}"]) for entry, count in zip(entries, steps, strict=True)]
+    _check_different(entries)
     return entries
 
 
@@ -83,6 +85,14 @@ def _add(entry: Entry, words: list[str]) -> Entry:
         known = config.model.model_copy(update={"vocab_size": manifest["vocab_size"]})
         config = config.model_copy(update={"model": known})
     return entry._replace(words=words, config=config)
+
+
+def _check_different(entries: Sequence[Entry]) -> None:
+    for a, b in itertools.combinations(entries, 2):
+        if a.config.model_copy(update={"name": b.config.name}) == b.config:
+            raise MoelmError(
+                f"The contestants {a.label} and {b.label} have the same settings; there is nothing to compare."
+            )
 
 
 def _widened(entry: Entry, width: int) -> list[str]:

@@ -98,6 +98,8 @@ def test_a_budget_of_seconds_is_timed(workplace: Path) -> None:
     [
         ({"contestants": {"one": {}}}, "The sweep study has 1 contestants; at least two are expected"),
         ({"contestants": {"a b": {}, "a-b": {}}}, "two contestants called a-b"),
+        ({"contestants": {"a": {}, "b": {"seed": 1}}}, "'seed=1' cannot be set in a sweep"),
+        ({"contestants": {"a": {}, "b": {"model.ffn.hidden_dim": 32}}}, "a and b have the same settings"),
         ({"seeds": [1, 1]}, r"has the seeds \[1, 1\]; each of them once"),
         ({"budget": {"tokens": 1, "flops": 1}}, "budget names tokens and flops; one of tokens, flops, seconds"),
         ({"budget": {}}, "budget names nothing"),
