@@ -142,6 +142,8 @@ def test_it_comes_back() -> None:
     ("ffn", "changes", "told"),
     [
         (MOE, {"sandwich_norm": True}, "model.sandwich_norm"),
+        ({**MOE, "depth": 2}, {}, "model.ffn.depth is 2"),
+        (DENSE, {"num_layers": 2, "unique_layers": 1}, "model.unique_layers is 1"),
         (DENSE, {"attention_logit_cap": 30.0}, "model.attention_logit_cap is 30.0"),
         ({**MOE, "router": {"kind": "hierarchical", "groups": 2, "group_k": 2}}, {}, "router.kind is hierarchical"),
         ({**MOE, "router": {"kind": "hash"}}, {}, "router.kind is hash"),
