@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moelm.analysis.routing.counts import UNIT, RoutingCounts, tally
-from moelm.config import MoEFFNConfig
+from moelm.analysis.routing.layers import sparse_ffn
 from moelm.data.loader import Batch, Rows
-from moelm.errors import MoelmError
 from moelm.evaluate import EVAL_TOKENS
 from moelm.model import Transformer
 from moelm.model.router import Routing
@@ -41,13 +40,7 @@ def collect(
     Raises:
         MoelmError: a dense model, or one whose experts choose.
     """
-    ffn = model.config.ffn
-    if not isinstance(ffn, MoEFFNConfig):
-        raise MoelmError("The model is dense; there is no routing to look at.")
-    if ffn.router.kind == "expert_choice":
-        raise MoelmError(
-            "The model's experts choose their tokens (router.kind is expert_choice); tokens have no first choice."
-        )
+    ffn = sparse_ffn(model.config)
     layers = model.config.sparse_layers
     drawn = draw_rows(rows, tokens, seed)
     fragments = np.concatenate([np.arange(rows.packing.row_starts[r], rows.packing.row_starts[r + 1]) for r in drawn])
