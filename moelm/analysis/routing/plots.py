@@ -89,6 +89,29 @@ def plot_experts(told: dict[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=DPI)
 
 
+def plot_saturation(told: dict[str, Any], path: Path) -> None:
+    """Share of each layer's choices that other checkpoints made too, by their step (OLMoE 2024, router saturation)."""
+    layers = told["layers"]
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 3.8), layout="constrained")
+        for axes, kind, title in zip(
+            figure.subplots(1, 2), ("first", "experts"), ("The same first expert", "The same experts"), strict=True
+        ):
+            for layer, colour in zip(layers, colours, strict=True):
+                found = {same["step"]: same[kind] for same in layer["saturation"]["checkpoints"]} | {told["step"]: 1.0}
+                steps = sorted(found)
+                shares = [found[step] for step in steps]
+                axes.plot(steps, shares, marker="o", markersize=4, color=colour, label=f"layer {layer['layer']}")
+            axes.axhline(layers[0]["saturation"]["uniform"][kind], color=QUIET, linestyle=_DASH, label="by lot")
+            axes.set_title(f"{title} as at step {told['step']:,}")
+            axes.set_xlabel("step")
+            axes.set_ylim(0, 1.03)
+        figure.axes[0].set_ylabel("share of choices")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", ncols=-(-len(layers) // 16))
+        figure.savefig(path, dpi=DPI)
+
+
 def _matrix(figure: Figure, axes: Axes, values: Any, title: str) -> None:
     image = axes.imshow(values, cmap="viridis", interpolation="nearest")
     axes.set_title(title, fontsize=10)

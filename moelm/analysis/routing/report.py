@@ -9,14 +9,16 @@ from rich.table import Table
 
 from moelm import __version__
 from moelm.analysis.routing.collect import collect
-from moelm.analysis.routing.plots import plot_experts, plot_repetition, plot_shares
+from moelm.analysis.routing.layers import sparse_ffn
+from moelm.analysis.routing.plots import plot_experts, plot_repetition, plot_saturation, plot_shares
+from moelm.analysis.routing.saturation import compare_checkpoints, tell_saturation
 from moelm.analysis.routing.summary import summarise
 from moelm.analysis.routing.weights import expert_similarity
-from moelm.config import MoEFFNConfig
+from moelm.checkpoint import step_of
 from moelm.distributed.world import joined
 from moelm.errors import MoelmError
 from moelm.folders import free_folder, whole_folder
-from moelm.rundir import open_run
+from moelm.rundir import RunDirectory, open_run
 
 
 def analyze_run(
@@ -39,24 +41,37 @@ def analyze_run(
     """
     folder = free_folder(out)
     run = open_run(name, checkpoint, split)
+    directory = RunDirectory.find(name)
+    step = step_of(directory.checkpoint(checkpoint))
     with joined() as world:
         sample = collect(run.model, run.rows, tokens, seed, run.device, run.dtype, run.config.data.document_mask)
+        settled = compare_checkpoints(directory, run, step, tokens, seed)
         if not world.first:
             return None
-    ffn = run.config.model.ffn
-    assert isinstance(ffn, MoEFFNConfig)
+    ffn = sparse_ffn(run.config.model)
 
     def words(token: int) -> str:
         return run.tokenizer.decode([token]) or run.tokenizer.raw.id_to_token(token) or f"#{token}"
 
-    told = {"moelm": __version__, "run": name, "checkpoint": checkpoint, "split": split, "seed": seed}
+    told: dict[str, Any] = {
+        "moelm": __version__,
+        "run": name,
+        "checkpoint": checkpoint,
+        "step": step,
+        "split": split,
+        "seed": seed,
+    }
     told |= summarise(sample, ffn.top_k, words, expert_similarity(run.model), permutations, seed)
+    for at, layer in enumerate(told["layers"]):
+        layer["saturation"] = tell_saturation(settled, at, ffn)
     try:
         with whole_folder(folder) as work:
             (work / "routing.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
             plot_shares(told, work / "shares.png")
             plot_repetition(told, work / "repetition.png")
             plot_experts(told, work / "experts.png")
+            if settled:
+                plot_saturation(told, work / "saturation.png")
     except OSError as error:
         raise MoelmError(f"{out} cannot be written: {error.strerror}.") from error
     return told
@@ -82,3 +97,8 @@ def render_routing(console: Console, told: dict[str, Any]) -> None:
             f"{layer['similarity']['mean']:.3f}" if layer["similarity"]["mean"] is not None else "–",
         )
     console.print(table)
+    checkpoints = [layer["saturation"]["checkpoints"] for layer in told["layers"]]
+    for same in zip(*checkpoints, strict=True):
+        shares = " ".join(f"{layer['experts']:.3f}" for layer in same)
+        uniform = told["layers"][0]["saturation"]["uniform"]["experts"]
+        console.print(f"experts that were the same at step {same[0]['step']:,}, by layer: {shares} (by lot {uniform:.3f})")
