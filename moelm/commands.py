@@ -200,5 +200,5 @@ def analyze_and_show(
     if told is not None and not quiet:
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
         render_routing(console, told)
-        console.print(f"\nReport: {out / 'routing.json'} and pictures", soft_wrap=True)
+        console.print(f"\nReport: {out / 'routing.html'}", soft_wrap=True)
     return told

@@ -1,4 +1,4 @@
-"""`analyze`: the pass, the numbers, and the folder with routing.json and its pictures."""
+"""`analyze`: the pass, the numbers, and the folder with routing.json, routing.html and pictures."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,8 @@ from rich.table import Table
 from moelm import __version__
 from moelm.analysis.routing.collect import collect
 from moelm.analysis.routing.layers import sparse_ffn
+from moelm.analysis.routing.page import routing_page
+from moelm.analysis.routing.passages import read_passages
 from moelm.analysis.routing.plots import plot_experts, plot_repetition, plot_saturation, plot_shares
 from moelm.analysis.routing.saturation import compare_checkpoints, tell_saturation
 from moelm.analysis.routing.summary import summarise
@@ -48,6 +50,7 @@ def analyze_run(
         settled = compare_checkpoints(directory, run, step, tokens, seed)
         if not world.first:
             return None
+    passages = read_passages(run, tokens, seed)
     ffn = sparse_ffn(run.config.model)
 
     def words(token: int) -> str:
@@ -67,14 +70,25 @@ def analyze_run(
     try:
         with whole_folder(folder) as work:
             (work / "routing.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-            plot_shares(told, work / "shares.png")
-            plot_repetition(told, work / "repetition.png")
-            plot_experts(told, work / "experts.png")
-            if settled:
-                plot_saturation(told, work / "saturation.png")
+            page = routing_page(told, passages, _draw(told, work))
+            (work / "routing.html").write_text(page, encoding="utf-8")
     except OSError as error:
         raise MoelmError(f"{out} cannot be written: {error.strerror}.") from error
     return told
+
+
+def _draw(told: dict[str, Any], work: Path) -> dict[Path, str]:
+    """Make the pictures there are; their files, with captions."""
+    plots = {
+        "shares.png": (plot_shares, "Share of each domain's assignments by expert"),
+        "repetition.png": (plot_repetition, "Neighbours that share experts, by layer, beside chance"),
+        "experts.png": (plot_experts, "Which experts serve the same tokens, and how alike their weights are"),
+    }
+    if told["layers"][0]["saturation"]["checkpoints"]:
+        plots["saturation.png"] = (plot_saturation, "Choices that other checkpoints made too")
+    for name, (plot, _) in plots.items():
+        plot(told, work / name)
+    return {work / name: caption for name, (_, caption) in plots.items()}
 
 
 def render_routing(console: Console, told: dict[str, Any]) -> None:

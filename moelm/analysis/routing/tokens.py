@@ -60,7 +60,7 @@ def sample_visits(
     rows = encode_prompts(tokenizer, prompts)
     found = []
     for prompt, row, writing in zip(prompts, rows, write_rows(model, tokenizer, rows, sampling), strict=True):
-        experts_TK = read(model, [*row, *writing.ids], number)[len(row) :]
+        experts_TK = read(model, [*row, *writing.ids])[number][len(row) :]
         texts = cut(tokenizer, row[-1], writing.ids, writing.text)
         visits = [Visit(*each) for each in zip(writing.ids, texts, experts_TK, strict=True)]
         found.append(Sampled(prompt, writing.text, number, visits))
@@ -68,11 +68,11 @@ def sample_visits(
 
 
 @torch.inference_mode()
-def read(model: Transformer, ids: Sequence[int], layer: int) -> list[list[int]]:
-    """The experts of one layer that each token visits, best first."""
+def read(model: Transformer, ids: Sequence[int]) -> dict[int, list[list[int]]]:
+    """The experts that each token of one text visits, best first, by the number of the layer."""
     tokens_BT = torch.tensor([ids], device=model.embedding.weight.device)
-    experts_TK: list[list[int]] = model(tokens_BT, last_only=True).routings[layer].experts_NK.tolist()
-    return experts_TK
+    routings = model(tokens_BT, last_only=True).routings
+    return {layer: routing.experts_NK.tolist() for layer, routing in sorted(routings.items())}
 
 
 def cut(tokenizer: Tokenizer, before: int, ids: Sequence[int], text: str) -> list[str]:

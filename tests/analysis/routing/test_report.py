@@ -31,7 +31,7 @@ def test_the_folder_holds_numbers_and_pictures(trained: Path, tmp_path: Path) ->
     told = analyze(trained, "tiny-moe", tmp_path / "out")
     assert json.loads((tmp_path / "out/routing.json").read_text()) == told
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "routing.json", "shares.png", "repetition.png", "experts.png", "saturation.png",
+        "routing.json", "routing.html", "shares.png", "repetition.png", "experts.png", "saturation.png",
     }  # fmt: skip
     assert [layer["layer"] for layer in told["layers"]] == [0, 1]
     for layer in told["layers"]:
