@@ -8,7 +8,7 @@ from colorsys import hls_to_rgb
 
 _FEW = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999")
 _GOLDEN = 0.381966
-_LIGHTNESSES = (0.45, 0.62, 0.78)
+_LIGHTNESSES = (0.42, 0.56, 0.7)
 
 
 def expert_colours(num_experts: int) -> list[str]:

@@ -22,9 +22,10 @@ img { display: block; width: 100%; height: auto }
 .legend span { min-width: 1.9em; text-align: center; cursor: default }
 #told { white-space: pre-wrap; overflow-wrap: anywhere }
 .passage { margin: 0 0 .8rem; padding: .7rem .8rem; border: 1px solid var(--line); border-radius: .5rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; font: .8rem/1.75 ui-monospace, monospace }
+  white-space: break-spaces; overflow-wrap: anywhere; font: .8rem/1.75 ui-monospace, monospace }
 .passage span, .legend span { background: color-mix(in srgb, var(--hue) 42%, var(--paper));
   border-bottom: 2px solid var(--hue); color: var(--ink); print-color-adjust: exact; -webkit-print-color-adjust: exact }
+.passage span { box-shadow: inset -1px 0 var(--paper) }
 .table { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left;
