@@ -7,41 +7,41 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moelm import __version__
+from moelm.analysis.page import Picture, figure_html, table_html, whole_page
 from moelm.analysis.routing.palette import expert_colours
 from moelm.analysis.routing.passages import Passage
 from moelm.analysis.routing.style import CSS, SCRIPT
+from moelm.analysis.tables import NONE, Table
 
 SURE = 0.05
 """p up to which experts are said to tell domains apart."""
-_NONE = "–"
 
 
-def routing_page(told: Mapping[str, Any], passages: Sequence[Passage], pictures: Mapping[Path, str]) -> str:
+def routing_page(told: Mapping[str, Any], passages: Sequence[Passage], pictures: Sequence[Picture]) -> str:
     """The whole page.
 
     Args:
         told: what routing.json holds.
-        pictures: captions of PNG files.
     """
     shown = strongest(told)
-    title = html.escape(f"Routing of {told['run']}")
-    verdict, *more = (html.escape(sentence) for sentence in sentences(told))
+    title = f"Routing of {told['run']}"
+    answer, *further = (html.escape(sentence) for sentence in sentences(told))
     body = [
-        f"<h1>{title}</h1>",
-        f'<p class="verdict">{verdict}</p>',
-        *(f"<p>{sentence}</p>" for sentence in more),
-        *(_figure(path, caption) for path, caption in pictures.items()),
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="answer">{answer}</p>',
+        *(f"<p>{sentence}</p>" for sentence in further),
+        *map(figure_html, pictures),
         *_texts(told, passages, shown),
         *_tables(told, shown),
+        f"<footer>Written by moelm {__version__}.</footer>",
+        f"<script>{SCRIPT}</script>",
     ]
-    style = CSS + _colours(told["num_experts"])
-    return _PAGE.format(title=title, style=style, script=SCRIPT, body="\n".join(body), version=__version__)
+    return whole_page(title, "\n".join(body), CSS + _colours(told["num_experts"]))
 
 
 def strongest(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def sentences(told: Mapping[str, Any]) -> list[str]:
     """The answer, and what it rests on."""
     best, count = strongest(told), len(told["domains"])
     first, found = best["repetition"]["first"], best["association"].get("all")
-    repeated = _NONE if first["all"] is None else f"{first['all']:.1%}"
+    repeated = NONE if first["all"] is None else f"{first['all']:.1%}"
     company = f"neighbours share their first expert in {repeated} of cases, and would in {first['uniform']:.1%} by lot"
     if first["shuffled"] is not None:
         company += f", or in {first['shuffled']:.1%} if the tokens of a domain were shuffled"
@@ -78,11 +78,6 @@ def sentences(told: Mapping[str, Any]) -> list[str]:
     )
     meaning = "V is 0 where domains are routed alike, and 1 where an expert tells its domain."
     return [answer, f"In that layer {company}. {meaning} {basis}"]
-
-
-def _figure(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
 
 
 def _colours(num_experts: int) -> str:
@@ -126,7 +121,7 @@ def _escape(text: str) -> str:
 
 def _tables(told: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
     layers, domains = told["layers"], list(told["domains"])
-    rows: list[Sequence[str]] = []
+    rows: list[tuple[str, ...]] = []
     for layer in layers:
         found, first, same = (
             layer["association"].get("all"),
@@ -138,7 +133,7 @@ def _tables(told: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
                 str(layer["layer"]),
                 f"{layer['load_max_over_mean']:.2f}",
                 str(len(layer["dead_experts"])),
-                *((f"{found['cramers_v']:.3f}", f"{found['p']:.3g}") if found else (_NONE, _NONE)),
+                *((f"{found['cramers_v']:.3f}", f"{found['p']:.3g}") if found else (NONE, NONE)),
                 *(_share(first[key]) for key in ("all", "shuffled", "uniform")),
                 f"{layer['entropy']['all']:.3f}",
                 *(f"{one['experts']:.3f}" for one in same),
@@ -146,51 +141,23 @@ def _tables(told: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
         )
     steps = [f"as at {one['step']:,}" for one in layers[0]["saturation"]["checkpoints"]]
     head = ("layer", "max / mean load", "dead", "V", "p", "same first", "shuffled", "by lot", "entropy", *steps)
-    repeated = [
+    repeated = tuple(
         (str(layer["layer"]), *(_share(layer["repetition"]["first"]["domains"][domain]) for domain in domains))
         for layer in layers
-    ]
-    words = [
-        (str(expert), " · ".join(json.dumps(token["text"], ensure_ascii=False) for token in tokens) or _NONE)
+    )
+    words = tuple(
+        (str(expert), " · ".join(json.dumps(token["text"], ensure_ascii=False) for token in tokens) or NONE)
         for expert, tokens in enumerate(shown["characteristic"]["by_input"])
-    ]
+    )
+    title = f"Tokens most its own, by expert of layer {shown['layer']}"
     return [
-        *_table("Layers", head, rows),
-        *_table("Neighbours with the same first expert, by domain", ("layer", *domains), repeated),
-        *_table(f"Tokens most its own, by expert of layer {shown['layer']}", ("expert", "tokens"), words, "words"),
+        *table_html(Table("Layers", head, tuple(rows))),
+        *table_html(Table("Neighbours with the same first expert, by domain", ("layer", *domains), repeated)),
+        '<div class="words">',
+        *table_html(Table(title, ("expert", "tokens"), words, left=2)),
+        "</div>",
     ]
 
 
 def _share(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.3f}"
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "numbers") -> list[str]:
-    def line(tag: str, row: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-    return [
-        f"<h2>{html.escape(title)}</h2>",
-        f'<div class="table"><table class="{kind}"><thead>{line("th", head)}</thead>',
-        "<tbody>",
-        *(line("td", row) for row in rows),
-        "</tbody></table></div>",
-    ]
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-<footer>Written by moelm {version}.</footer>
-<script>{script}</script>
-</body>
-</html>
-"""
+    return NONE if value is None else f"{value:.3f}"

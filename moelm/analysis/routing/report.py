@@ -1,18 +1,23 @@
 """`analyze`: the pass, the numbers, and the folder with routing.json, routing.html and pictures."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from moelm import __version__
+from moelm.analysis.page import Picture
+from moelm.analysis.plots import in_both_lights
 from moelm.analysis.routing.collect import collect
 from moelm.analysis.routing.layers import sparse_ffn
 from moelm.analysis.routing.page import routing_page
 from moelm.analysis.routing.passages import read_passages
-from moelm.analysis.routing.plots import plot_experts, plot_repetition, plot_saturation, plot_shares
+from moelm.analysis.routing.plots import draw_experts, draw_repetition, draw_saturation, draw_shares
 from moelm.analysis.routing.saturation import compare_checkpoints, tell_saturation
 from moelm.analysis.routing.summary import summarise
 from moelm.analysis.routing.weights import expert_similarity
@@ -70,25 +75,24 @@ def analyze_run(
     try:
         with whole_folder(folder) as work:
             (work / "routing.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-            page = routing_page(told, passages, _draw(told, work))
-            (work / "routing.html").write_text(page, encoding="utf-8")
+            pictures = _pictures(told)
+            for picture in pictures:
+                (work / picture.name).write_bytes(picture.light)
+            (work / "routing.html").write_text(routing_page(told, passages, pictures), encoding="utf-8")
     except OSError as error:
         raise MoelmError(f"{out} cannot be written: {error.strerror}.") from error
     return told
 
 
-def _draw(told: dict[str, Any], work: Path) -> dict[Path, str]:
-    """Make the pictures there are; their files, with captions."""
-    plots = {
-        "shares.png": (plot_shares, "Share of each domain's assignments by expert"),
-        "repetition.png": (plot_repetition, "Neighbours that share experts, by layer, beside chance"),
-        "experts.png": (plot_experts, "Which experts serve the same tokens, and how alike their weights are"),
-    }
+def _pictures(told: dict[str, Any]) -> list[Picture]:
+    wanted: list[tuple[str, str, Callable[[dict[str, Any]], Figure]]] = [
+        ("shares.png", "Share of each domain's assignments by expert", draw_shares),
+        ("repetition.png", "Neighbours that share experts, by layer, beside chance", draw_repetition),
+        ("experts.png", "Which experts serve the same tokens, and how alike their weights are", draw_experts),
+    ]
     if told["layers"][0]["saturation"]["checkpoints"]:
-        plots["saturation.png"] = (plot_saturation, "Choices that other checkpoints made too")
-    for name, (plot, _) in plots.items():
-        plot(told, work / name)
-    return {work / name: caption for name, (_, caption) in plots.items()}
+        wanted.append(("saturation.png", "Choices that other checkpoints made too", draw_saturation))
+    return [Picture(name, caption, *in_both_lights(partial(draw, told))) for name, caption, draw in wanted]
 
 
 def render_routing(console: Console, told: dict[str, Any]) -> None:

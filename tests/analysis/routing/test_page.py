@@ -24,7 +24,7 @@ NASTY = ["<b>", " &amp;", "\n", "\r", "</script>", '"é🙂', ""]
 class Page(HTMLParser):
     """What a page holds: every tag with its attributes, texts of the passages' tokens, the script's data."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "source")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def passages(num_experts: int = 4) -> list[Passage]:
 @pytest.mark.parametrize("num_experts", [4, 300])
 def test_tokens_are_the_passages_in_every_layer(told: dict[str, Any], num_experts: int) -> None:
     given = passages(num_experts)
-    page = Page(routing_page({**told, "num_experts": num_experts}, given, {}))
+    page = Page(routing_page({**told, "num_experts": num_experts}, given, ()))
     assert [[text for _, text in shown] for shown in page.passages] == [passage.texts for passage in given]
     assert [layer["value"] for tag, layer in page.tags if tag == "option"] == ["0", "1"]
     data = json.loads(page.data)
@@ -98,7 +98,8 @@ def test_the_written_page_needs_nothing_else(trained: Path, tmp_path: Path) -> N
     for tag, attributes in page.tags:
         assert "href" not in attributes
         assert tag != "link"
-        assert str(attributes.get("src", "data:")).startswith("data:")
+        for name in ("src", "srcset"):
+            assert str(attributes.get(name, "data:")).startswith("data:")
     pictures = [str(about["src"]) for tag, about in page.tags if tag == "img"]
     assert [base64.b64decode(source.partition(",")[2]) for source in pictures] == [
         (tmp_path / "out" / name).read_bytes() for name in ("shares.png", "repetition.png", "experts.png", "saturation.png")
@@ -107,7 +108,7 @@ def test_the_written_page_needs_nothing_else(trained: Path, tmp_path: Path) -> N
 
 
 def test_what_comes_from_outside_is_escaped(told: dict[str, Any]) -> None:
-    text = routing_page({**told, "run": "<i>run</i>"}, passages(), {})
+    text = routing_page({**told, "run": "<i>run</i>"}, passages(), ())
     assert "<i>" not in text
     assert "<b>" not in text
     assert "<domain>" not in text
