@@ -76,8 +76,11 @@ def sentences(told: Mapping[str, Any]) -> list[str]:
         if found["p"] <= SURE
         else f"Experts do not tell the {count} domains apart: even layer {best['layer']}, the strongest, has {figures}."
     )
-    meaning = "V is 0 where domains are routed alike, and 1 where an expert tells its domain."
-    return [answer, f"In that layer {company}. {meaning} {basis}"]
+    meaning = "V is 0 where domains are routed alike, and 1 where an expert tells its domain"
+    for group in ("real", "synthetic"):
+        if part := best["association"].get(group):
+            meaning += f"; among {group} domains alone it is {part['cramers_v']:.2f} (p = {part['p']:.2g})"
+    return [answer, f"{meaning}. In that layer {company}. {basis}"]
 
 
 def _colours(num_experts: int) -> str:
@@ -139,7 +142,7 @@ def _tables(told: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
                 *(f"{one['experts']:.3f}" for one in same),
             )
         )
-    steps = [f"as at {one['step']:,}" for one in layers[0]["saturation"]["checkpoints"]]
+    steps = [f"as at step {one['step']:,}" for one in layers[0]["saturation"]["checkpoints"]]
     head = ("layer", "max / mean load", "dead", "V", "p", "same first", "shuffled", "by lot", "entropy", *steps)
     repeated = tuple(
         (str(layer["layer"]), *(_share(layer["repetition"]["first"]["domains"][domain]) for domain in domains))

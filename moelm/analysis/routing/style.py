@@ -16,7 +16,7 @@ h3 { margin: 1.4rem 0 .4rem; font-size: .9rem; font-weight: 600; color: var(--qu
   border-bottom: 2px solid var(--hue); color: var(--ink); print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .passage span { box-shadow: inset -1px 0 var(--paper) }
 .words td { white-space: normal; vertical-align: top }
-.words td + td { font: .8rem/1.6 ui-monospace, monospace; overflow-wrap: anywhere }
+.words td + td { font: .8rem/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
 @media print { .bar { position: static } #told { display: none } }
 """
 
