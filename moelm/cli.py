@@ -125,6 +125,13 @@ def sample(
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 discourages repeats.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    show_experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[=LAYER]",
+            help="Colour each new token by its first expert in this layer: its number, first, middle or last (default).",
+        ),
+    ] = None,
     checkpoint: Checkpoint = "last",
     as_json: AsJson = False,
 ) -> None:
@@ -134,6 +141,13 @@ def sample(
     from moelm.rundir import load_run
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), seed)
+    if show_experts is not None:
+        from moelm.commands import sample_and_show
+
+        samples = sample_and_show(run, checkpoint, prompts, sampling, show_experts, quiet=as_json)
+        if as_json:
+            _print_json({"run": run, "samples": samples})
+        return
     model, tokenizer, _ = load_run(run, checkpoint)
 
     live = not as_json and len(prompts) == 1
@@ -328,7 +342,8 @@ def _print_json(content: dict[str, Any]) -> None:
 def main() -> None:
     """Run the command line; a problem of the user's is one sentence and exit code 2."""
     try:
-        app()
+        # Typer knows no option that may stand without its value.
+        app(["--show-experts=last" if word == "--show-experts" else word for word in sys.argv[1:]])
     except MoelmError as error:
         if not error.told:
             typer.echo(f"moelm: {error}", err=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from moelm.errors import MoelmError
 from moelm.evaluate import Evaluation
+from moelm.generate import Sampling
 
 
 def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
@@ -21,6 +22,23 @@ def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
     with joined() as world:
         evaluation = evaluate(run.model, run.rows, run.device, run.dtype, run.config.data.document_mask)
         return evaluation if world.first else None
+
+
+def sample_and_show(
+    name: str, checkpoint: str, prompts: Sequence[str], sampling: Sampling, layer: str, quiet: bool
+) -> list[dict[str, Any]]:
+    """Continue prompts and, unless quiet, show which experts of a layer the new tokens visit; returns that for JSON."""
+    from rich.console import Console
+
+    from moelm.analysis.routing.layers import sparse_ffn
+    from moelm.analysis.routing.tokens import render_visits, sample_visits
+    from moelm.rundir import load_run
+
+    model, tokenizer, config = load_run(name, checkpoint)
+    samples = sample_visits(model, tokenizer, prompts, sampling, layer)
+    if not quiet:
+        render_visits(Console(highlight=False), samples, sparse_ffn(config.model).num_experts)
+    return [sample.as_dict() for sample in samples]
 
 
 def compare_and_show(
@@ -182,5 +200,5 @@ def analyze_and_show(
     if told is not None and not quiet:
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
         render_routing(console, told)
-        console.print(f"\nReport: {out / 'routing.json'} and pictures", soft_wrap=True)
+        console.print(f"\nReport: {out / 'routing.html'}", soft_wrap=True)
     return told

@@ -49,12 +49,19 @@ def generate_text(
     Raises:
         MoelmError: an empty prompt, characters never seen, or a context longer than the model's.
     """
-    rows = []
-    for prompt in prompts:
-        if not prompt:
-            raise MoelmError("The prompt is empty; give some text to go on from.")
-        rows.append(tokenizer.encode_prompt(prompt))
+    rows = encode_prompts(tokenizer, prompts)
     return continue_rows(model, tokenizer, rows, sampling, stream if len(rows) == 1 else None)
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts.
+
+    Raises:
+        MoelmError: an empty prompt, or characters never seen.
+    """
+    if not all(prompts):
+        raise MoelmError("The prompt is empty; give some text to go on from.")
+    return [tokenizer.encode_prompt(prompt) for prompt in prompts]
 
 
 def continue_rows(
@@ -65,13 +72,26 @@ def continue_rows(
     stream: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The same for prompts that are token ids already."""
+    return [writing.text for writing in write_rows(model, tokenizer, rows, sampling, stream)]
+
+
+def write_rows(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stream: Callable[[str], None] | None = None,
+) -> list["Writing"]:
+    """The same with the tokens that the texts are made of."""
     written = [Writing(tokenizer, sampling, stream, row[-1]) for row in rows]
     for tokens_B in generate_tokens(model, rows, sampling, tokenizer.eos_id):
         for writing, token in zip(written, tokens_B, strict=True):
             writing.add(token)
         if all(writing.done for writing in written):
             break
-    return [writing.finish() for writing in written]
+    for writing in written:
+        writing.finish()
+    return written
 
 
 class Writing:

@@ -61,9 +61,9 @@ def page(report: Report) -> str:
     body += [f"<p>{say(text)}</p>" for text in report.further]
     if report.notes:
         body += ["<ul>", *(f"<li>{say(note)}</li>" for note in report.notes), "</ul>"]
-    body += [_figure(picture) for picture in report.pictures]
+    body += [figure_html(picture) for picture in report.pictures]
     for table in report.tables:
-        body += _table(table)
+        body += table_html(table)
     if report.commands:
         body += ["<h2>Commands</h2>", f"<pre>{say(chr(10).join(report.commands))}</pre>"]
     body += [f"<footer>Written by moelm {__version__}. Losses in nats per token.</footer>"]
@@ -85,13 +85,15 @@ def data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
-def _figure(picture: Picture) -> str:
+def figure_html(picture: Picture) -> str:
+    """A picture that follows the page's light."""
     caption = html.escape(picture.caption)
     dark = f'<source media="screen and (prefers-color-scheme: dark)" srcset="{data_uri(picture.dark)}">'
     return f'<figure><picture>{dark}<img alt="{caption}" src="{data_uri(picture.light)}"></picture></figure>'
 
 
-def _table(table: Table) -> list[str]:
+def table_html(table: Table) -> list[str]:
+    """A table under its title, by lines."""
     head, *rows = (
         "".join(_cell(tag, cell, left=i < table.left) for i, cell in enumerate(row))
         for tag, row in [("th", table.head), *(("td", row) for row in table.rows)]

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moelm.analysis.routing.counts import UNIT, RoutingCounts, tally
-from moelm.config import MoEFFNConfig
+from moelm.analysis.routing.layers import sparse_ffn
 from moelm.data.loader import Batch, Rows
-from moelm.errors import MoelmError
 from moelm.evaluate import EVAL_TOKENS
 from moelm.model import Transformer
 from moelm.model.router import Routing
@@ -41,13 +40,7 @@ def collect(
     Raises:
         MoelmError: a dense model, or one whose experts choose.
     """
-    ffn = model.config.ffn
-    if not isinstance(ffn, MoEFFNConfig):
-        raise MoelmError("The model is dense; there is no routing to look at.")
-    if ffn.router.kind == "expert_choice":
-        raise MoelmError(
-            "The model's experts choose their tokens (router.kind is expert_choice); tokens have no first choice."
-        )
+    ffn = sparse_ffn(model.config)
     layers = model.config.sparse_layers
     drawn = draw_rows(rows, tokens, seed)
     fragments = np.concatenate([np.arange(rows.packing.row_starts[r], rows.packing.row_starts[r + 1]) for r in drawn])
@@ -58,17 +51,12 @@ def collect(
     )
     document_of_fragment = torch.from_numpy(np.searchsorted(documents, rows.packing.document)).to(device)
     domain_of_document = torch.from_numpy(domain_of[documents]).to(device)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training = model.training
     model.eval()
-    per_batch = max(1, EVAL_TOKENS // rows.row_len)
-    batches = [drawn[start : start + per_batch] for start in range(0, len(drawn), per_batch)]
-    for first in range(0, len(batches), world):
-        number = min(first + rank, len(batches) - 1)
-        batch = rows.batch(batches[number]).to(device)
+    for number, batch, counted in deal_batches(rows, drawn, device):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             output = model(batch.tokens_BT, batch.fragments_BT if mask else None, valid_BT=batch.valid_BT)
-        if first + rank < len(batches):  # a process without a batch of its own does the last one again, uncounted
+        if counted:
             marks = _mark(batch, document_of_fragment, domain_of_document, seed + number)
             predicted_M = output.logits.argmax(dim=-1).flatten()[marks.valid_N]
             for layer, (_, routing) in enumerate(sorted(output.routings.items())):
@@ -84,6 +72,19 @@ def draw_rows(rows: Rows, tokens: int, seed: int) -> NDArray[np.int64]:
     wanted = -(-tokens // rows.row_len)
     drawn: NDArray[np.int64] = np.random.default_rng(seed).permutation(len(rows))[:wanted]
     return drawn
+
+
+def deal_batches(rows: Rows, drawn: NDArray[np.int64], device: torch.device) -> Iterator[tuple[int, Batch, bool]]:
+    """Number and rows of each batch of this process, and whether it counts.
+
+    All processes get equally many: who has no batch left gets the last one again, uncounted.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    per_batch = max(1, EVAL_TOKENS // rows.row_len)
+    batches = [drawn[start : start + per_batch] for start in range(0, len(drawn), per_batch)]
+    for first in range(0, len(batches), world):
+        number = min(first + rank, len(batches) - 1)
+        yield number, rows.batch(batches[number]).to(device), first + rank < len(batches)
 
 
 class Marks(NamedTuple):

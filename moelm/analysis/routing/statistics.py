@@ -39,8 +39,8 @@ def domain_table(counts_NE: Ints, domains_N: Ints, num_domains: int) -> Ints:
     return table
 
 
-def permutation_p(counts_NE: Ints, domains_N: Ints, permutations: int, rng: np.random.Generator) -> float:
-    """Chance of a Cramér's V as large as this one if documents had their domains by lot.
+def permutation_test(counts_NE: Ints, domains_N: Ints, permutations: int, rng: np.random.Generator) -> tuple[float, float]:
+    """Chance of a Cramér's V as large as this one if documents had their domains by lot, and the mean V there.
 
     Tokens of one document are alike, so documents are what is shuffled. The observed labels count as one of the
     shuffles: the smallest value is 1 / (permutations + 1).
@@ -48,11 +48,12 @@ def permutation_p(counts_NE: Ints, domains_N: Ints, permutations: int, rng: np.r
     num_domains = int(domains_N.max()) + 1
     observed = cramers_v(domain_table(counts_NE, domains_N, num_domains))
     counts = counts_NE.astype(np.float64)
-    as_large = 0
-    for _ in range(permutations):
+    shuffled = np.empty(permutations)
+    for number in range(permutations):
         chosen_GN = np.equal.outer(np.arange(num_domains), rng.permutation(domains_N)).astype(np.float64)
-        as_large += cramers_v(chosen_GN @ counts) >= observed * (1 - 1e-12)
-    return (1 + as_large) / (1 + permutations)
+        shuffled[number] = cramers_v(chosen_GN @ counts)
+    as_large = int((shuffled >= observed * (1 - 1e-12)).sum())
+    return (1 + as_large) / (1 + permutations), float(shuffled.mean())
 
 
 def uniform_repetition(num_experts: int, top_k: int) -> tuple[float, float]:

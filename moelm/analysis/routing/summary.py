@@ -20,7 +20,7 @@ from moelm.analysis.routing.statistics import (
     matched_any,
     matched_first,
     mutual_information,
-    permutation_p,
+    permutation_test,
     uniform_repetition,
 )
 from moelm.analysis.runs import SYNTHETIC
@@ -106,10 +106,12 @@ def _association(
         wanted_N = np.isin(sample.document_domains, list(group))
         counts_NE, domains_N = sample.counts.documents[wanted_N, at], sample.document_domains[wanted_N]
         table_GE = domain_table(counts_NE, domains_N, len(sample.domains))
+        p, shuffled = permutation_test(counts_NE, domains_N, permutations, rng)
         found[name] = {
             "cramers_v": cramers_v(table_GE),
+            "shuffled": shuffled,
             "mutual_information": mutual_information(table_GE),
-            "p": permutation_p(counts_NE, domains_N, permutations, rng),
+            "p": p,
         }
     return found
 

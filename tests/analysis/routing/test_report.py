@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.distributed.launching import torchrun
 
 LAYER_KEYS = {
     "layer", "load", "load_max_over_mean", "load_cv", "dead_experts", "shares", "association", "repetition", "entropy",
-    "entropy_max", "margin", "together", "characteristic", "similarity",
+    "entropy_max", "margin", "together", "characteristic", "similarity", "saturation",
 }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def test_the_folder_holds_numbers_and_pictures(trained: Path, tmp_path: Path) ->
     told = analyze(trained, "tiny-moe", tmp_path / "out")
     assert json.loads((tmp_path / "out/routing.json").read_text()) == told
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "routing.json", "shares.png", "repetition.png", "experts.png",
+        "routing.json", "routing.html", "shares.png", "repetition.png", "experts.png", "saturation.png",
     }  # fmt: skip
     assert [layer["layer"] for layer in told["layers"]] == [0, 1]
     for layer in told["layers"]:
@@ -44,7 +45,20 @@ def test_the_folder_holds_numbers_and_pictures(trained: Path, tmp_path: Path) ->
             shares = [token["share"] for token in found[0]]
             assert shares == sorted(shares, reverse=True)
             assert all(0 < share <= 1 for share in shares)
+        saturation = layer["saturation"]
+        assert saturation["uniform"] == {"experts": 0.5, "first": 0.25}
+        assert [same["step"] for same in saturation["checkpoints"]] == [6]
+        assert all(0.5 < same["experts"] <= 1 for same in saturation["checkpoints"])
+    assert told["step"] == 8
     assert analyze(trained, "tiny-moe", tmp_path / "again") == told
+
+
+def test_a_run_with_one_checkpoint_has_no_saturation(trained: Path, tmp_path: Path) -> None:
+    only = tmp_path / "runs/only"
+    shutil.copytree(trained / "runs/tiny-moe", only, ignore=shutil.ignore_patterns("step-00000006"))
+    told = analyze(trained, str(only), tmp_path / "out")
+    assert [layer["saturation"]["checkpoints"] for layer in told["layers"]] == [[], []]
+    assert not (tmp_path / "out/saturation.png").exists()
 
 
 def test_mistakes_are_sentences(trained: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from moelm.analysis.routing.statistics import (
     matched_any,
     matched_first,
     mutual_information,
-    permutation_p,
+    permutation_test,
     uniform_repetition,
 )
 
@@ -26,7 +26,9 @@ def test_a_router_that_sends_each_domain_to_its_experts_has_effect_size_1_and_p_
     assert cramers_v(table_GE) == pytest.approx(1)
     shares = table_GE.sum(axis=1) / table_GE.sum()
     assert mutual_information(table_GE) == pytest.approx(-(shares * np.log(shares)).sum())
-    assert permutation_p(counts_NE, domains_N, 199, np.random.default_rng(0)) == pytest.approx(1 / 200)
+    p, shuffled = permutation_test(counts_NE, domains_N, 199, np.random.default_rng(0))
+    assert p == pytest.approx(1 / 200)
+    assert 0.1 < shuffled < 0.4
 
 
 def test_without_structure_p_is_uniform() -> None:
@@ -35,7 +37,7 @@ def test_without_structure_p_is_uniform() -> None:
     for seed in range(200):
         rng = np.random.default_rng(seed)
         counts_NE = rng.multinomial(50, np.full(8, 1 / 8), size=40)
-        found.append(permutation_p(counts_NE, rng.integers(0, 3, 40), 99, rng))
+        found.append(permutation_test(counts_NE, rng.integers(0, 3, 40), 99, rng)[0])
     steps = np.arange(1, 201) / 200
     assert np.abs(np.sort(found) - steps).max() < 1.95 / np.sqrt(200) + 0.01  # p moves in steps of 0.01
 
@@ -44,7 +46,7 @@ def test_documents_and_not_tokens_are_what_is_shuffled() -> None:
     """Four documents, each with an expert of its own: a thousand tokens each, and still nothing to be sure of."""
     counts_NE = np.diag([1000, 1000, 1000, 1000])
     assert cramers_v(domain_table(counts_NE, np.array([0, 0, 1, 1]), 2)) == pytest.approx(1)
-    assert permutation_p(counts_NE, np.array([0, 0, 1, 1]), 99, np.random.default_rng(0)) == 1
+    assert permutation_test(counts_NE, np.array([0, 0, 1, 1]), 99, np.random.default_rng(0)) == pytest.approx((1, 1))
 
 
 @pytest.mark.parametrize("table", [[[3, 0, 5]], [[4], [9]], [[2, 2], [0, 0]], [[0, 0], [0, 0]], [[6, 3], [4, 2]]])
