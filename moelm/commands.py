@@ -5,11 +5,14 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moelm.errors import MoelmError
 from moelm.evaluate import Evaluation
 from moelm.generate import Sampling
+
+if TYPE_CHECKING:
+    from moelm.analysis.compare import Comparison
 
 
 def evaluate_run(name: str, split: str, checkpoint: str) -> Evaluation | None:
@@ -47,20 +50,29 @@ def compare_and_show(
     force: bool = False,
     grouped: bool = False,
     prices: Sequence[float] = (),
-    names: Sequence[str] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the report of a comparison and, unless quiet, print its table and verdict; returns report.json's content."""
+    from moelm.analysis.report import compare_runs
+
+    return _show_report(compare_runs(runs, out, force, grouped, prices, _command()), out, quiet)
+
+
+def _show_report(comparison: "Comparison", out: Path, quiet: bool) -> dict[str, Any]:
     from rich.console import Console
 
-    from moelm.analysis.report import compare_runs, render_table, report_json
+    from moelm.analysis.report import render_table, report_json
 
-    comparison = compare_runs(runs, out, force, grouped, prices, names, shlex.join(["moelm", *sys.argv[1:]]))
     if not quiet:
         console = Console(highlight=False)
         render_table(console, comparison)
         console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
     return report_json(comparison)
+
+
+def _command() -> str:
+    """What was typed."""
+    return shlex.join(["moelm", *sys.argv[1:]])
 
 
 def sweep_and_show(
@@ -69,21 +81,28 @@ def sweep_and_show(
     """Train a sweep's runs and compare them; returns report.json's content or, of a dry run, its contestants."""
     from rich.console import Console
 
+    from moelm.analysis.compare import compare
+    from moelm.analysis.contestants import contestant
+    from moelm.analysis.report import check_out, write_report
+    from moelm.analysis.runs import read_runs
     from moelm.sweep.plan import plan_sweep
     from moelm.sweep.report import render_sweep, sweep_json
     from moelm.sweep.runs import train_all
     from moelm.sweep.schema import load_sweep
 
     sweep = load_sweep(path)
-    entries = plan_sweep(path, sweep, overrides)
+    out = out or Path("reports") / sweep.name
+    check_out(out)
+    entries = plan_sweep(path, sweep, overrides, processes)
     if not quiet:
         render_sweep(Console(highlight=False, width=None if sys.stdout.isatty() else 140), entries)
     if dry:
         return sweep_json(sweep, entries)
-    out = out or Path("reports") / sweep.name
-    train_all(entries, processes)
-    runs = [str(run.path) for entry in entries for run in entry.runs.values()]
-    return compare_and_show(runs, out, grouped=True, names=[entry.label for entry in entries], quiet=quiet)
+    train_all(entries, processes, sweep.budget)
+    sides = [contestant(entry.label, read_runs([run.path for run in entry.runs.values()])) for entry in entries]
+    comparison = compare(sides)
+    write_report(comparison, out, _command())
+    return _show_report(comparison, out, quiet)
 
 
 def plan_and_show(

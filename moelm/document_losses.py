@@ -60,4 +60,7 @@ def load_document_losses(path: Path) -> tuple[DocumentLosses, int] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise MoelmError(f"{path} is damaged ({error}); an evaluation by `moelm train` writes it anew.") from None
+        what = type(error).__name__
+        raise MoelmError(
+            f"{path} is damaged ({what}); without it the run can be compared, but not its documents."
+        ) from None

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moelm.analysis.contestants import AXES, Axis, Contestant, flatten
-from moelm.analysis.intervals import Resampled
+from moelm.analysis.contestants import AXES, Axis, Contestant
+from moelm.analysis.intervals import Evidence
 from moelm.analysis.measures import Pair, measure
 from moelm.analysis.runs import FINGERPRINTS, RunRecord
 from moelm.analysis.trends import Trend, find_trend
 from moelm.analysis.verdict import Verdict, basis, judge, notes
 from moelm.analysis.words import listed
+from moelm.config import flatten
 from moelm.errors import MoelmError
 
 
@@ -64,11 +65,14 @@ def compare(contestants: Sequence[Contestant], force: bool = False) -> Compariso
     reference = contestants[0]
     challenger = min(contestants[1:], key=lambda each: each.val.loss[-1])
     axes = AXES if all(each.price is not None for each in contestants) else AXES[:-1]
-    resampled = Resampled(contestants)
-    pairs = tuple(measure(a, b, axes, resampled.paired(a, b)) for a, b in itertools.permutations(contestants, 2))
+    evidence = Evidence(contestants)
+    pairs: list[Pair] = []
+    for a, b in itertools.combinations(contestants, 2):
+        both = evidence.paired(a, b)
+        pairs += (measure(a, b, axes, both), measure(b, a, axes, both and both.mirrored))
     return Comparison(
         contestants=tuple(contestants),
-        pairs=pairs,
+        pairs=tuple(pairs),
         challenger=challenger.name,
         verdict=judge(challenger, reference, pairs),
         trend=find_trend(contestants),
@@ -93,7 +97,7 @@ def _differences(contestants: Sequence[Contestant]) -> dict[str, dict[str, Any]]
     """A group's seeds are one value."""
     flat = []
     for contestant in contestants:
-        values = dict(flatten(contestant.config.model_dump(mode="json")))
+        values = flatten(contestant.config)
         if len(contestant.runs) > 1:
             values["seed"] = ", ".join(map(str, contestant.seeds))
         flat.append(values)

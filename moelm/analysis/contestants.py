@@ -3,18 +3,19 @@
 Shapes: S seeds, D evaluation documents.
 """
 
+import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import commonprefix
 from typing import Any, Literal
 
 import numpy as np
 
 from moelm.analysis.runs import Array, Curve, Load, RunRecord
 from moelm.analysis.words import listed
-from moelm.config import RunConfig
+from moelm.config import RunConfig, identity
 from moelm.document_losses import DocumentLosses
 from moelm.errors import MoelmError
 
@@ -22,9 +23,6 @@ Axis = Literal["tokens", "flops", "seconds", "dollars"]
 
 AXES: tuple[Axis, ...] = ("tokens", "flops", "seconds", "dollars")
 AXIS_NAMES: Mapping[Axis, str] = {"tokens": "tokens", "flops": "FLOPs", "seconds": "wall-clock", "dollars": "dollars"}
-
-APART = ("name", "seed", "wandb", "parallel")
-"""Sections of a config in which the runs of one group may differ: nothing else that is learned depends on them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +68,15 @@ class Contestant:
     @cached_property
     def val(self) -> Curve:
         """Means over the runs, at the evaluations that all of them have."""
-        return Curve(*(self._column(name).mean(axis=0) for name in ("steps", "tokens", "flops", "seconds", "loss", "bpb")))
+        return Curve(*(self.column(name).mean(axis=0) for name in ("steps", "tokens", "flops", "seconds", "loss", "bpb")))
 
     @cached_property
     def losses(self) -> Array:
         """`(S, N)`: each run's losses at the evaluations of `val`."""
-        return self._column("loss")
+        return self.column("loss")
 
-    def _column(self, name: str) -> Array:
+    def column(self, name: str) -> Array:
+        """`(S, N)`: one column of each run's curve, at the evaluations of `val`."""
         curves = [run.val for run in self.runs]
         common = sorted(set.intersection(*(set(curve.steps.tolist()) for curve in curves)))
         if not common:
@@ -97,8 +96,8 @@ class Contestant:
 
     @property
     def domains(self) -> dict[str, dict[str, float]]:
-        """`loss` and `bpb` of each domain at the last evaluation, means over the runs."""
-        each = [run.domains for run in self.runs]
+        """`loss` and `bpb` of each domain at the last evaluation that all runs have, means over them."""
+        each = [run.domains_at.get(int(self.val.steps[-1]), {}) for run in self.runs]
         return {
             name: {key: float(np.mean([domains[name][key] for domains in each])) for key in ("loss", "bpb")}
             for name in each[0]
@@ -126,27 +125,37 @@ class Contestant:
         found = [each[0] for each in told if each is not None]
         return found[0], np.stack([each.nats for each in found])
 
+    @property
+    def seconds(self) -> Array:
+        """`(S,)`: training time of each run at the last evaluation that all of them have."""
+        last: Array = self.column("seconds")[:, -1]
+        return last
+
+    def told(self, key: str) -> str:
+        """What environment.json says of its runs: one value, or several with commas between them."""
+        values = [run.environment.get(key) for run in self.runs]
+        words = (json.dumps(value) if not isinstance(value, str) else value for value in values if value is not None)
+        return ", ".join(dict.fromkeys(words)) or "–"
+
     def cost(self, axis: Axis) -> Array:
         """What each evaluation had cost by then, on one axis."""
         if axis == "dollars":
-            hours = self.val.seconds / 3600
-            return hours * (self.price or 0.0) * int(self.environment.get("processes", 1))
+            processes = np.array([[int(run.environment.get("processes", 1))] for run in self.runs])
+            paid: Array = (self.column("seconds") / 3600 * processes).mean(axis=0) * (self.price or 0.0)
+            return paid
         cost: Array = getattr(self.val, axis)
         return cost
 
 
-def gather(
-    runs: Sequence[RunRecord], grouped: bool, prices: Sequence[float] = (), names: Sequence[str] = ()
-) -> tuple[Contestant, ...]:
+def gather(runs: Sequence[RunRecord], grouped: bool = False, prices: Sequence[float] = ()) -> tuple[Contestant, ...]:
     """Runs as contestants, in their order.
 
     Args:
         grouped: whether runs that differ in nothing but their seed are one contestant.
         prices: dollars an hour of one process: one for all contestants, or one for each.
-        names: of the contestants; default: what the names of their runs have in common.
 
     Raises:
-        MoelmError: a seed twice in a group, or a wrong number of prices.
+        MoelmError: a seed twice in a group, or unusable prices.
     """
     groups = groups_of(runs) if grouped else [[run] for run in runs]
     for group in groups:
@@ -154,43 +163,36 @@ def gather(
             raise MoelmError(f"{listed([run.name for run in group])} have equal configs, but not each a seed of its own.")
     if len(prices) not in (0, 1, len(groups)):
         raise MoelmError(f"There are {len(prices)} prices for {len(groups)} contestants; one for all, or one for each.")
-    if any(price <= 0 for price in prices):
-        raise MoelmError(f"A price is {min(prices)}; dollars an hour above 0 are expected.")
-    each: Sequence[float | None] = list(prices) * (len(groups) if len(prices) == 1 else 1) or [None] * len(groups)
-    known = list(names) or [_name(group) for group in groups]
-    if len(set(known)) < len(known):
-        known = [group[0].name for group in groups]
-    return tuple(Contestant(name, tuple(group), price) for name, group, price in zip(known, groups, each, strict=True))
+    for price in prices:
+        if not 0 < price < math.inf:
+            raise MoelmError(f"A price is {price}; dollars an hour above 0 are expected.")
+    paid: Sequence[float | None] = list(prices) * (len(groups) if len(prices) == 1 else 1) or [None] * len(groups)
+    names = [_name(group) for group in groups]
+    if len(set(names)) < len(names):
+        names = [group[0].name for group in groups]
+    return tuple(contestant(*each) for each in zip(names, groups, paid, strict=True))
+
+
+def contestant(name: str, runs: Sequence[RunRecord], price: float | None = None) -> Contestant:
+    """A contestant, its runs in the order of their seeds."""
+    return Contestant(name, tuple(sorted(runs, key=lambda run: run.config.seed)), price)
 
 
 def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Runs whose configs are equal but for the seed, in their order."""
+    """Runs that learn the same but for their seed, in their order."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(repr(sorted(_shared(run.config))), []).append(run)
+        shared = {key: value for key, value in identity(run.config).items() if key != "seed"}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
     return list(groups.values())
 
 
-def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a nest of mappings and lists, by their dotted names."""
-    if not isinstance(node, dict | list):
-        yield prefix, node
-        return
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _shared(config: RunConfig) -> list[tuple[str, str]]:
-    flat = flatten(config.model_dump(mode="json"))
-    return [(key, repr(value)) for key, value in flat if key.partition(".")[0] not in APART]
-
-
 def _name(group: Sequence[RunRecord]) -> str:
-    """What the names of a group have in common, without the word that leads to the number of the seed."""
+    """What is left of each run's name without its seed, if that is the same for all."""
     if len(group) == 1:
         return group[0].name
-    common = re.sub(r"[-_. ]*(seed|s)?[-_. ]*$", "", commonprefix([run.name for run in group]))  # noqa: RUF071, letters are meant
-    return common or group[0].name
+    stems = {re.sub(rf"[-_. ]*(seed[-_. ]*|(?<=[-_. ])s)?0*{run.config.seed}$", "", run.name) for run in group}
+    return stems.pop() or group[0].name if len(stems) == 1 else group[0].name
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,16 +1,19 @@
 """What two contestants say about each other: who needs how much to reach whose loss, and who leads at equal cost."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from moelm.analysis.contestants import Axis, Contestant
-from moelm.analysis.intervals import Interval, Paired
+from moelm.analysis.intervals import Interval, Paired, student
 from moelm.analysis.runs import Array
 
 TIE = 0.005
 """Nats per token under which two losses count as equal, however sure the difference is."""
+CLOCKED: tuple[Axis, ...] = ("seconds", "dollars")
+"""Costs that are measured anew in every run."""
 
 
 @dataclass(frozen=True)
@@ -107,5 +110,17 @@ def losses_at_equal(a: Contestant, b: Contestant, axis: Axis, known: Interval | 
     if at < max(xa[0], xb[0]):
         return None
     loss_a, loss_b = float(np.interp(at, xa, a.val.loss)), float(np.interp(at, xb, b.val.loss))
-    margin = TIE if known is None else max(TIE, known.doubt(loss_b - loss_a))
-    return Equal(float(at), loss_a, loss_b, margin)
+    doubt = 0.0 if known is None else known.doubt(loss_b - loss_a)
+    return Equal(float(at), loss_a, loss_b, max(TIE, doubt, _doubt_of_clocks(a, b) if axis in CLOCKED else 0.0))
+
+
+def _doubt_of_clocks(a: Contestant, b: Contestant) -> float:
+    """Half of the 95% interval of the gain at equal time, by how it scatters over pairs of runs of one seed; 0 where there
+    are no such pairs."""
+    if a.seeds != b.seeds or len(a.seeds) < 2:
+        return 0.0
+    gains = []
+    for sa, sb, la, lb in zip(a.column("seconds"), b.column("seconds"), a.losses, b.losses, strict=True):
+        at = min(sa[-1], sb[-1])
+        gains.append(float(np.interp(at, sb, lb) - np.interp(at, sa, la)))
+    return student(len(gains) - 1) * float(np.std(gains, ddof=1)) / math.sqrt(len(gains))

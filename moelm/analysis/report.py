@@ -26,6 +26,8 @@ from moelm.errors import MoelmError
 SCHEMA = 1
 KIND = "moelm compare"
 """With the schema, how a directory is known as an earlier report."""
+NAMED = 4
+"""Contestants named in the title."""
 FILES = ("report.json", "report.md", "report.html", "comparison.png", "trend.png", "load.png")
 
 
@@ -35,7 +37,6 @@ def compare_runs(
     force: bool = False,
     grouped: bool = False,
     prices: Sequence[float] = (),
-    names: Sequence[str] = (),
     command: str | None = None,
 ) -> Comparison:
     """Compare runs and write the report.
@@ -44,13 +45,13 @@ def compare_runs(
         paths: run directories or names under `runs/`; the first is the reference, or of it.
         out: directory of the report; new, empty, or holding an earlier report, which is replaced.
         force: compare runs on different data all the same, with a warning in the report.
-        grouped, prices, names: see `gather`.
+        grouped, prices: see `gather`.
         command: what was typed, for the report.
     Raises:
         MoelmError: unreadable or incomparable runs, or an `out` that is not to be overwritten.
     """
-    _check_out(out)
-    comparison = compare(gather(read_runs(paths), grouped, prices, names), force)
+    check_out(out)
+    comparison = compare(gather(read_runs(paths), grouped, prices), force)
     write_report(comparison, out, command)
     return comparison
 
@@ -61,7 +62,7 @@ def write_report(comparison: Comparison, out: Path, command: str | None = None) 
     Raises:
         MoelmError: `out` holds something else than an earlier report, or cannot be written.
     """
-    _check_out(out)
+    check_out(out)
     out = out.resolve()
     fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("new", "old"))
     try:
@@ -108,7 +109,7 @@ def report_json(comparison: Comparison) -> dict[str, Any]:
             "of": trend.what,
             "values": dict(zip(trend.names, trend.values, strict=True)),
             "slope_per_doubling": trend.slope,
-            "standard_error": trend.error,
+            "doubt": trend.doubt,
             "loss_at_1": trend.at_one,
         },
         "config_differences": {key: dict(values) for key, values in comparison.differences.items()},
@@ -139,7 +140,12 @@ def _further(comparison: Comparison) -> tuple[str, ...]:
     return (verdict.sureness, *trend, verdict.reach, comparison.basis)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuse a directory that a report would not be alone in.
+
+    Raises:
+        MoelmError: it holds something else than an earlier report.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -165,7 +171,7 @@ def _write_files(comparison: Comparison, where: Path, command: str | None) -> No
     runs = [run for each in comparison.contestants for run in each.runs]
     trained = [str(run.environment["command"]) for run in runs if run.environment.get("command")]
     report = Report(
-        title=" · ".join(each.name for each in comparison.contestants),
+        title=_title([each.name for each in comparison.contestants]),
         warnings=comparison.warnings,
         answer=comparison.verdict.sentence,
         further=_further(comparison),
@@ -199,6 +205,11 @@ def _pictures(comparison: Comparison) -> tuple[Picture, ...]:
     return tuple(found)
 
 
+def _title(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return " · ".join(names[:NAMED]) + more
+
+
 def _equal_json(equal: Equal) -> dict[str, Any]:
     return {"at": equal.at, "a": equal.loss_a, "b": equal.loss_b, "gain": equal.gain, "tie": equal.tie}
 
@@ -209,8 +220,10 @@ def _interval_json(found: Interval) -> dict[str, Any]:
         "low": found.low,
         "high": found.high,
         "documents": found.documents,
+        "documents_effective": found.effective,
         "documents_better": found.better,
-        "seeds": found.seeds,
+        "seeds": list(found.seeds),
+        "seeds_scatter": found.scatter,
     }
 
 

@@ -79,12 +79,17 @@ class RunRecord:
     train: tuple[Line, ...]
     """The lines with a training loss."""
     val: Curve
-    domains: dict[str, dict[str, float]]
-    """`loss` and `bpb` of each domain at the last evaluation that told them."""
+    domains_at: dict[int, dict[str, dict[str, float]]]
+    """`loss` and `bpb` of each domain, by the step of the evaluation."""
     documents: tuple[DocumentLosses, int] | None
     """Losses on each evaluation document, and the step at which they were taken; None where they were not kept."""
     load: Load | None
     """None for a dense run."""
+
+    @property
+    def domains(self) -> dict[str, dict[str, float]]:
+        """`loss` and `bpb` of each domain at the last evaluation that told them."""
+        return self.domains_at[max(self.domains_at)] if self.domains_at else {}
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -128,7 +133,7 @@ def read_run(run: str | Path) -> RunRecord:
         environment=_read_environment(path / "environment.json"),
         train=tuple(line for line in lines if "train/loss" in line),
         val=_curve(lines, metrics),
-        domains=_domains(lines),
+        domains_at={line["step"]: _domains(line) for line in lines if line.get("val/domains")},
         documents=load_document_losses(path / "documents.npz"),
         load=_load(lines, metrics),
     )
@@ -222,13 +227,11 @@ def _curve(lines: Sequence[Line], path: Path) -> Curve:
     return Curve(*columns.values())
 
 
-def _domains(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
+def _domains(line: Line) -> dict[str, dict[str, float]]:
     """A domain without tokens in the evaluation set has no finite loss, and is left out."""
-    told = (line["val/domains"] for line in reversed(lines) if line.get("val/domains"))
-    last: dict[str, dict[str, Any]] = next(told, {})
     return {
         domain: {"loss": value["loss"], "bpb": value["bpb"]}
-        for domain, value in last.items()
+        for domain, value in line["val/domains"].items()
         if all(_finite(value.get(key)) for key in ("loss", "bpb"))
     }
 

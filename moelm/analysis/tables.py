@@ -44,7 +44,7 @@ def report_tables(comparison: Comparison) -> tuple[Table, ...]:
         rows = tuple((key, *(_word(values[name]) for name in names)) for key, values in differences)
         tables.append(Table("Config differences", ("key", *names), rows, left=99))
     keys = ("moelm", "python", "torch", "platform", "device", "processes", "threads", "precision", "started")
-    rows = tuple((key, *(_word(each.environment.get(key)) for each in comparison.contestants)) for key in keys)
+    rows = tuple((key, *(each.told(key) for each in comparison.contestants)) for key in keys)
     tables.append(Table("Versions", ("", *names), rows, left=99))
     return tuple(tables)
 
@@ -84,10 +84,10 @@ def paired_tables(comparison: Comparison) -> Iterator[Table]:
     for pair in _against_reference(comparison):
         if pair.paired is not None:
             whole = pair.paired.whole
-            rows.append((pair.a, f"{whole.gain:+.3f}", interval_words(whole), f"{whole.better:.0%}", str(whole.seeds)))
+            rows.append((pair.a, f"{whole.gain:+.3f}", interval_words(whole), f"{whole.better:.0%}"))
     if rows:
         reference = comparison.contestants[0].name
-        head = ("run", "gain in nats", "95% interval", "documents it predicts better", "seeds")
+        head = ("run", "gain in nats", "95% interval", "documents it predicts better")
         yield Table(f"At the end, against {reference} on the same documents", head, tuple(rows))
 
 
@@ -192,9 +192,9 @@ def _member_tables(comparison: Comparison) -> Iterator[Table]:
     if all(len(each.runs) == 1 for each in comparison.contestants):
         return
     rows = [
-        (run.name, each.name, str(run.config.seed), f"{loss:.3f}", duration(run.val.seconds[-1]))
+        (run.name, each.name, str(run.config.seed), f"{loss:.3f}", duration(seconds))
         for each in comparison.contestants
-        for run, loss in zip(each.runs, each.final_losses, strict=True)
+        for run, loss, seconds in zip(each.runs, each.final_losses, each.seconds, strict=True)
     ]
     yield Table("Runs", ("run", "of", "seed", "val loss final", "time"), tuple(rows), left=2)
 

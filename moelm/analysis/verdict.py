@@ -47,7 +47,7 @@ def judge(challenger: Contestant, reference: Contestant, pairs: Sequence[Pair]) 
         head, whose = f"{pair.a} wins" if winner else f"{pair.a} wins in part", "its"
     else:
         head, whose = "Tie" if leads == {"even"} else "No verdict", f"{pair.a}'s"
-    clauses = [_clause(equal, axis) for axis, equal in pair.equal.items()]
+    clauses = [_clause(pair, axis) for axis in pair.equal]
     sentence = f"{head}: against {pair.b}, {whose} validation loss is {listed(clauses)}."
     better, other = sorted((challenger, reference), key=lambda each: float(each.val.loss[-1]))
     best = by_names[better.name, other.name]
@@ -61,14 +61,19 @@ def interval_words(interval: Interval) -> str:
 
 def _sureness(pair: Pair) -> str:
     if pair.paired is None:
-        return "How sure that is, is not known: not all of the runs tell their losses on each document."
+        return "How sure that is, is not known: not all of the runs have kept their losses on each document at this step."
     found = pair.paired.whole
-    drawn = counted(found.documents, "evaluation document")
-    drawn += f" and {found.seeds} seeds" if found.seeds > 1 else ""
-    only = "" if found.seeds > 1 else "; another seed may say otherwise"
+    drawn = f"over {counted(found.documents, 'evaluation document')}"
+    if found.effective < 0.5 * found.documents:
+        drawn += f" (which weigh as much as {found.effective:.0f} of equal length)"
+    if found.scatter:
+        mine, theirs = found.seeds
+        drawn += f" and {counted(mine, 'seed')}" if mine == theirs else f" and {mine} against {counted(theirs, 'seed')}"
+    else:
+        drawn += "; another seed may say otherwise"
     return (
         f"At the end {pair.a} is {found.gain:.3f} below {pair.b}, between {found.low:.3f} and {found.high:.3f} "
-        f"with {LEVEL:.0%} confidence over {drawn}{only}."
+        f"with {LEVEL:.0%} confidence {drawn}."
     )
 
 
@@ -78,10 +83,14 @@ def _lead(equal: Equal | None) -> str:
     return "even" if equal.tie else "ahead" if equal.gain > 0 else "behind"
 
 
-def _clause(equal: Equal | None, axis: Axis) -> str:
+def _clause(pair: Pair, axis: Axis) -> str:
+    equal = pair.equal[axis]
     if equal is None:
         return f"not measured at equal {AXIS_NAMES[axis]}"
     losses = f"{equal.loss_a:.3f} to {equal.loss_b:.3f}"
+    if axis == "tokens" and pair.paired is not None and not equal.tie and abs(equal.gain - pair.paired.whole.gain) < 5e-4:
+        low, high = sorted((abs(pair.paired.whole.low), abs(pair.paired.whole.high)))
+        losses += f"; {LEVEL:.0%}: {low:.3f} to {high:.3f}"
     if equal.tie:
         return f"level at equal {AXIS_NAMES[axis]} ({losses})"
     word = "lower" if equal.gain > 0 else "higher"
@@ -95,6 +104,8 @@ def _reach(pair: Pair) -> str:
             continue
         unit, few, words = _SPENT[axis]
         times = f"{need.ratio:.2f}× {few}" if need.ratio >= 1 else f"{1 / need.ratio:.2f}× more"
+        if f"{need.ratio:.2f}" == "1.00":
+            times = f"as {'many' if few == 'fewer' else 'much'}"
         parts.append(f"{times} {unit} ({words(need.need)} against {words(need.total)})")
     if not parts:
         return f"{pair.a} does not reach {pair.b}'s final loss of {pair.target:.3f}."
@@ -131,11 +142,23 @@ def notes(contestants: Sequence[Contestant], challenger: Contestant, reference: 
             yield f"{run.name} was last evaluated at step {last:,} of its {steps:,}."
         if run.config.start is not None:
             yield f"{run.name} began with the weights of {run.config.start.run}; what those cost is in none of its figures."
+    for each in contestants:
+        common = each.val.steps[-1]
+        if any(run.val.steps[-1] > common for run in each.runs):
+            yield f"{each.name} is read at step {common:,.0f}, the last at which all of its runs were evaluated."
+    if len(contestants) > 2:
+        yield (
+            f"{challenger.name} is the best of {len(contestants) - 1}, picked afterwards, "
+            "for which its interval makes no allowance."
+        )
     yield from _early(challenger, reference)
     for key in ("device", "processes", "threads", "precision", "torch"):
         values = [str(run.environment.get(key, "–")) for run in runs]
         if len(set(values)) > 1:
             yield f"Seconds are not like for like: {key} differs ({', '.join(dict.fromkeys(values))})."
+    for each in contestants:
+        if len(each.runs) > 1 and (ratio := each.seconds.max() / each.seconds.min()) > 1.05:
+            yield f"The training times of the runs of {each.name} differ by up to {ratio - 1:.0%} for equal work."
     yield from _seeds(contestants)
 
 

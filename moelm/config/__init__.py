@@ -1,5 +1,6 @@
 """What a run is (`schema`, and `model` for its model) and how its YAML is read (`load`)."""
 
+from moelm.config.identity import flatten, identity
 from moelm.config.load import check_config, check_section, dump_config, load_config, override, read_tree
 from moelm.config.model import (
     BalanceConfig,
@@ -48,6 +49,8 @@ __all__ = [
     "check_config",
     "check_section",
     "dump_config",
+    "flatten",
+    "identity",
     "load_config",
     "override",
     "read_tree",

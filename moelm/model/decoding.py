@@ -51,9 +51,9 @@ def build_decoder(model: Transformer, cache: KVCache) -> Step:
         mask = attention_mask(1, place + 1, config.window, embedding.device, None, cache.starts_B)
         x_BD = F.embedding(tokens_B, embedding) * config.embedding_multiplier
         context = _context(tokens_B, cache, model.draws)
-        for attention_norm, attention, attention_out_norm, ffn_norm, ffn, ffn_out_norm in layers:
+        for number, (attention_norm, attention, attention_out_norm, ffn_norm, ffn, ffn_out_norm) in enumerate(layers):
             x_BD = x_BD + attention_out_norm(attention(attention_norm(x_BD), place, mask))
-            x_BD = x_BD + ffn_out_norm(ffn(ffn_norm(x_BD), context))
+            x_BD = x_BD + ffn_out_norm(ffn(ffn_norm(x_BD), context.at_visit(number // config.layers_built)))
         cache.advance(1)
         return F.linear(norm(x_BD) * config.output_multiplier, head)
 

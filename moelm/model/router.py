@@ -27,6 +27,13 @@ class TokenContext(NamedTuple):
     valid_N: Tensor | None = None
     """False for padding, which takes no place in an expert; None where there is none."""
 
+    def at_visit(self, visit: int) -> "TokenContext":
+        """The same tokens in layers that they meet again: what is drawn for them is drawn anew."""
+        if not visit:
+            return self
+        offset = visit << 32  # past all token ids
+        return self._replace(tokens_N=self.tokens_N + offset, keys_N=self.keys_N + offset)
+
 
 class SmoothLoad(NamedTuple):
     """Chances of being chosen if a token's noise were drawn anew (Shazeer et al. 2017, eqs 8-9 and 14).

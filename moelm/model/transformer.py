@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         routings: dict[int, Routing] = {}
         for number, layer in enumerate(self.in_order):
             place = None if cache is None else LayerCache(cache, number)
-            x_BTD, routing = layer(x_BTD, rope, mask, place, context)
+            x_BTD, routing = layer(x_BTD, rope, mask, place, context.at_visit(number // config.layers_built))
             if routing is not None:
                 routings[number] = routing
         if cache is not None:

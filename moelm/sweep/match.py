@@ -16,8 +16,8 @@ WORDS: dict[Match, str] = {
 }
 
 
-def measure(config: RunConfig, match: Match) -> int:
-    """A config on an axis; its vocabulary must be known."""
+def size_on(config: RunConfig, match: Match) -> int:
+    """The size of a config on an axis; its vocabulary must be known."""
     if match == "flops_per_token":
         return count_flops(config.model, config.data.seq_len).training
     counted = count_parameters(config.model)
@@ -31,16 +31,16 @@ def matched_width(config: RunConfig, target: int, match: Match) -> int:
         MoelmError: there is none.
     """
     ffn = config.model.ffn
-    if _near(measure(config, match), target):
+    if _near(size_on(config, match), target):
         return ffn.hidden_dim
-    narrow, wide = (measure(_with_width(config, units), match) for units in (ffn.depth, 2 * ffn.depth))
+    narrow, wide = (size_on(_with_width(config, units), match) for units in (ffn.depth, 2 * ffn.depth))
     slope = (wide - narrow) / ffn.depth  # what is measured is linear in the width
     ideal = ffn.depth + (target - narrow) / slope
     tried: dict[int, int] = {}
     for step in ROUND:
         multiple = step * ffn.depth
         width = max(multiple, round(ideal / multiple) * multiple)
-        tried[width] = measure(_with_width(config, width), match)
+        tried[width] = size_on(_with_width(config, width), match)
         if _near(tried[width], target):
             return width
     best = min(tried, key=lambda width: abs(tried[width] - target))

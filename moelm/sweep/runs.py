@@ -5,23 +5,27 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from moelm.config import RunConfig, load_config
+from moelm.config import RunConfig, identity, load_config
 from moelm.console import console
 from moelm.errors import MoelmError
 from moelm.rundir import RunDirectory
 from moelm.sweep.plan import Entry
-from moelm.train.launch import identity
+from moelm.sweep.schema import BudgetConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What a run is asked to save and stop by; handed on to it."""
+SETTLED = ("train.precision", "start.checkpoint")
+"""Settings that may be left to be settled by the run."""
+MISSED = 0.1
+"""Relative distance from a budget of seconds that is told."""
 
 
-def train_all(entries: Sequence[Entry], processes: int) -> None:
+def train_all(entries: Sequence[Entry], processes: int, budget: BudgetConfig | None) -> None:
     """Train every run that is not finished; the first seed of all contestants comes first.
 
     Args:
@@ -44,6 +48,11 @@ def train_all(entries: Sequence[Entry], processes: int) -> None:
             error = MoelmError(f"The sweep ends here; give the same command again to go on with {run.path.name}.")
             error.exit_code = code
             raise error
+        took = _last_line(run).get("time_s", 0.0)
+        if budget is not None and budget.seconds is not None and abs(took / budget.seconds - 1) > MISSED:
+            console.print(
+                f"Warning: {run.path.name} took {took:.0f} s of training, not {budget.seconds:.0f} s.", soft_wrap=True
+            )
 
 
 def _finished(run: RunDirectory, wanted: RunConfig) -> bool:
@@ -55,8 +64,8 @@ def _finished(run: RunDirectory, wanted: RunConfig) -> bool:
     if not run.config.exists():
         return False
     saved, asked = identity(load_config(run.config)), identity(wanted)
-    # What is left open is settled when a run begins.
-    settled = {key for key, value in asked.items() if value == "auto"} | saved.keys() - asked.keys()
+    # Settled when a run begins.
+    settled = {"model.max_seq_len"} - asked.keys() | {key for key in SETTLED if asked.get(key) in ("auto", "last", "best")}
     different = sorted(
         key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key) and key not in settled
     )
@@ -74,27 +83,42 @@ def _last_line(run: RunDirectory) -> dict[str, Any]:
     if run.metrics.exists():
         for text in run.metrics.read_text(encoding="utf-8").splitlines():
             if '"val/loss"' in text and text.endswith("}"):
-                found = json.loads(text)
+                try:
+                    found = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise MoelmError(f"{run.metrics} has a line that is not JSON: {error.msg}.") from None
     return found
 
 
 def _run(command: Sequence[str]) -> int:
     """Run a command to its end, handing on signals; its exit code, as a shell would tell it."""
-    # In a session of its own, so that a Ctrl-C comes by way of us, and once; what it says is progress here.
-    process = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
-    with _handing_on(process):
+    with _signals() as hand_to:
+        # In a session of its own, so that a Ctrl-C comes by way of us, and once; what it says is progress here.
+        process = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
+        hand_to(process)
         code = process.wait()
     return code if code >= 0 else 128 - code
 
 
 @contextmanager
-def _handing_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    def hand_on(signum: int, frame: FrameType | None) -> None:
-        process.send_signal(signum)
+def _signals() -> "Iterator[Callable[[subprocess.Popen[bytes]], None]]":
+    """Catch signals for a process that is about to start, and hand them on to it once it has."""
+    processes: list[subprocess.Popen[bytes]] = []
+    caught: list[int] = []
 
-    before = {signum: signal.signal(signum, hand_on) for signum in SIGNALS}
+    def catch(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        for process in processes:
+            process.send_signal(signum)
+
+    def hand_to(process: "subprocess.Popen[bytes]") -> None:
+        processes.append(process)
+        for signum in caught:
+            process.send_signal(signum)
+
+    before = {signum: signal.signal(signum, catch) for signum in SIGNALS}
     try:
-        yield
+        yield hand_to
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

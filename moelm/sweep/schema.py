@@ -5,10 +5,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from moelm.analysis.words import counted
 from moelm.config import check_section, read_tree
 from moelm.config.base import Config
 from moelm.errors import MoelmError
@@ -19,10 +20,10 @@ Match = Literal["active_params", "flops_per_token", "total_params"]
 class BudgetConfig(Config):
     """What each run may spend, in one currency; it decides the run's number of steps."""
 
-    tokens: float | None = Field(default=None, gt=0)
-    flops: float | None = Field(default=None, gt=0)
+    tokens: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    flops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Training FLOPs."""
-    seconds: float | None = Field(default=None, gt=0)
+    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Training time; contestants are timed, taking turns, before the first of their runs begins."""
 
     @model_validator(mode="after")
@@ -40,10 +41,10 @@ class SweepConfig(Config):
     """Opens the names of its runs, `NAME-CONTESTANT-SEED`."""
     config: str
     """The config that all runs begin with, from this file's folder."""
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     """Each contestant is trained once with each; the first seed of all of them comes first."""
-    contestants: dict[str, dict[str, Any]] = Field(default={})
-    """By name: settings as on the command line, dotted. The first is the reference."""
+    contestants: dict[str, dict[str, Any] | None] = Field(default={})
+    """By name: settings as on the command line, dotted; none is the config as it is. The first is the reference."""
     grid: dict[str, list[Any]] = Field(default={})
     """Values by dotted setting; each combination is one more contestant."""
     match: Match | None = None
@@ -52,8 +53,8 @@ class SweepConfig(Config):
     """Default: `train.steps`, as the config has it."""
 
 
-class Contestant(NamedTuple):
-    """One side of the comparison, before seeds."""
+class Entrant(NamedTuple):
+    """One side of the comparison, as the file names it."""
 
     label: str
     words: list[str]
@@ -69,17 +70,19 @@ def load_sweep(path: Path) -> SweepConfig:
     return check_section(SweepConfig, read_tree(path), str(path))
 
 
-def contestants_of(sweep: SweepConfig) -> list[Contestant]:
+def entrants_of(sweep: SweepConfig) -> list[Entrant]:
     """Those that are named, then those of the grid.
 
     Raises:
         MoelmError: fewer than two, or two of one name.
     """
-    named = [(label, settings) for label, settings in sweep.contestants.items()]
-    found = [Contestant(_clean(label), _words(settings)) for label, settings in [*named, *_points(sweep.grid)]]
+    named = [(label, settings or {}) for label, settings in sweep.contestants.items()]
+    found = [Entrant(_clean(label), _words(settings)) for label, settings in [*named, *_points(sweep.grid)]]
     if len(found) < 2:
-        raise MoelmError(f"The sweep {sweep.name} has {len(found)} contestants; at least two are expected.")
-    labels = [contestant.label for contestant in found]
+        raise MoelmError(f"The sweep {sweep.name} has {counted(len(found), 'contestant')}; at least two are expected.")
+    labels = [entrant.label for entrant in found]
+    if not all(labels):
+        raise MoelmError(f"The sweep {sweep.name} has a contestant whose name holds no letter or digit.")
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise MoelmError(f"The sweep {sweep.name} has two contestants called {twice[0]}; give them names of their own.")

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def describe_environment(
         "processes": layout.size,
         "layout": layout._asdict(),
         "precision": "bf16" if dtype == torch.bfloat16 else "float32",
-        "command": " ".join(["moelm", *sys.argv[1:]]),
+        "command": shlex.join(["moelm", *sys.argv[1:]]),
         "data_fingerprint": data.data_fingerprint,
         "tokenizer_fingerprint": data.tokenizer_fingerprint,
         "eval_fingerprint": data.eval_fingerprint,

@@ -13,7 +13,7 @@ from moelm.checkpoint import (
     list_checkpoints,
     load_training,
 )
-from moelm.config import MoEFFNConfig, RunConfig, dump_config, load_config
+from moelm.config import MoEFFNConfig, RunConfig, dump_config, flatten, identity, load_config
 from moelm.console import console
 from moelm.data.loader import PreparedData, open_data
 from moelm.data.prepare import prepare
@@ -30,7 +30,7 @@ from moelm.model.transformer import initialise
 from moelm.rundir import RunDirectory
 from moelm.train.environment import describe_code, describe_environment
 from moelm.train.optim import build_optimizer
-from moelm.train.start import check_tokenizer, flatten, load_start, settle_start
+from moelm.train.start import check_tokenizer, load_start, settle_start
 from moelm.train.trainer import Trainer
 
 Resume = Literal["auto", "never"]
@@ -184,20 +184,6 @@ def _check_same(config: RunConfig, begun: RunConfig, run: RunDirectory, resume: 
             f"The run {run.path} exists already with another {', '.join(different[:3])}; choose another name=..., "
             "or give its own settings to --resume it."
         )
-
-
-FREE = (
-    "name",
-    "wandb.",
-    *(f"parallel.{key}" for key in ("dp_", "ep", "reshard_after_forward", "activation_checkpointing", "timeout_s")),
-    *(f"train.{key}" for key in ("eval_every", "checkpoint_every", "keep_checkpoints", "log_every")),
-)
-"""What a run may go on with another value of: nothing it learns depends on it."""
-
-
-def identity(config: RunConfig) -> dict[str, Any]:
-    """Dotted settings that decide the trajectory."""
-    return {key: value for key, value in flatten(config).items() if not key.startswith(FREE)}
 
 
 def _create(run: RunDirectory, config: RunConfig, data: PreparedData, environment: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
 """Beginning a run with the weights of another: which checkpoint that is, whether it fits, and loading it."""
 
 from moelm.checkpoint import load_weights, step_of
-from moelm.config import ModelConfig, RunConfig, StartConfig, load_config
-from moelm.config.base import Config
+from moelm.config import ModelConfig, RunConfig, StartConfig, flatten, load_config
 from moelm.console import console
 from moelm.data.loader import PreparedData
 from moelm.data.tokenizer import Tokenizer
@@ -13,21 +12,6 @@ from moelm.rundir import RunDirectory
 
 OTHER_MATTERS = ("init_std", "max_seq_len", "ffn.balance", "ffn.capacity_factor")
 """Settings of a model that do not decide what given weights compute."""
-
-
-def flatten(config: Config) -> dict[str, object]:
-    """All settings of a section by their dotted names."""
-    flat: dict[str, object] = {}
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value
-
-    walk("", config.model_dump(mode="json", exclude_none=True))
-    return flat
 
 
 def settle_start(start: StartConfig | None, saved: RunConfig | None) -> StartConfig | None:

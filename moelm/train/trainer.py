@@ -95,6 +95,9 @@ class Trainer:
         self.flops_per_token = count_flops(config.model, config.data.seq_len).training
         self.balance = config.model.ffn.balance if isinstance(config.model.ffn, MoEFFNConfig) else None
         self.saver = Saver(run.checkpoints, config.train.keep_checkpoints, world, watch.touch)
+        # Autocast would cast a weight at the first visit of its layer alone, and not when the second is made again.
+        looped = config.model.layers_built < config.model.num_layers
+        self.made_again = looped and config.parallel.activation_checkpointing == "full"
         self.caught: int | None = None
 
     def fit(self, profile: bool = False) -> Evaluation:
@@ -245,7 +248,8 @@ class Trainer:
     def _forward(self, part: Part) -> ModelOutput:
         batch = part.batch
         segments_BT = batch.fragments_BT if self.config.data.document_mask else None
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        low = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=not self.made_again):
             output: ModelOutput = self.forward(
                 batch.tokens_BT,
                 segments_BT,

@@ -37,6 +37,34 @@ def test_only_common_evaluations_are_averaged(tmp_path: Path) -> None:
     (dense,) = gather(read_runs(paths), grouped=True)
     assert dense.val.steps.tolist() == [0, 100, 200, 300]
     assert dense.final_losses == pytest.approx([3.5, 3.2])
+    assert dense.domains["code"]["loss"] == pytest.approx(3.85)
+    assert dense.seconds == pytest.approx([30, 30])
+    told = compared([*paths, write_run(tmp_path / "moe", slope=0.7, ffn=MOE)], grouped=True).notes
+    assert "dense is read at step 300, the last at which all of its runs were evaluated." in told
+
+
+@pytest.mark.parametrize(
+    ("names", "stem"),
+    [
+        (["bias-0", "bias-1"], "bias"),
+        (["experts0", "experts1"], "experts"),
+        (["dense-10", "dense-11"], "dense"),
+        (["moe-seed3", "moe-seed14"], "moe"),
+        (["a-s01", "a-s02"], "a"),
+        (["plain", "plain-1"], "plain"),
+    ],
+)
+def test_groups_are_named_without_their_seeds(tmp_path: Path, names: list[str], stem: str) -> None:
+    seeds = [int("".join(filter(str.isdigit, name)) or 0) for name in names]
+    paths = [write_run(tmp_path / name, slope=0.5, seed=seed) for name, seed in zip(names, seeds, strict=True)]
+    assert [each.name for each in gather(read_runs(paths), grouped=True)] == [stem]
+
+
+def test_the_order_of_seeds_does_not_matter(tmp_path: Path) -> None:
+    dense, moe = seeds(tmp_path, "dense", [0.5, 0.6]), seeds(tmp_path, "moe", [0.7, 0.8], ffn=MOE)
+    forth, back = (compared([*dense, *order], grouped=True) for order in (moe, moe[::-1]))
+    assert forth.contestants[1].seeds == back.contestants[1].seeds == (0, 1)
+    assert forth.verdict == back.verdict
 
 
 def test_seeds_show_in_the_comparison(tmp_path: Path) -> None:
@@ -68,8 +96,9 @@ def test_prices_are_one_more_axis(tmp_path: Path) -> None:
     assert compared(paths).axes == ("tokens", "flops", "seconds")
     with pytest.raises(MoelmError, match="There are 3 prices for 2 contestants"):
         compared(paths, prices=[1, 2, 3])
-    with pytest.raises(MoelmError, match="A price is -1; dollars an hour above 0"):
-        compared(paths, prices=[-1])
+    for price in (-1, float("nan"), float("inf")):
+        with pytest.raises(MoelmError, match=f"A price is {price}; dollars an hour above 0"):
+            compared(paths, prices=[price])
 
 
 def test_processes_are_paid_for(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moelm.analysis.intervals import bounds, draw
+from moelm.analysis.intervals import draw, scatter_of
 from moelm.analysis.report import compare_runs
 from moelm.analysis.runs import Array
 from moelm.document_losses import DocumentLosses, load_document_losses
@@ -15,9 +15,10 @@ from tests.analysis.made_runs import MOE, compared, write_run
 
 
 def interval(gains: Array, tokens: Array, resamples: int = 10_000) -> tuple[float, float]:
-    """Of a run that gains so many nats on each document on another one."""
-    draws = draw(tokens, np.stack([np.zeros(len(gains)), gains]), resamples)
-    return bounds(draws, slice(0, 1), slice(1, 2), same_seeds=True)
+    """Of a run that gains so many nats on each document on another one, documents alone."""
+    tokens_R, nats_RN = draw(tokens, gains[None], resamples)
+    low, high = np.quantile(nats_RN[:, 0] / tokens_R, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def test_over_documents_it_is_the_normal_interval() -> None:
@@ -26,18 +27,7 @@ def test_over_documents_it_is_the_normal_interval() -> None:
     assert interval(gains, np.ones(400)) == pytest.approx((gains.mean() - error, gains.mean() + error), abs=0.005)
 
 
-@pytest.mark.parametrize("same_seeds", [True, False])
-def test_over_seeds_its_width_is_that_of_their_mean(same_seeds: bool) -> None:
-    # Documents all alike: what is left is the spread between seeds.
-    a, b = np.random.default_rng(3).normal(0, 1, (2, 12))
-    draws = draw(np.ones(50), np.outer(np.concatenate([a, b]), np.ones(50)), resamples=100_000)
-    low, high = bounds(draws, slice(0, 12), slice(12, 24), same_seeds)
-    variance = (b - a).var(ddof=1) / 12 if same_seeds else (a.var(ddof=1) + b.var(ddof=1)) / 12
-    assert (low + high) / 2 == pytest.approx(float(b.mean() - a.mean()), abs=0.05)
-    assert (high - low) / (2 * 1.96) == pytest.approx(variance**0.5, rel=0.05)
-
-
-def test_it_holds_the_truth_as_often_as_it_says() -> None:
+def test_over_documents_it_holds_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(2)
     held = 0
     for _ in range(200):
@@ -47,13 +37,61 @@ def test_it_holds_the_truth_as_often_as_it_says() -> None:
     assert 180 <= held <= 198
 
 
+@pytest.mark.parametrize("seeds", [(2, 2), (3, 3), (5, 5), (3, 2), (4, 1)])
+def test_over_seeds_it_holds_the_truth_as_often_as_it_says(seeds: tuple[int, int]) -> None:
+    rng = np.random.default_rng(3)
+    held = 0
+    for _ in range(1000):
+        shared = rng.normal(0, 0.05, max(seeds))  # what a seed does to both alike
+        a, b = (3 + shared[:count] + rng.normal(0, 0.02, count) for count in seeds)
+        scatter = scatter_of([a, b], [tuple(range(count)) for count in seeds])
+        assert scatter is not None
+        held += abs(a.mean() - b.mean()) <= scatter.doubt(*seeds)
+    assert held >= 930
+    if seeds[0] == seeds[1]:
+        assert held <= 970  # no wider than it must be
+
+
+def test_two_contestants_of_the_same_seeds_are_the_paired_t_test() -> None:
+    a, b = np.array([3.0, 3.2, 3.1]), np.array([3.1, 3.25, 3.3])
+    scatter = scatter_of([a, b], [(0, 1, 2)] * 2)
+    assert scatter is not None
+    assert scatter.doubt(3, 3) == pytest.approx(4.303 * float((a - b).std(ddof=1)) / 3**0.5)
+
+
+def test_one_seed_each_has_no_scatter() -> None:
+    assert scatter_of([np.array([3.0]), np.array([3.1])], [(0,), (0,)]) is None
+
+
 def test_drawing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     gains = np.random.default_rng(1).normal(0.1, 0.5, 40)
     whole = draw(np.ones(40), gains[None])
     monkeypatch.setattr("moelm.analysis.intervals.CHUNK", 1000)
-    parts = draw(np.ones(40), gains[None])
-    assert np.array_equal(whole.tokens_R, parts.tokens_R)
-    assert np.allclose(whole.nats_RN, parts.nats_RN)
+    for mine, its in zip(whole, draw(np.ones(40), gains[None]), strict=True):
+        assert np.allclose(mine, its)
+
+
+def test_both_sides_of_a_pair_tell_the_same(tmp_path: Path) -> None:
+    losses = np.random.default_rng(0).normal(3, 0.5, (2, 30))
+    paths = [
+        write_run(tmp_path / name, slope=0.5, documents=each.tolist()) for name, each in zip("ab", losses, strict=True)
+    ]
+    comparison = compared(paths)
+    forth, back = comparison.pair("a", "b").paired, comparison.pair("b", "a").paired
+    assert forth is not None
+    assert back is not None
+    assert (forth.whole.gain, forth.whole.low, forth.whole.high) == (-back.whole.gain, -back.whole.high, -back.whole.low)
+    assert forth.whole.better == pytest.approx(1 - back.whole.better)
+
+
+def test_a_document_that_outweighs_the_others_is_told(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, slope=0.5, documents=[3.0] * 20) for name in "ab")
+    for path, nats in ((a, 3.0), (b, 2.9)):
+        tokens = np.array([10] * 19 + [10_000])
+        told = DocumentLosses(np.arange(20), np.zeros(20, int), tokens, nats * tokens, ("code",))
+        told.save(path / "documents.npz", step=400)
+    sureness = compared([a, b]).verdict.sureness
+    assert "over 20 evaluation documents (which weigh as much as 1 of equal length); another seed" in sureness
 
 
 def test_pairing_sees_what_the_spread_of_documents_hides(tmp_path: Path) -> None:
@@ -98,7 +136,9 @@ def test_they_are_told_in_the_report(tmp_path: Path) -> None:
     compare_runs([str(dense), str(moe)], tmp_path / "out")
     told = json.loads((tmp_path / "out/report.json").read_text())
     pair = next(pair for pair in told["pairs"] if pair["a"] == "moe")
-    assert pair["paired"].keys() == {"gain", "low", "high", "documents", "documents_better", "seeds"}
+    assert pair["paired"].keys() == {
+        *("gain", "low", "high", "documents", "documents_effective", "documents_better", "seeds", "seeds_scatter")
+    }
     assert pair["paired"]["gain"] == pytest.approx(0.15)
     assert pair["domains"].keys() == {"code", "synthetic-sums"}
     text = (tmp_path / "out/report.md").read_text()

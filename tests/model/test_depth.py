@@ -107,3 +107,10 @@ def test_a_bias_moves_by_all_visits_of_its_layer() -> None:
 def test_what_does_not_divide_is_refused(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         shape(**changes)
+
+
+@pytest.mark.parametrize("kind", ["random", "hash"])
+def test_what_is_drawn_is_drawn_anew_at_each_visit(kind: str) -> None:
+    model = build_model(shape(num_layers=2, unique_layers=1, ffn={**MOE, "router": {"kind": kind}}), seed=0).eval()
+    routings = model(torch.arange(40)[None]).routings
+    assert not torch.equal(routings[0].experts_NK, routings[1].experts_NK)

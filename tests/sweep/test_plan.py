@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from moelm.errors import MoelmError
-from moelm.sweep.match import measure
+from moelm.sweep.match import size_on
 from moelm.sweep.plan import Entry, plan_sweep
-from moelm.sweep.schema import Contestant, SweepConfig, contestants_of, load_sweep
+from moelm.sweep.schema import Entrant, SweepConfig, entrants_of, load_sweep
 
 SHIPPED = sorted(path for path in Path(__file__).parents[2].glob("configs/sweeps/*.yaml") if path.stem != "base")
 SPARSE = {"kind": "moe", "hidden_dim": 16, "num_experts": 8, "top_k": 2}
@@ -31,8 +31,8 @@ def test_contestants_are_the_named_ones_and_then_the_grid() -> None:
         contestants={"a dense one": {"model.ffn.kind": "dense"}},
         grid={"model.ffn.num_experts": [4, 8], "model.ffn.router": [{"kind": "topk"}, {"kind": "hash"}]},
     )
-    found = contestants_of(sweep)
-    assert found[0] == Contestant("a-dense-one", ['model.ffn.kind="dense"'])
+    found = entrants_of(sweep)
+    assert found[0] == Entrant("a-dense-one", ['model.ffn.kind="dense"'])
     assert [each.label for each in found[1:]] == [
         f"num_experts-{count}-router-{kind}" for count in (4, 8) for kind in ("topk", "hash")
     ]
@@ -53,7 +53,7 @@ def test_widths_are_made_to_match(workplace: Path, match: Any) -> None:
     contestants = {"dense": {"model.ffn.hidden_dim": 500}, "moe": {"model.ffn": SPARSE}}
     dense, moe = plan(workplace, match=match, contestants=contestants)
     assert dense.config.model.ffn.hidden_dim == 500
-    assert measure(moe.config, match) == pytest.approx(measure(dense.config, match), rel=0.01)
+    assert size_on(moe.config, match) == pytest.approx(size_on(dense.config, match), rel=0.01)
     assert f"model.ffn.hidden_dim={moe.config.model.ffn.hidden_dim}" in moe.words
 
 
@@ -76,6 +76,18 @@ def test_what_cannot_match_is_refused(workplace: Path) -> None:
         )
 
 
+def test_words_for_all_do_not_undo_what_is_decided(workplace: Path) -> None:
+    with pytest.raises(MoelmError, match=r"hidden_dim cannot be set for all .* whose match decides it"):
+        plan(workplace, "model.ffn.hidden_dim=64", match="flops_per_token")
+    with pytest.raises(MoelmError, match=r"'train\.steps=4' cannot be set in the sweep study, whose budget decides it"):
+        plan(workplace, "train.steps=4", budget={"tokens": 1000})
+
+
+def test_a_contestant_without_settings_is_the_config(workplace: Path) -> None:
+    dense, _ = plan(workplace, contestants={"dense": None, "moe": {"model.ffn": SPARSE}})
+    assert dense.words == []
+
+
 def test_a_budget_decides_the_steps(workplace: Path) -> None:
     assert [entry.config.train.steps for entry in plan(workplace, budget={"tokens": 1000})] == [3, 3]
     entries = plan(workplace, budget={"flops": 1e9})
@@ -96,9 +108,9 @@ def test_a_budget_of_seconds_is_timed(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"contestants": {"one": {}}}, "The sweep study has 1 contestants; at least two are expected"),
+        ({"contestants": {"one": {}}}, "The sweep study has 1 contestant; at least two are expected"),
         ({"contestants": {"a b": {}, "a-b": {}}}, "two contestants called a-b"),
-        ({"contestants": {"a": {}, "b": {"seed": 1}}}, "'seed=1' cannot be set in a sweep"),
+        ({"contestants": {"a": {}, "b": {"seed": 1}}}, "'seed=1' cannot be set in the sweep"),
         ({"contestants": {"a": {}, "b": {"model.ffn.hidden_dim": 32}}}, "a and b have the same settings"),
         ({"seeds": [1, 1]}, r"has the seeds \[1, 1\]; each of them once"),
         ({"budget": {"tokens": 1, "flops": 1}}, "budget names tokens and flops; one of tokens, flops, seconds"),
@@ -106,8 +118,13 @@ def test_a_budget_of_seconds_is_timed(workplace: Path) -> None:
         ({"match": "size"}, "match is 'size', but it should be 'active_params', 'flops_per_token' or 'total_params'"),
         ({"config": "none.yaml"}, "There is no config file none.yaml"),
         ({"sedes": [1]}, "there is no setting sedes; did you mean seeds"),
-        ({"contestants": {"a": {"name": "x"}, "b": {}}}, "cannot be set in a sweep, which names its runs"),
-        ({"contestants": {"a": {"model.ffn.hiden_dim": 4}, "b": {}}}, "did you mean hidden_dim"),
+        ({"contestants": {"a": {"name": "x"}, "b": {}}}, "cannot be set in the sweep study, which names its runs itself"),
+        ({"contestants": {"a": {}, "b": {"train.steps": 9}}, "budget": {"tokens": 999}}, "study, whose budget decides it"),
+        ({"contestants": {"a": {}, "b": {"data.seq_len": 16}}}, "a and b differ in data.seq_len, so their losses"),
+        ({"contestants": {"a": {}, ";": {}}}, "a contestant whose name holds no letter or digit"),
+        ({"seeds": [0, -1]}, "seeds.1 is -1, but it should be greater than or equal to 0"),
+        ({"budget": {"tokens": float("inf")}}, "budget.tokens is inf, but it should be a finite number"),
+        ({"contestants": {"a": {"model.ffn.hiden_dim": 4}, "b": {}}}, "Contestant a: .*did you mean hidden_dim"),
         ({"contestants": ["a", "b"]}, "contestants is .* but it should be a section of settings"),
     ],
 )
@@ -122,5 +139,5 @@ def test_shipped_sweeps_are_equal_where_they_say_so(path: Path) -> None:
     sweep = load_sweep(path)
     assert sweep.match is not None
     entries = plan_sweep(path, sweep, ["model.vocab_size=2048"])
-    target = measure(entries[0].config, sweep.match)
-    assert all(measure(entry.config, sweep.match) == pytest.approx(target, rel=0.01) for entry in entries)
+    target = size_on(entries[0].config, sweep.match)
+    assert all(size_on(entry.config, sweep.match) == pytest.approx(target, rel=0.01) for entry in entries)

@@ -60,11 +60,34 @@ def test_it_is_trained_compared_interrupted_and_continued(moelm: Moelm, workplac
     assert "Resuming runs/study-moe-0 from step" in done.stderr
     report = json.loads(done.stdout)
     assert [(each["name"], len(each["members"])) for each in report["runs"]] == [("dense", 2), ("moe", 2)]
-    assert report["pairs"][0]["paired"]["seeds"] == 2
+    assert report["pairs"][0]["paired"]["seeds"] == [2, 2]
     assert (workplace / "reports/study/report.html").exists()
     lines = [json.loads(text) for text in second.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 61))
 
-    again = moelm("sweep", "sweep.yaml", "optim.lr=0.02")
-    assert again.returncode == 2
-    assert "study-dense-0 exists already with another optim.lr" in again.stderr
+    again = moelm("sweep", "sweep.yaml", "train.eval_every=7", "--out", "reports/again")
+    assert again.returncode == 0, again.stderr  # nothing that is learned depends on it
+    for word in ("optim.lr=0.02", "model.window=8"):
+        again = moelm("sweep", "sweep.yaml", word)
+        assert again.returncode == 2
+        assert f"study-dense-0 exists already with another {word.partition('=')[0]}" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_setting_that_is_gone_makes_another_run(moelm: Moelm, workplace: Path) -> None:
+    """A finished run must not pass for one of a model without its setting."""
+    write_sweep(workplace, steps=2)
+    assert moelm("sweep", "sweep.yaml", "model.window=8").returncode == 0
+    done = moelm("sweep", "sweep.yaml")
+    assert done.returncode == 2
+    assert "study-dense-0 exists already with another model.window" in done.stderr
+
+
+def test_a_report_that_may_not_be_written_is_told_before_training(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=2)
+    (workplace / "mine").mkdir()
+    (workplace / "mine/thesis.tex").touch()
+    done = moelm("sweep", "sweep.yaml", "--out", "mine")
+    assert done.returncode == 2
+    assert "mine is not empty and holds no earlier report" in done.stderr
+    assert not (workplace / "runs").exists()

@@ -196,6 +196,17 @@ def test_two_processes_evaluate_to_the_same_digits(moelm: Moelm, workplace: Path
     assert json.loads(two.stdout) == json.loads(moelm("eval", "tiny-moe", "--json").stdout)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_layers_that_repeat_can_be_made_again(workplace: Path, precision: str, what: str) -> None:
+    common = ["train.steps=3", "model.unique_layers=1", f"train.precision={precision}"]
+    kept = train_here(workplace, "moe", *common, "name=kept")
+    again = train_here(workplace, "moe", *common, "name=again", f"parallel.activation_checkpointing={what}")
+    (steps, meant), (_, found) = (zip(*losses(run), strict=True) for run in (kept, again))
+    assert steps == (1, 2, 3)
+    assert found == pytest.approx(meant, rel=1e-3 if precision == "bf16" else 1e-6)
+
+
 def test_recomputing_changes_no_loss(workplace: Path) -> None:
     kept = train_here(workplace, "moe", "train.steps=4", "name=kept")
     made_again = train_here(
