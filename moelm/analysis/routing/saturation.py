@@ -20,8 +20,8 @@ from moelm.data.loader import Rows
 from moelm.model import Transformer
 from moelm.rundir import Opened, RunDirectory, load_run
 
-TOKENS = 100_000
-"""Read for each other checkpoint; more would tell the third digit."""
+TOKENS = 32_768
+"""Read for each other checkpoint, by it and by the one looked at; more would tell the third digit."""
 
 
 class Agreement(NamedTuple):
