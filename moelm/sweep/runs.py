@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from moelm.checkpoint import list_checkpoints, step_of
 from moelm.config import RunConfig, identity, load_config
 from moelm.console import console
 from moelm.errors import MoelmError
@@ -56,7 +57,7 @@ def train_all(entries: Sequence[Entry], processes: int, budget: BudgetConfig | N
 
 
 def _finished(run: RunDirectory, wanted: RunConfig) -> bool:
-    """Whether a run has taken its last step and was evaluated there.
+    """Whether a run has taken its last step, was evaluated there, and has saved it (or its owner has put all away).
 
     Raises:
         MoelmError: it is there with other settings.
@@ -74,7 +75,8 @@ def _finished(run: RunDirectory, wanted: RunConfig) -> bool:
             f"The run {run.path} exists already with another {', '.join(different[:3])}; give the sweep another name, "
             "or move the run away."
         )
-    return _last_line(run).get("step") == wanted.train.steps
+    saved_steps = [step_of(path) for path in list_checkpoints(run.checkpoints)]
+    return _last_line(run).get("step") == wanted.train.steps and saved_steps[-1:] in ([wanted.train.steps], [])
 
 
 def _last_line(run: RunDirectory) -> dict[str, Any]:
