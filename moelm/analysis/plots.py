@@ -97,7 +97,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 def draw_trend(trend: Trend) -> Figure:
     """Final loss by a setting of the experts, on a logarithmic axis, and a line (Shazeer et al. 2017, figure 2)."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.8), layout="constrained")
     axes = figure.subplots()
     values = np.array(trend.values)
     for value, losses in zip(trend.values, trend.losses, strict=True):
@@ -220,7 +220,7 @@ def _final_load(figure: Figure, axes: Axes, name: str, load: Load) -> None:
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    if relative.size <= 128 and relative.shape[1] <= 16:
+    if relative.size <= 128 and relative.shape[1] <= 10:
         axes.set_xticks(range(relative.shape[1]))
         for (row, column), value in np.ndenumerate(relative):
             ink = "white" if abs(value - 1) > 0.6 else INK

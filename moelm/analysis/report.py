@@ -198,7 +198,8 @@ def _pictures(comparison: Comparison) -> tuple[Picture, ...]:
     ]
     if (trend := comparison.trend) is not None:
         found.append(Picture("trend.png", f"Final loss by {trend.noun}", *in_both_lights(lambda: draw_trend(trend))))
-    sparse = [(each.name, each.load) for each in comparison.contestants if each.load is not None]
+    loads = [(each.name, each.load) for each in comparison.contestants if each.load is not None]
+    sparse = [(name, load) for name, load in loads if load.share.shape[-1] > 1]  # one expert has all there is
     if sparse:
         caption = "Load of the experts over time, and per expert and layer at the end"
         found.append(Picture("load.png", caption, *in_both_lights(lambda: draw_load(sparse))))
