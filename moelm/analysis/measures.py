@@ -48,8 +48,13 @@ class Equal:
         return self.loss_b - self.loss_a
 
     @property
+    def level(self) -> bool:
+        """Whether the difference is too small to matter."""
+        return abs(self.gain) < TIE - 1e-9
+
+    @property
     def tie(self) -> bool:
-        """Whether the difference is too small to name a winner."""
+        """Whether the difference is too small, or too unsure, to name a winner."""
         return abs(self.gain) < self.margin - 1e-9  # a difference of two decimal losses is off by a few ulps
 
 

@@ -124,7 +124,7 @@ def equal_table(comparison: Comparison) -> Table:
             equal = pair.equal[axis]
             cells = (NONE,) * 4
             if equal:
-                gain = "tie" if equal.tie else f"{equal.gain:+.3f}"
+                gain = "tie" if equal.level else f"{equal.gain:+.3f}" + (" unsure" if equal.tie else "")
                 cells = (amount(axis, equal.at), f"{equal.loss_a:.3f}", f"{equal.loss_b:.3f}", gain)
             rows.append((f"{pair.a} against {pair.b}", f"equal {AXIS_NAMES[axis]}", *cells))
     head = ("runs", "at", "cost", "loss", "the other's", "gain in nats")

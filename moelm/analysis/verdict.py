@@ -46,7 +46,8 @@ def judge(challenger: Contestant, reference: Contestant, pairs: Sequence[Pair]) 
     elif "ahead" in leads:
         head, whose = f"{pair.a} wins" if winner else f"{pair.a} wins in part", "its"
     else:
-        head, whose = "Tie" if leads == {"even"} else "No verdict", f"{pair.a}'s"
+        level = all(equal is not None and equal.level for equal in pair.equal.values())
+        head, whose = "Tie" if level else "Undecided" if leads == {"even"} else "No verdict", f"{pair.a}'s"
     clauses = [_clause(pair, axis) for axis in pair.equal]
     sentence = f"{head}: against {pair.b}, {whose} validation loss is {listed(clauses)}."
     better, other = sorted((challenger, reference), key=lambda each: float(each.val.loss[-1]))
@@ -92,7 +93,7 @@ def _clause(pair: Pair, axis: Axis) -> str:
         low, high = sorted((abs(pair.paired.whole.low), abs(pair.paired.whole.high)))
         losses += f"; {LEVEL:.0%}: {low:.3f} to {high:.3f}"
     if equal.tie:
-        return f"level at equal {AXIS_NAMES[axis]} ({losses})"
+        return f"{'level' if equal.level else 'not surely different'} at equal {AXIS_NAMES[axis]} ({losses})"
     word = "lower" if equal.gain > 0 else "higher"
     return f"{abs(equal.gain):.3f} nats {word} at equal {AXIS_NAMES[axis]} ({losses})"
 

@@ -106,13 +106,15 @@ def test_pairing_sees_what_the_spread_of_documents_hides(tmp_path: Path) -> None
     assert both.domains.keys() == {"code", "synthetic-sums"}
 
 
-def test_an_unsure_difference_is_a_tie(tmp_path: Path) -> None:
+def test_an_unsure_difference_decides_nothing(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     losses = rng.normal(3, 0.5, 40)
     dense = write_run(tmp_path / "dense", slope=0.5, documents=losses.tolist())
     moe = write_run(tmp_path / "moe", slope=0.505, ffn=MOE, documents=(losses + rng.normal(-0.02, 0.3, 40)).tolist())
     comparison = compared([dense, moe])
-    assert comparison.verdict.sentence.startswith("Tie: against dense")
+    assert comparison.verdict.sentence.startswith(
+        "Undecided: against dense, moe's validation loss is not surely different at"
+    )
     assert (
         "with 95% confidence over 40 evaluation documents; another seed may say otherwise." in comparison.verdict.sureness
     )
