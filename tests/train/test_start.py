@@ -10,6 +10,7 @@ import torch
 from moelm.checkpoint import list_checkpoints
 from moelm.config import load_config
 from moelm.errors import MoelmError
+from moelm.hardware import pick_device, pick_precision
 from moelm.interop.upcycle import upcycle_run
 from moelm.rundir import RunDirectory, load_run
 from moelm.train.launch import train
@@ -75,7 +76,7 @@ def test_a_run_of_given_weights_keeps_their_tokenizer_and_settles_its_precision(
         fit("runs/sparse/config.yaml")
     assert run.tokenizer.read_bytes() == before
     fit(str(upcycle_run("tiny-dense", "other", 4, 2, overrides=["train.precision=auto", "train.steps=2"]).config))
-    assert load_config("runs/other/config.yaml").train.precision == "float32"
+    assert load_config("runs/other/config.yaml").train.precision == pick_precision(pick_device())
 
 
 @pytest.mark.usefixtures("here")

@@ -35,7 +35,7 @@ def test_a_run_leaves_what_the_contract_says(moelm: Moelm, workplace: Path) -> N
     assert "not prepared yet" in done.stderr
     run = workplace / "runs/tiny-moe"
     written = {path.name for path in run.iterdir()}
-    assert written == {"config.yaml", "environment.json", "metrics.jsonl", "tokenizer.json", "checkpoints"}
+    assert written == {"config.yaml", "environment.json", "metrics.jsonl", "documents.npz", "tokenizer.json", "checkpoints"}
     told = lines(run)
     assert [line["step"] for line in told] == list(range(1, 9))
     assert all(line.keys() >= CONTRACT | {f"moe/{name}" for name in ROUTING} | {"moe/layers"} for line in told)
