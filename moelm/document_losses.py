@@ -3,7 +3,6 @@
 Nothing here imports torch.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -37,7 +36,7 @@ class DocumentLosses(NamedTuple):
         Raises:
             MoelmError: a full disk.
         """
-        work = path.with_name(f".{path.name}.writing-{os.getpid()}")
+        work = path.with_suffix(".writing")
         try:
             with work.open("wb") as file:
                 np.savez(file, step=step, **{**self._asdict(), "names": np.array(self.names)})

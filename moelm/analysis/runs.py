@@ -87,11 +87,6 @@ class RunRecord:
     """None for a dense run."""
 
     @property
-    def domains(self) -> dict[str, dict[str, float]]:
-        """`loss` and `bpb` of each domain at the last evaluation that told them."""
-        return self.domains_at[max(self.domains_at)] if self.domains_at else {}
-
-    @property
     def parameters(self) -> dict[str, int]:
         """`total`, `active` and perhaps `embedding` parameters."""
         return dict(self.environment["parameters"])

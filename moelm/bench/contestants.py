@@ -56,6 +56,7 @@ def _variations(vary: str | None) -> list[tuple[str, list[str]]]:
 
 
 def settle(config: RunConfig) -> RunConfig:
+    """A config with the precision that it would be trained in here."""
     if config.train.precision != "auto":
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": pick_precision(pick_device())})})

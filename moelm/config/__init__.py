@@ -1,6 +1,6 @@
 """What a run is (`schema`, and `model` for its model) and how its YAML is read (`load`)."""
 
-from moelm.config.identity import flatten, identity
+from moelm.config.identity import differing, flatten, identity
 from moelm.config.load import check_config, check_section, dump_config, load_config, override, read_tree
 from moelm.config.model import (
     BalanceConfig,
@@ -48,6 +48,7 @@ __all__ = [
     "TrainConfig",
     "check_config",
     "check_section",
+    "differing",
     "dump_config",
     "flatten",
     "identity",

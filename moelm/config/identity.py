@@ -1,6 +1,6 @@
 """Settings by their dotted names, and which of them decide what a run learns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moelm.config.base import Config
@@ -26,6 +26,11 @@ def flatten(config: Config) -> dict[str, Any]:
             yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
 
     return dict(walk("", config.model_dump(mode="json", exclude_none=True)))
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The dotted names under which two flat mappings do not hold the same, in order."""
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

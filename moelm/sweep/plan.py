@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from moelm.config import RunConfig, flatten, load_config
+from moelm.config import RunConfig, differing, flatten, load_config
 from moelm.console import Ticker, console
 from moelm.data.prepare import prepare
 from moelm.data.store import read_manifest
@@ -14,6 +14,9 @@ from moelm.model.counting import count_flops
 from moelm.rundir import RunDirectory
 from moelm.sweep.match import matched_width, size_on
 from moelm.sweep.schema import BudgetConfig, Entrant, SweepConfig, entrants_of
+
+TURNS = 5
+"""Turns that a contestant is timed for."""
 
 
 class Entry(NamedTuple):
@@ -104,8 +107,7 @@ def _check_data(entries: Sequence[Entry]) -> None:
     """Losses on other text or other rows do not compare."""
     first, *others = (flatten(entry.config.data) for entry in entries)
     for entry, data in zip(entries[1:], others, strict=True):
-        different = sorted(key for key in first.keys() | data.keys() if first.get(key) != data.get(key))
-        if different:
+        if different := differing(first, data):
             raise MoelmError(
                 f"The contestants {entries[0].label} and {entry.label} differ in data.{different[0]}, "
                 "so their losses would not compare."
@@ -174,7 +176,3 @@ def _rates(entries: Mapping[str, Entry]) -> dict[str, float]:
     with Ticker("Timing the contestants …") as ticker:
         timings = bench.run_contest(timed, Work(0), TURNS, ticker.update)
     return {shape: timing.as_dict()["tokens_per_s"] for shape, timing in zip(entries, timings, strict=True)}
-
-
-TURNS = 5
-"""Turns that a contestant is timed for."""

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from moelm.checkpoint import list_checkpoints, step_of
-from moelm.config import RunConfig, identity, load_config
+from moelm.config import RunConfig, differing, identity, load_config
 from moelm.console import console
 from moelm.errors import MoelmError
 from moelm.rundir import RunDirectory
@@ -67,9 +67,7 @@ def _finished(run: RunDirectory, wanted: RunConfig) -> bool:
     saved, asked = identity(load_config(run.config)), identity(wanted)
     # Settled when a run begins.
     settled = {"model.max_seq_len"} - asked.keys() | {key for key in SETTLED if asked.get(key) in ("auto", "last", "best")}
-    different = sorted(
-        key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key) and key not in settled
-    )
+    different = [key for key in differing(saved, asked) if key not in settled]
     if different:
         raise MoelmError(
             f"The run {run.path} exists already with another {', '.join(different[:3])}; give the sweep another name, "

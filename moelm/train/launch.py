@@ -13,7 +13,7 @@ from moelm.checkpoint import (
     list_checkpoints,
     load_training,
 )
-from moelm.config import MoEFFNConfig, RunConfig, dump_config, flatten, identity, load_config
+from moelm.config import MoEFFNConfig, RunConfig, differing, dump_config, flatten, identity, load_config
 from moelm.console import console
 from moelm.data.loader import PreparedData, open_data
 from moelm.data.prepare import prepare
@@ -162,8 +162,7 @@ def _check_agreed(config: RunConfig, data: PreparedData, world: World) -> None:
     }
     everyone = world.gather(mine)
     for rank, other in enumerate(everyone):
-        different = sorted(key for key in other.keys() | everyone[0].keys() if other.get(key) != everyone[0].get(key))
-        if different:
+        if different := differing(other, everyone[0]):
             key = different[0]
             raise MoelmError(
                 f"Rank {rank} of {world.size} has another {', '.join(different[:3])} than rank 0 ({other.get(key)} "
@@ -178,8 +177,7 @@ def _check_same(config: RunConfig, begun: RunConfig, run: RunDirectory, resume: 
     saved, wanted = (identity(each) for each in (begun, config))
     if begun.train.precision == "auto":  # made of weights from elsewhere, and never trained
         saved["train.precision"] = wanted["train.precision"]
-    different = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-    if different:
+    if different := differing(saved, wanted):
         raise MoelmError(
             f"The run {run.path} exists already with another {', '.join(different[:3])}; choose another name=..., "
             "or give its own settings to --resume it."

@@ -1,7 +1,7 @@
 """Beginning a run with the weights of another: which checkpoint that is, whether it fits, and loading it."""
 
 from moelm.checkpoint import load_weights, step_of
-from moelm.config import ModelConfig, RunConfig, StartConfig, flatten, load_config
+from moelm.config import ModelConfig, RunConfig, StartConfig, differing, flatten, load_config
 from moelm.console import console
 from moelm.data.loader import PreparedData
 from moelm.data.tokenizer import Tokenizer
@@ -57,10 +57,9 @@ def load_start(start: StartConfig, model: ModelConfig, data: PreparedData, built
     load_weights(path, built, world)
     console.print(f"Starting with the weights of {path}.", soft_wrap=True, markup=False)
     theirs, ours = (_deciding(each) for each in (load_config(run.config).model, model))
-    for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key):
-            told = f"model.{key} is {ours.get(key)} here and {theirs.get(key)} in {run.path}"
-            console.print(f"Warning: {told}, whose weights were made for that.", soft_wrap=True, markup=False)
+    for key in differing(theirs, ours):
+        told = f"model.{key} is {ours.get(key)} here and {theirs.get(key)} in {run.path}"
+        console.print(f"Warning: {told}, whose weights were made for that.", soft_wrap=True, markup=False)
 
 
 def _deciding(model: ModelConfig) -> dict[str, object]:

@@ -31,7 +31,7 @@ def test_a_run_is_read_whole(pair: list[Path]) -> None:
     assert run.tokens_per_second == 5000
     assert run.memory_peak == 2**30 + 400
     assert run.flops_per_token == 120_000
-    assert run.domains["code"]["loss"] == pytest.approx(2.3)
+    assert run.domains_at[400]["code"]["loss"] == pytest.approx(2.3)
     assert run.load is not None
     assert run.load.share.shape == (8, 2, 4)
     assert run.load.max_over_mean[-1].tolist() == [1.6, 2.6]

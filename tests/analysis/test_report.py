@@ -14,6 +14,7 @@ from rich.console import Console
 from moelm.analysis.report import FILES, compare_runs, render_table
 from moelm.errors import MoelmError
 from tests.analysis.made_runs import MOE, write_run
+from tests.conftest import Moelm
 
 
 @pytest.fixture
@@ -205,6 +206,19 @@ def _printed(runs: list[str], out: Path, force: bool = False) -> str:
     render_table(console, compare_runs(runs, out, force))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def test_the_command_groups_and_prices(moelm: Moelm, workplace: Path) -> None:
+    for seed in (0, 1):
+        write_run(workplace / f"runs/dense-{seed}", slope=0.5 + seed / 100, seed=seed)
+        write_run(workplace / f"runs/moe-{seed}", slope=0.8 + seed / 100, seed=seed, ffn=MOE)
+    names = ["dense-0", "moe-1", "dense-1", "moe-0"]
+    done = moelm("compare", *names, "--group", "--price", "2", "--price", "4", "--json", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [(run["name"], len(run["members"])) for run in report["runs"]] == [("dense", 2), ("moe", 2)]
+    assert report["runs"][1]["dollars"] == pytest.approx(2 * report["runs"][0]["dollars"])
+    assert "moelm compare dense-0 moe-1 dense-1 moe-0 --group" in (workplace / "out/report.md").read_text()
 
 
 def test_analysis_does_not_import_torch() -> None:

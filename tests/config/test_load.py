@@ -103,6 +103,13 @@ def test_unusable_files_are_refused(tmp_path: Path, text: str) -> None:
         load_config(tmp_path / "config.yaml")
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: a\noptim:\n  lr: 0.1\n  lr: 0.2\n")
+    with pytest.raises(MoelmError, match=r"twice\.yaml is not valid YAML at line 3: lr is there twice"):
+        load_config(path)
+
+
 def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml")
     (tmp_path / "b.yaml").write_text("base: a.yaml")
