@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need; run `make help` for the rest.
+# `make demo` and `make test` install everything they need; `make help` lists the other targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
 
-install: $(READY)  ## Create .venv and install moelm with its pinned dependencies, test tools and optional peers
+install: $(READY)  ## Create .venv and install moelm, pinned dependencies, test tools and optional extras
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,21 +29,21 @@ demo: $(CORE)  ## Train the dense baseline and the mixture of experts, and compa
 test: $(READY)  ## Run the fast tests
 	$(BIN)/pytest -n auto --maxprocesses 4
 
-test-slow: $(READY)  ## Run the slow tests: several processes, kills, the whole road
+test-slow: $(READY)  ## Run the slow tests: several processes, kills, the whole pipeline
 	$(BIN)/pytest -m slow
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(READY)  ## Mend style
+format: $(READY)  ## Fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 type: $(READY)  ## Check types
 	$(BIN)/mypy
 
-check: lint type test  ## All of the above that gates a change
+check: lint type test  ## Style, types and fast tests
 
-clean:  ## Remove the environment and caches; data and runs stay
+clean:  ## Remove the environment and caches, but not data and runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,6 +1,6 @@
-"""moelm: train mixture-of-experts language models beside dense baselines, and see what sparsity bought.
+"""moelm: train mixture-of-experts language models beside dense baselines, and measure what sparsity buys.
 
-`moelm.load(run)` gives a trained model, its tokenizer and its config; everything heavy is imported by then, not before.
+`moelm.load(run)` loads a trained model, its tokenizer and its config. torch is imported only then.
 """
 
 from pathlib import Path
@@ -24,6 +24,6 @@ def load(run: str | Path, checkpoint: str = "last") -> "tuple[Transformer, Token
     Raises:
         MoelmError: no such run or checkpoint, or a damaged one.
     """
-    from moelm.rundir import load_run
+    from moelm.runs.load import load_run
 
     return load_run(run, checkpoint)

@@ -1,6 +1,6 @@
-"""`python -m moelm` is the command line, for torchrun."""
+"""`python -m moelm`, which torchrun needs."""
 
-from moelm.cli import main
+from moelm.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""What people see while they wait: one live line on a terminal, a plain line now and then elsewhere. Always on stderr."""
+"""Progress and log messages, always on stderr: one live line on a terminal, occasional plain lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -12,28 +12,38 @@ PLAIN_INTERVAL_S = 10.0
 """Seconds between progress lines where there is no terminal (logs, CI, pipes)."""
 
 
-class Ticker:
-    """The progress line of one long job; the caller words it."""
+def log(message: str) -> None:
+    """Print one line of text on stderr, unwrapped and without markup."""
+    console.print(message, soft_wrap=True, markup=False)
 
-    def __init__(self, opening: str) -> None:
-        self._status = Status(opening, console=console) if console.is_terminal else None
-        self._printed = time.monotonic()
+
+def warn(message: str) -> None:
+    """Print a warning on stderr."""
+    log(f"Warning: {message}")
+
+
+class ProgressLine:
+    """The progress line of one long job.
+
+    Args:
+        message: the text until the first update.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._status = Status(message, console=console) if console.is_terminal else None
+        self._printed_at = time.monotonic()
         if self._status is None:
-            console.print(opening, soft_wrap=True)
+            log(message)
 
-    def update(self, line: str) -> None:
-        """Show the newest state of the job."""
+    def update(self, message: str) -> None:
+        """Replace the line; without a terminal, print it if the last one is `PLAIN_INTERVAL_S` old."""
         if self._status is not None:
-            self._status.update(line)
-        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
-            self._printed = time.monotonic()
-            console.print(line, soft_wrap=True, markup=False)
+            self._status.update(message)
+        elif time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S:
+            self._printed_at = time.monotonic()
+            log(message)
 
-    def note(self, line: str) -> None:
-        """Print a line that stays, above the live one."""
-        console.print(line, soft_wrap=True, markup=False)
-
-    def __enter__(self) -> "Ticker":
+    def __enter__(self) -> "ProgressLine":
         if self._status is not None:
             self._status.start()
         return self
@@ -41,18 +51,3 @@ class Ticker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._status is not None:
             self._status.stop()
-
-
-def short(number: float) -> str:
-    """4,900,000 as 4.90M: three figures and a unit."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,10 +1,10 @@
-"""The one exception a user is meant to see: a sentence about something they can mend."""
+"""The exception for problems that the user can fix."""
 
 
 class MoelmError(Exception):
-    """A problem with the user's input or machine, told in one sentence."""
+    """A problem with the user's input or machine, described in one sentence."""
 
     exit_code = 2
-    """What the command ends with."""
-    told = False
-    """Whether another process of the same run has said it already."""
+    """Exit status of the command."""
+    reported = False
+    """Whether another process of the same run has printed the message."""

@@ -1,4 +1,4 @@
-"""What the machine offers: device, precision, peak arithmetic, memory. Nothing here knows about models."""
+"""The machine: device, precision, peak FLOP/s, memory. Nothing here depends on models."""
 
 import ctypes
 import os
@@ -14,19 +14,19 @@ from moelm.errors import MoelmError
 
 
 class Device(NamedTuple):
-    """A kind of GPU, by its vendor's data sheet; bandwidths are bytes per second in one direction."""
+    """A GPU model, from its vendor's data sheet; bandwidths are bytes per second in one direction."""
 
-    part_of_name: str
-    """What its name contains."""
+    name_part: str
+    """Part of the device name that CUDA reports."""
     peak_bf16: float
     """Dense FLOP/s."""
     memory: float
     """Bytes."""
     memory_bandwidth: float
     link: float
-    """To the other GPUs of its machine."""
+    """To other GPUs of the same machine."""
     network: float
-    """To other machines: 400 Gb/s a GPU for the newer ones."""
+    """To other machines; 400 Gb/s per GPU for newer ones."""
 
 
 DEVICES = {
@@ -38,19 +38,19 @@ DEVICES = {
     "l4": Device("L4", 121e12, 24e9, 0.3e12, 32e9, 12.5e9),
     "4090": Device("4090", 165e12, 24e9, 1.01e12, 32e9, 12.5e9),
 }
-"""By the name that `moelm plan --device` knows; those without links of their own talk over PCIe."""
+"""By the name for `moelm plan --device`; those without NVLink communicate over PCIe."""
 
-WORTH_ROUNDING = 1.25
-"""How many times as fast as in float32 a CPU's bfloat16 products must be; where they are native it is 2 and more."""
+MIN_BF16_SPEEDUP = 1.25
+"""Speed of a CPU's bfloat16 products relative to float32 that `auto` requires; with native support it is 2 or more."""
 
-Precision = Literal["float32", "bf16"]
+Precision = Literal["fp32", "bf16"]
 
 
 def keep_memory() -> None:
-    """Tell glibc to keep freed memory instead of returning it to the system.
+    """Configure glibc to keep freed memory instead of returning it to the system.
 
-    A training step frees and allocates the same large buffers over and over; by default each of them is a fresh mapping
-    whose pages fault in one by one. On the demo models this makes a step 1.2 to 1.4 times as fast. Elsewhere: no-op.
+    A training step repeatedly frees and allocates the same large buffers; by default each allocation is a new mapping with a
+    page fault for every page. A step of the demo models becomes 1.2 to 1.4 times as fast. No effect with other C libraries.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -62,13 +62,13 @@ def keep_memory() -> None:
 
 
 def pick_device() -> torch.device:
-    """This process's GPU, that of its number on the machine, or the CPU."""
+    """This process's GPU, by its local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= there:
+    number, available = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= available:
         raise MoelmError(
-            f"There are {there} GPUs here for {os.environ.get('LOCAL_WORLD_SIZE')} processes; one each is needed."
+            f"There are {available} GPUs here for {os.environ.get('LOCAL_WORLD_SIZE')} processes; one each is needed."
         )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
@@ -76,16 +76,16 @@ def pick_device() -> torch.device:
 
 
 def pick_precision(device: torch.device) -> Precision:
-    """What `train.precision: auto` means here: bfloat16 products where they are worth their rounding, else float32.
+    """The precision for `train.precision: auto` on this machine: bf16 if its products are clearly faster, otherwise fp32.
 
-    A CPU may list bfloat16 among its instructions and still multiply it at half the speed of float32, so it is timed.
+    CPUs are timed, because some have bfloat16 instructions that are slower than float32.
     """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if not _cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
-        return "float32"
+        return "fp32"
     gain = peak_flops(device, torch.bfloat16) / peak_flops(device, torch.float32)
-    return "bf16" if gain > WORTH_ROUNDING else "float32"
+    return "bf16" if gain > MIN_BF16_SPEEDUP else "fp32"
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
@@ -94,8 +94,8 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
-def compiles(wanted: bool | str, device: torch.device) -> bool:
-    """Whether `parallel.compile` asks for a compiler here: `auto` does on GPUs, where it soon pays for itself."""
+def should_compile(wanted: bool | str, device: torch.device) -> bool:
+    """Whether to compile, for a value of `parallel.compile`; `auto` compiles on GPUs only."""
     return device.type == "cuda" if wanted == "auto" else bool(wanted)
 
 
@@ -110,10 +110,10 @@ def _cpu_flags() -> set[str]:
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that utilisation is measured against: a GPU's data sheet, or the best of a few CPU matrix products."""
+    """FLOP/s that MFU is relative to: from a GPU's data sheet, or from the fastest of a few timed matrix products."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [kind.peak_bf16 for kind in DEVICES.values() if kind.part_of_name in name]
+        known = [kind.peak_bf16 for kind in DEVICES.values() if kind.name_part in name]
         if known:
             return known[0]
     size = 1024 if device.type == "cpu" else 8192
@@ -127,7 +127,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory used so far, in bytes: of the GPU, or of this process."""
+    """Peak memory so far in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

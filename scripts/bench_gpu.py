@@ -1,10 +1,10 @@
-"""What is to be known of speed on one GPU, in one table: dense against 8 and 64 experts at equal active parameters,
-their peers in Hugging Face's library, and the experts' kernels against one dense product of the same FLOPs.
+"""Speed on one GPU in one table: a dense model, and 8 and 64 experts with equal active parameters; Hugging Face's models of
+the same shapes; and the expert kernels relative to dense matrix products with the same FLOPs.
 
     python scripts/bench_gpu.py            # on a GPU
     python scripts/bench_gpu.py configs/bench-dense.yaml configs/bench-moe.yaml    # other shapes, any machine
 
-The first config is the dense one.
+The first config is the reference for relative speed.
 """
 
 import argparse
@@ -15,40 +15,39 @@ from statistics import median
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from moelm.bench import Contestant, enter, run_contest
-from moelm.bench.jobs import Work
-from moelm.bench.models import shape_of
+from moelm.bench import BenchVariant, list_variants, run_rounds
+from moelm.bench.workloads import Workload
+from moelm.cli.options import PIPE_WIDTH, plain_table
 from moelm.config import MoEFFNConfig
-from moelm.console import Ticker
+from moelm.console import ProgressLine
 from moelm.hardware import dtype_of, pick_device
-from moelm.model.gated import gated_experts
+from moelm.model.swiglu import grouped_swiglu
 
 CONFIGS = [f"configs/gpu-{name}.yaml" for name in ("dense", "moe8", "moe64")]
 
 
-def seconds(job: Callable[[], Tensor], learned: list[Tensor], device: torch.device, times: int = 20) -> float:
-    """The middle time of a forward and backward pass."""
-    taken = []
-    for _ in range(times + 3):
-        began = time.perf_counter()
-        y = job()
-        torch.autograd.grad(y, learned, torch.ones_like(y))
+def median_seconds(function: Callable[[], Tensor], inputs: list[Tensor], device: torch.device, repeats: int = 20) -> float:
+    """Median duration of a forward and backward pass, after three that are not counted."""
+    seconds = []
+    for _ in range(repeats + 3):
+        started = time.perf_counter()
+        y = function()
+        torch.autograd.grad(y, inputs, torch.ones_like(y))
         if device.type == "cuda":
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
-    return median(taken[3:])
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[3:])
 
 
-def kernel_share(entry: Contestant) -> float:
-    """Speed of a layer's experts, evenly loaded, as a share of one dense block's products of the same FLOPs."""
+def relative_kernel_speed(variant: BenchVariant) -> float:
+    """Speed of one layer's experts under even load, relative to dense matrix products with the same FLOPs."""
     device = pick_device()
-    dtype = dtype_of(entry.config.train.precision, device)
-    shape, ffn, tokens = shape_of(entry.config), entry.config.model.ffn, entry.config.train.batch_tokens
+    dtype = dtype_of(variant.config.train.precision, device)
+    model, ffn, tokens = variant.config.model, variant.config.model.ffn, variant.config.train.batch_tokens
     assert isinstance(ffn, MoEFFNConfig)
-    dim, hidden, experts, top_k = shape.dim, ffn.hidden_dim, ffn.num_experts, ffn.top_k
+    dim, hidden, experts, top_k = model.dim, ffn.hidden_dim, ffn.num_experts, ffn.top_k
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, device=device, dtype=dtype).mul_(0.02).requires_grad_()
@@ -57,43 +56,47 @@ def kernel_share(entry: Contestant) -> float:
     x, gates = random(rows, dim), torch.ones(rows, device=device)
     weights = (random(experts, hidden, dim), random(experts, dim, hidden), random(experts, hidden, dim))
     ends = torch.arange(1, experts + 1, device=device) * (rows // experts)
-    sparse = torch.compile(gated_experts) if device.type == "cuda" else gated_experts
-    experts_s = seconds(lambda: sparse(x, ends, weights, shape.activation, gates), [x, *weights], device)
-    wide, up, down = random(tokens, dim), random(2 * top_k * hidden, dim), random(dim, top_k * hidden)
-    hidden_act = random(tokens, top_k * hidden)
-    dense_s = seconds(lambda: wide @ up.t(), [wide, up], device)
-    dense_s += seconds(lambda: hidden_act @ down.t(), [hidden_act, down], device)
-    return dense_s / experts_s
+    swiglu = torch.compile(grouped_swiglu) if device.type == "cuda" else grouped_swiglu
+    sparse_s = median_seconds(lambda: swiglu(x, ends, weights, model.activation, gates), [x, *weights], device)
+    x_dense, up, down = random(tokens, dim), random(2 * top_k * hidden, dim), random(dim, top_k * hidden)
+    activations = random(tokens, top_k * hidden)
+    dense_s = median_seconds(lambda: x_dense @ up.t(), [x_dense, up], device)
+    dense_s += median_seconds(lambda: activations @ down.t(), [activations, down], device)
+    return dense_s / sparse_s
 
 
 def main() -> None:
-    """Run it all and print the table."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", default=CONFIGS)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--no-peers", action="store_true")
-    asked = parser.parse_args()
-    entries = enter([Path(config) for config in asked.configs], [], None, peers=not asked.no_peers)
-    kernels = {e.name: kernel_share(e) for e in entries if not e.peer and isinstance(e.config.model.ffn, MoEFFNConfig)}
-    with Ticker("Starting the contestants …") as ticker:
-        timings = run_contest(entries, Work(), asked.rounds, ticker.update)
-    table = Table("contestant", "precision", box=None, header_style="")
-    for heading in ("ms/step", "tokens/s", "of the first", "MFU", "peak MiB", "expert kernels, of a dense GEMM"):
-        table.add_column(heading, justify="right")
+    options = parser.parse_args()
+    variants = list_variants([Path(config) for config in options.configs], [], None, peers=not options.no_peers)
+    kernel_speed = {
+        variant.name: relative_kernel_speed(variant)
+        for variant in variants
+        if not variant.peer and isinstance(variant.config.model.ffn, MoEFFNConfig)
+    }
+    with ProgressLine("Building the models …") as progress_line:
+        timings = run_rounds(variants, Workload(), options.rounds, progress_line.update)
+    table = plain_table(
+        "variant", "precision", "ms/step", "tokens/s", "relative speed", "MFU", "peak MiB", "expert kernels / dense GEMM"
+    )
     for timing in timings:
-        told = timing.as_dict()
-        share = kernels.get(timing.entry.name)
+        result = timing.as_dict()
+        speed = kernel_speed.get(timing.variant.name)
         table.add_row(
-            timing.entry.name,
-            told["precision"],
-            f"{1e3 * told['step_s']:,.1f}",
-            f"{told['tokens_per_s']:,.0f}",
-            f"{1 / timing.times(timings[0]):.2f}",
-            f"{told['mfu']:.1%}",
+            timing.variant.name,
+            result["precision"],
+            f"{1e3 * result['step_s']:,.1f}",
+            f"{result['tokens_per_s']:,.0f}",
+            f"{1 / timing.ratio_to(timings[0]):.2f}",
+            f"{result['mfu']:.1%}",
             f"{timing.memory / 2**20:,.0f}",
-            f"{share:.0%}" if share is not None else "",
+            f"{speed:.0%}" if speed is not None else "",
         )
-    Console(highlight=False, width=140).print(table)
+    Console(highlight=False, width=PIPE_WIDTH).print(table)
 
 
 if __name__ == "__main__":

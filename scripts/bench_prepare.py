@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from moelm.config import SourceConfig
-from moelm.data.builtin import builtin_documents
+from moelm.data.corpus.builtin import builtin_documents
 from moelm.data.document import Document
 from moelm.data.prepare import BATCH_CHARS
 from moelm.data.sources import read_source

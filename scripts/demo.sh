@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job: the same text, the same batches, a dense model and a mixture of experts; then the comparison.
-# Words after the script's name are overrides for both runs: scripts/demo.sh train.steps=50
+# Trains a dense model and a mixture of experts on the same batches, and compares them.
+# Arguments are overrides for both runs: scripts/demo.sh train.steps=50
 set -euo pipefail
 cd "$(dirname "$0")/.."
 moelm="${BIN:-.venv/bin}/moelm"

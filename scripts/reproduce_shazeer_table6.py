@@ -1,9 +1,9 @@
-"""Table 6 of Shazeer et al. 2017 at small scale: what the importance and the load loss do to noisy gates.
+"""Table 6 of Shazeer et al. 2017 at small scale: the effect of the importance and load losses on noisy gates.
 
     python scripts/reproduce_shazeer_table6.py --out docs
 
-Trains configs/shazeer-table6.yaml under the paper's six weightings on the same batches (words after the options are
-overrides for all of them), prints the table beside the paper's, checks its shape and draws it.
+Trains configs/shazeer-table6.yaml under the paper's six weightings on the same batches (arguments after the options are
+overrides for all of them), prints the table beside the paper's, checks its shape and plots it.
 """
 
 import argparse
@@ -25,13 +25,13 @@ PAPER = {
 """Weights of importance and load: test perplexity, CV(Importance), CV(Load), max/mean load; 256 experts, top-4."""
 
 
-def normalised(ratio: float, experts: int, k: int) -> float:
-    """(r - 1) / (E/k - 1): 0 is even, 1 is all tokens on the same k experts."""
+def normalized(ratio: float, experts: int, k: int) -> float:
+    """(r - 1) / (E/k - 1): 0 is balanced, 1 is all tokens on the same k experts."""
     return (ratio - 1) / (experts / k - 1)
 
 
 def table(variants: list[Variant], experts: int, k: int) -> str:
-    head = ["w_importance", "w_load", "perplexity", "CV(Imp)", "CV(Load)", "max/mean", "normalised"]
+    head = ["w_importance", "w_load", "perplexity", "CV(Imp)", "CV(Load)", "max/mean", "normalized"]
     head += [f"paper: {name}" for name in head[2:]]
     rows = []
     for (weights, paper), variant in zip(PAPER.items(), variants, strict=True):
@@ -40,7 +40,7 @@ def table(variants: list[Variant], experts: int, k: int) -> str:
         cells = [f"{weight:g}" for weight in weights]
         for figures, size, top in ((ours, experts, k), (paper, 256, 4)):
             cells += [f"{figures[0]:.1f}", *(f"{value:.2f}" for value in figures[1:])]
-            cells.append(f"{normalised(figures[3], size, top):.3f}")
+            cells.append(f"{normalized(figures[3], size, top):.3f}")
         rows.append(cells)
     return markdown_table(head, rows)
 
@@ -56,7 +56,7 @@ def broken_shapes(variants: list[Variant], experts: int, k: int) -> list[str]:
     ]
     if ratio[1.0, 1.0] > 1.2:
         wrong.append(f"weights of 1 leave max/mean at {ratio[1.0, 1.0]:.2f}, above 1.2")
-    if normalised(ratio[0.0, 0.0], experts, k) < 0.15:
+    if normalized(ratio[0.0, 0.0], experts, k) < 0.15:
         wrong.append(f"without losses max/mean is {ratio[0.0, 0.0]:.2f}, which is no clear imbalance")
     if min(importance, key=importance.__getitem__) != (1.0, 1.0):
         wrong.append("CV(Importance) is not smallest where its weight is largest")
@@ -66,7 +66,7 @@ def broken_shapes(variants: list[Variant], experts: int, k: int) -> list[str]:
 def plot(variants: list[Variant], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, (over_time, at_end) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (over_time, at_end) = plt.subplots(1, 2, figsize=(10, 3.8), dims="constrained")
     for weights, variant in zip(PAPER, variants, strict=True):
         label = f"importance {weights[0]:g}, load {weights[1]:g}"
         steps = [line["step"] for line in variant.lines]

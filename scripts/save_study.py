@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moelm.config import load_config
-from moelm.rundir import RunDirectory
-from moelm.train.launch import train
+from moelm.runs.directory import RunDirectory
+from moelm.train.setup import train
 from moelm.train.trainer import Trainer
 
 EVERY, STEPS = 60, 301

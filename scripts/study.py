@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelm.config import load_config
-from moelm.rundir import RunDirectory
-from moelm.train.launch import train
+from moelm.runs.directory import RunDirectory
+from moelm.train.setup import train
 
 Lines = list[dict[str, Any]]
 LAST = 0.1

@@ -1,11 +1,11 @@
-"""A dense run goes on as it is and as a mixture of experts made of it (sparse upcycling), on the same further batches.
+"""Continued training of a dense run compared with that of sparse models upcycled from it, on the same new batches.
 
     python scripts/upcycle_study.py demo-dense
 
-Upcycled experts are copies of the dense block: exact (`copies`), with noise (`noise`), or with half of the hidden units
-of each drawn anew (`half anew`). All contestants have the schedule and, for each seed, the batches in common. Printed:
-training FLOPs of a token, validation losses (means over seeds) along the way, and the distance of the best seed from the
-worst at the end. Words after the options are overrides for all of them.
+Upcycled experts are exact copies of the dense block (`copies`), copies with noise (`noise`), or copies with half of the
+hidden units of each reinitialized (`half reinitialized`). All variants have the same schedule and, for each seed, the same
+batches. Printed are training FLOPs per token, validation losses (means over seeds) at each evaluation, and the difference
+between the worst and the best seed at the end. Arguments after the options are config overrides of all variants.
 """
 
 import argparse
@@ -14,29 +14,29 @@ from statistics import mean
 
 from study import Variant, markdown_table, run_variants
 
-from moelm.interop.upcycle import upcycle_run
-from moelm.rundir import RunDirectory
+from moelm.runs.directory import RunDirectory
+from moelm.upcycle import upcycle_run
 
-WAYS = {"copies": {}, "noise": {"noise": 0.1}, "half anew": {"reinit": 0.5}}
+UPCYCLINGS = {"copies": {}, "noise": {"noise": 0.1}, "half reinitialized": {"reinit": 0.5}}
 SCHEDULE = ["train.steps=600", "train.eval_every=100", "optim.lr=1e-3", "optim.warmup_steps=50"]
 
 
-def losses(seeds: list[Variant]) -> dict[int, list[float]]:
+def losses_by_step(seeds: list[Variant]) -> dict[int, list[float]]:
     """Validation losses of all seeds by step."""
-    found: dict[int, list[float]] = {}
+    losses: dict[int, list[float]] = {}
     for variant in seeds:
         for line in variant.lines:
             if "val/loss" in line:
-                found.setdefault(line["step"], []).append(line["val/loss"])
-    return found
+                losses.setdefault(line["step"], []).append(line["val/loss"])
+    return losses
 
 
-def row(label: str, seeds: list[Variant]) -> list[str]:
-    found = losses(seeds)
+def table_row(label: str, seeds: list[Variant]) -> list[str]:
+    losses = losses_by_step(seeds)
     last = seeds[0].lines[-1]
-    spread = max(found[last["step"]]) - min(found[last["step"]])
-    cells = [f"{mean(values):.4f}" for values in found.values()]
-    return [label, f"{last['flops'] / last['tokens'] / 1e6:.1f}", *cells, f"{spread:.4f}"]
+    seed_range = max(losses[last["step"]]) - min(losses[last["step"]])
+    means = [f"{mean(values):.4f}" for values in losses.values()]
+    return [label, f"{last['flops'] / last['tokens'] / 1e6:.1f}", *means, f"{seed_range:.4f}"]
 
 
 def main() -> None:
@@ -46,33 +46,31 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    words = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
-    def go_on(label: str, start: RunDirectory, checkpoint: str) -> list[Variant]:
+    def train_seeds(label: str, initial: RunDirectory, checkpoint: str) -> list[Variant]:
         shared = [
             *SCHEDULE,
-            *words.overrides,
+            *arguments.overrides,
             "name=upcycle-study",
-            f"start={{run: {start.path}, checkpoint: '{checkpoint}'}}",
+            f"init_from={{run: {initial.path}, checkpoint: '{checkpoint}'}}",
         ]
         name = label.replace(" ", "-")
-        # Seed 0 is the dense run's own: its first batches would be met twice.
-        return run_variants(
-            start.config, {f"{name}-{seed}": [f"seed={seed}"] for seed in range(1, words.seeds + 1)}, shared
-        )
+        # Seed 0 is the dense run's own: it would train on its first batches again.
+        seeds = {f"{name}-{seed}": [f"seed={seed}"] for seed in range(1, arguments.seeds + 1)}
+        return run_variants(initial.config, seeds, shared)
 
-    dense = RunDirectory.find(words.run)
-    results = {"dense": go_on("dense", dense, "last")}
-    for label, way in WAYS.items():
+    dense = RunDirectory.find(arguments.run)
+    variants = {"dense": train_seeds("dense", dense, "last")}
+    for label, options in UPCYCLINGS.items():
         name = f"{dense.path.name}-{label.replace(' ', '-')}"
-        made = Path("runs") / name
-        start = (
-            RunDirectory(made) if made.exists() else upcycle_run(dense.path, name, words.num_experts, words.top_k, **way)
-        )
-        results[label] = go_on(label, start, "0")
-    steps = list(losses(results["dense"]))
-    head = ["", "MFLOPs a token", *(f"step {step}" for step in steps), "spread at the end"]
-    print(markdown_table(head, [row(label, seeds) for label, seeds in results.items()]))
+        upcycled = RunDirectory(Path("runs") / name)
+        if not upcycled.path.exists():
+            upcycle_run(dense.path, name, arguments.num_experts, arguments.top_k, **options)
+        variants[label] = train_seeds(label, upcycled, "0")
+    steps = losses_by_step(variants["dense"])
+    headings = ["", "MFLOPs per token", *(f"step {step}" for step in steps), "range over seeds at the end"]
+    print(markdown_table(headings, [table_row(label, seeds) for label, seeds in variants.items()]))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def tiny_config(name: str = "tiny", kind: str = "moe") -> dict[str, object]:
             "seq_len": 32,
             "val_fraction": 0.1,
         },
-        "train": {"steps": 8, "batch_tokens": 256, "eval_every": 4, "checkpoint_every": 2, "precision": "float32"},
+        "train": {"steps": 8, "batch_tokens": 256, "eval_every": 4, "checkpoint_every": 2, "precision": "fp32"},
         "optim": {"lr": 0.01, "warmup_steps": 2},
     }
 
@@ -81,8 +81,8 @@ def workplace(tmp_path: Path) -> Path:
 def train_here(folder: Path, kind: str, *overrides: str) -> Path:
     """Train in this process, which is quicker than the command line; returns the run's directory."""
     from moelm.config import load_config
-    from moelm.rundir import RunDirectory
-    from moelm.train.launch import train
+    from moelm.runs.directory import RunDirectory
+    from moelm.train.setup import train
 
     with contextlib.chdir(folder):
         config = load_config(f"{kind}.yaml", overrides)

@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("flags", "gain", "expected"),
-    [({"avx2"}, 9.0, "float32"), ({"avx512_bf16"}, 0.5, "float32"), ({"amx_bf16"}, 4.0, "bf16")],
+    [({"avx2"}, 9.0, "fp32"), ({"avx512_bf16"}, 0.5, "fp32"), ({"amx_bf16"}, 4.0, "bf16")],
 )
 def test_bfloat16_is_chosen_where_it_is_listed_and_faster(
     flags: set[str], gain: float, expected: str, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""The order of the floors: imports point down only, whether at the top of a file or inside a function."""
+"""The layers of the package: imports point to lower layers only, at the top of a file or inside a function."""
 
 import ast
 from pathlib import Path
@@ -7,23 +7,25 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moelm"
 
-FLOORS = [
-    ["errors"],
-    ["config", "console", "document_losses", "folders", "hardware"],
-    ["data", "model"],
+LAYERS = [
+    ["errors", "formats"],
+    ["atomic", "config", "console", "hardware"],
+    ["data"],
+    ["model"],
     ["distributed"],
-    ["checkpoint", "evaluate", "generate"],
-    ["rundir"],
-    ["train", "analysis", "plan", "interop"],
+    ["runs"],
+    ["inference"],
+    ["evaluation"],
+    ["train", "huggingface", "report"],
+    ["analyze", "compare", "plan", "upcycle"],
     ["bench"],
     ["sweep"],
-    ["commands"],
     ["cli"],
     ["__main__"],
 ]
-"""Rooms of one floor do not know each other; `moelm/__init__.py` is the door and may name any."""
+"""Lowest first. Folders and files of one layer do not import each other; `moelm/__init__.py` may import any."""
 
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -39,23 +41,23 @@ def imported(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] == "moelm"}
 
 
-def test_every_room_has_a_floor() -> None:
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
-    assert rooms - {"__init__"} == FLOOR_OF.keys()
+def test_every_folder_and_file_has_a_layer() -> None:
+    names = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert names - {"__init__"} == LAYER_OF.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if room == "__init__":
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
         return
     for name in imported(path):
         other = name.split(".")[1]
-        if other not in (room, "__version__"):
-            assert FLOOR_OF[other] < FLOOR_OF[room], f"{path.name} imports {name}"
+        if other not in (own, "__version__"):
+            assert LAYER_OF[other] < LAYER_OF[own], f"{path.name} imports {name}"
 
 
-def test_no_room_runs_in_circles() -> None:
+def test_no_circular_imports() -> None:
     names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
     graph = {
         name: {wanted.rpartition(".")[0] if wanted not in names else wanted for wanted in imported(path)} & names.keys()

@@ -1,6 +1,6 @@
-"""Training steps and generation timed against each other and against the same shapes in Hugging Face's library."""
+"""Timing of training steps and generation: several configs, and Hugging Face's models of the same shapes."""
 
-from moelm.bench.contest import Timing, run_contest
-from moelm.bench.contestants import Contestant, enter
+from moelm.bench.timing import Timing, run_rounds
+from moelm.bench.variants import BenchVariant, list_variants
 
-__all__ = ["Contestant", "Timing", "enter", "run_contest"]
+__all__ = ["BenchVariant", "Timing", "list_variants", "run_rounds"]

@@ -1,7 +1,6 @@
-"""Models to time, ours and Hugging Face's, with random weights of the same shapes."""
+"""The timed models, moelm's and Hugging Face's, with random weights, and their training losses."""
 
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -10,78 +9,76 @@ from torch import Tensor, nn
 
 from moelm.config import ModelConfig, MoEFFNConfig, RunConfig
 from moelm.data.loader import Batch
-from moelm.distributed.parallelize import checkpoint_activations
-from moelm.hardware import compiles
-from moelm.interop.architectures import write_settings
+from moelm.distributed.parallelize import apply_activation_checkpointing
+from moelm.hardware import should_compile
+from moelm.huggingface.config_json import to_hf_config
 from moelm.model import Transformer, build_model
-from moelm.train.objective import part_loss
+from moelm.model.forward import autocast, forward_batch
+from moelm.train.objective import micro_batch_loss
 
-Loss = Callable[[], Tensor]
+LossFunction = Callable[[], Tensor]
 
 
-def shape_of(config: RunConfig) -> ModelConfig:
-    """The model's shape, its vocabulary taken from the tokenizer's wish where it has none of its own."""
-    return config.model.model_copy(
-        update={
-            "vocab_size": config.model.vocab_size or config.data.tokenizer.vocab_size,
-            "max_seq_len": config.max_seq_len,
-        }
-    )
+def resolve_model(config: RunConfig) -> ModelConfig:
+    """The model's config with its context length and a vocabulary size: the tokenizer's, if the model has none."""
+    vocab_size = config.model.vocab_size or config.data.tokenizer.vocab_size
+    return config.model.model_copy(update={"vocab_size": vocab_size, "max_seq_len": config.max_seq_len})
 
 
 def random_batch(config: RunConfig) -> Batch:
-    """A batch of the config's shape whose tokens are drawn evenly."""
+    """A batch of uniformly random tokens."""
     generator = torch.Generator().manual_seed(0)
-    vocab_size = shape_of(config).vocab_size or 0
+    vocab_size = resolve_model(config).vocab_size or 0
     rows = torch.randint(0, vocab_size, (config.batch_rows, config.data.seq_len + 1), generator=generator)
     return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.zeros_like(rows[:, 1:]))
 
 
 def build_own(config: RunConfig) -> Transformer:
-    """Our model."""
-    model = build_model(shape_of(config), config.seed)
-    checkpoint_activations(model, config.parallel.activation_checkpointing)
+    """moelm's model."""
+    model = build_model(resolve_model(config), config.seed)
+    apply_activation_checkpointing(model, config.parallel.activation_checkpointing)
     return model
 
 
-def own_loss(model: Transformer, config: RunConfig, batch: Batch) -> Loss:
-    """Our training loss on a batch, balance losses included."""
-    compiled = compiles(config.parallel.compile, batch.tokens_BT.device)
+def own_loss(model: Transformer, config: RunConfig, batch: Batch, dtype: torch.dtype) -> LossFunction:
+    """moelm's training loss on a batch, including balance losses."""
+    compiled = should_compile(config.parallel.compile, batch.tokens_BT.device)
     forward = torch.compile(model) if compiled else model
-    objective = torch.compile(part_loss) if compiled else part_loss
-    tokens = batch.valid_N.sum().double()
+    objective = torch.compile(micro_batch_loss) if compiled else micro_batch_loss
+    num_tokens = batch.valid_N.sum().double()
     balance = config.model.ffn.balance if isinstance(config.model.ffn, MoEFFNConfig) else None
 
     def loss() -> Tensor:
-        output = forward(batch.tokens_BT, valid_BT=batch.valid_BT, targets_BT=batch.targets_BT)
-        return objective(output, batch, None, tokens, balance).total
+        output = forward_batch(forward, batch, dtype, losses=True)
+        return objective(output, batch, None, num_tokens, balance).total
 
     return loss
 
 
-def build_peer(config: RunConfig, positions: int, train: bool) -> nn.Module:
-    """The library's model of the same shape (Mixtral, Llama and their like), its weights drawn at random.
+def build_peer(config: RunConfig, max_positions: int, train: bool) -> nn.Module:
+    """Hugging Face's model of the same shape.
 
     Args:
-        positions: longest context that it will see.
-        train: whether its balance loss is wanted; in generation the library fails on it.
+        max_positions: longest context.
+        train: whether the loss includes its balance loss, with which the library cannot generate.
     """
     transformers: Any = import_module("transformers")
-    settings = write_settings(shape_of(config)) | {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
-    settings["max_position_embeddings"] = positions
+    settings = to_hf_config(resolve_model(config)) | {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    settings["max_position_embeddings"] = max_positions
     if isinstance(config.model.ffn, MoEFFNConfig):
         settings["output_router_logits"] = train
-    wanted = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    hf_config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(config.seed)
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(wanted)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(hf_config)
     return model
 
 
-def peer_loss(model: nn.Module, batch: Batch) -> Loss:
+def peer_loss(model: nn.Module, batch: Batch, dtype: torch.dtype) -> LossFunction:
     """The library's own training loss on a batch."""
-    return partial(_peer_loss, model, batch)
 
+    def loss() -> Tensor:
+        with autocast(batch.tokens_BT.device, dtype):
+            value: Tensor = model(input_ids=batch.tokens_BT, labels=batch.tokens_BT, use_cache=False).loss
+        return value
 
-def _peer_loss(model: nn.Module, batch: Batch) -> Tensor:
-    loss: Tensor = model(input_ids=batch.tokens_BT, labels=batch.tokens_BT, use_cache=False).loss
     return loss

@@ -1,7 +1,15 @@
-"""What a run is (`schema`, and `model` for its model) and how its YAML is read (`load`)."""
+"""The configuration of a run, and its loading from YAML."""
 
-from moelm.config.identity import differing, flatten, identity
-from moelm.config.load import check_config, check_section, dump_config, load_config, override, read_tree
+from moelm.config.diff import differing, flatten, trajectory_settings
+from moelm.config.load import (
+    apply_overrides,
+    check_config,
+    check_section,
+    dump_config,
+    load_config,
+    read_tree,
+    refuse_overrides,
+)
 from moelm.config.model import (
     BalanceConfig,
     DenseFFNConfig,
@@ -15,13 +23,13 @@ from moelm.config.model import (
     SigmoidRouterConfig,
     TopKRouterConfig,
 )
-from moelm.config.schema import (
+from moelm.config.run import (
     DataConfig,
+    InitFromConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     SourceConfig,
-    StartConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -33,6 +41,7 @@ __all__ = [
     "ExpertChoiceRouterConfig",
     "HashRouterConfig",
     "HierarchicalRouterConfig",
+    "InitFromConfig",
     "MoEFFNConfig",
     "ModelConfig",
     "NoisyTopKRouterConfig",
@@ -42,17 +51,17 @@ __all__ = [
     "RunConfig",
     "SigmoidRouterConfig",
     "SourceConfig",
-    "StartConfig",
     "TokenizerConfig",
     "TopKRouterConfig",
     "TrainConfig",
+    "apply_overrides",
     "check_config",
     "check_section",
     "differing",
     "dump_config",
     "flatten",
-    "identity",
     "load_config",
-    "override",
     "read_tree",
+    "refuse_overrides",
+    "trajectory_settings",
 ]

@@ -1,4 +1,4 @@
-"""What all sections of a config have in common."""
+"""The base class of config sections."""
 
 from typing import Literal
 
@@ -8,6 +8,6 @@ Auto = Literal["auto"]
 
 
 class Config(BaseModel):
-    """Base of all sections: unknown keys and wrong types are errors, values never change after loading."""
+    """A section of settings: unknown keys and wrong types are errors, and values are immutable."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)

@@ -1,18 +1,16 @@
-"""From YAML files and `key=value` words to a checked `RunConfig`; every refusal is one sentence."""
+"""Loading a `RunConfig` from YAML files and `key=value` overrides."""
 
-import difflib
 import re
-import types
 import typing
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from moelm.config.base import Config
-from moelm.config.schema import RunConfig
+from moelm.config.errors import describe_error
+from moelm.config.run import RunConfig
 from moelm.errors import MoelmError
 
 Tree = dict[str, Any]
@@ -20,14 +18,15 @@ Section = typing.TypeVar("Section", bound=Config)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-4` as text; people who write learning rates mean a number. And of two equal keys it takes the last
-    without a word."""
+    """A YAML loader that reads `3e-4` as a number (YAML 1.1 reads text) and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for at, key in enumerate(keys):
             if key in keys[:at]:
-                raise yaml.constructor.ConstructorError(problem=f"{key} is there twice", problem_mark=node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key} appears twice", problem_mark=node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -37,18 +36,18 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Read a config file, follow its `base:`, apply `key.sub=value` words and check the result.
+    """Read a config file, follow its `base:`, apply `key.sub=value` overrides and validate the result.
 
     Raises:
         MoelmError: a missing or malformed file, an unknown key, a wrong type or a value out of range.
     """
     tree = read_tree(path)
-    override(tree, overrides)
+    apply_overrides(tree, overrides)
     return check_config(tree, str(path))
 
 
 def read_tree(path: str | Path) -> Tree:
-    """The mapping in a config file, with what it inherits, not checked yet.
+    """The mapping in a config file merged over its `base:`, not yet validated.
 
     Raises:
         MoelmError: a missing or malformed file.
@@ -56,24 +55,51 @@ def read_tree(path: str | Path) -> Tree:
     return _read_tree(Path(path), seen=())
 
 
-def override(tree: Tree, words: typing.Sequence[str]) -> None:
-    """Lay `key.sub=value` words over a mapping.
+def apply_overrides(tree: Tree, overrides: typing.Sequence[str]) -> None:
+    """Apply `key.sub=value` overrides to a mapping in place.
 
     Raises:
-        MoelmError: a word that is none.
+        MoelmError: an argument of another form.
     """
-    # A `kind` goes first: choosing another kind drops the keys of the old one, never the new ones.
-    for word in sorted(words, key=lambda word: not word.partition("=")[0].endswith("kind")):
-        _override(tree, word)
+    # A `kind` is applied first: a new kind drops the keys of the old one, never those of the overrides.
+    for argument in sorted(overrides, key=lambda argument: not argument.partition("=")[0].endswith("kind")):
+        _apply_override(tree, argument)
+
+
+def refuse_overrides(
+    overrides: typing.Sequence[str],
+    allowed: typing.Sequence[str],
+    fixed: typing.Sequence[str] = ("name", "init_from", "model"),
+) -> None:
+    """Refuse overrides of settings that existing weights determine.
+
+    Args:
+        allowed: settings below `fixed` that may be chosen.
+        fixed: sections that may not.
+
+    Raises:
+        MoelmError: an override of a fixed setting.
+    """
+
+    def below(key: str, section: str) -> bool:
+        return f"{key}.".startswith(f"{section}.")
+
+    for argument in overrides:
+        key = argument.partition("=")[0]
+        if any(below(key, section) for section in fixed) and not any(below(key, section) for section in allowed):
+            raise MoelmError(
+                f"{argument!r} cannot be chosen, because the weights determine it; of the model's settings, "
+                f"{', '.join(allowed)} can be."
+            )
 
 
 def check_config(tree: Tree, origin: str) -> RunConfig:
-    """Validate a mapping as a run; `origin` opens the error sentence."""
+    """Validate a mapping as a run config; `origin` starts the error sentence."""
     return check_section(RunConfig, tree, origin)
 
 
 def check_section(kind: type[Section], tree: Tree, origin: str) -> Section:
-    """Validate a mapping as a section of settings; `origin` opens the error sentence.
+    """Validate a mapping as a config section; `origin` starts the error sentence.
 
     Raises:
         MoelmError: an unknown key, a wrong type or a value out of range.
@@ -81,11 +107,11 @@ def check_section(kind: type[Section], tree: Tree, origin: str) -> Section:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise MoelmError(f"{origin}: {_sentence(error, kind)}") from None
+        raise MoelmError(f"{origin}: {describe_error(error, kind)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved run as YAML, with every default written out."""
+    """A resolved config as YAML, with every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
@@ -116,7 +142,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> Tree:
 
 
 def _merge(below: Tree, above: Tree) -> Tree:
-    """Lay one mapping over another; a section of another `kind` replaces the old one whole."""
+    """Merge `above` over `below`; a section of another `kind` replaces the old section."""
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
@@ -126,124 +152,39 @@ def _merge(below: Tree, above: Tree) -> Tree:
     return merged
 
 
-def _override(tree: Tree, word: str) -> None:
-    key, equals, text = word.partition("=")
+def _apply_override(tree: Tree, argument: str) -> None:
+    key, equals, text = argument.partition("=")
     if not equals or not key:
-        raise MoelmError(f"{word!r} is not an override; key.sub=value is expected.")
+        raise MoelmError(f"{argument!r} is not an override; key.sub=value is expected.")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise MoelmError(f"{word!r}: {text!r} is not a YAML value.") from None
+        raise MoelmError(f"{argument!r}: {text!r} is not a YAML value.") from None
     *path, last = key.split(".")
     node: Any = tree
     for part in path:
-        node = _child(node, part, word)
+        node = _child(node, part, argument)
     if isinstance(node, list):
-        node[_index(node, last, word)] = value
+        node[_index(node, last, argument)] = value
         return
     if last == "kind" and node.get("kind") not in (None, value):
         node.clear()
     node[last] = value
 
 
-def _child(node: Any, part: str, word: str) -> Any:
+def _child(node: Any, part: str, argument: str) -> Any:
     if isinstance(node, list):
-        child = node[_index(node, part, word)]
+        child = node[_index(node, part, argument)]
     else:
         child = node.setdefault(part, {})
         if child is None:
             child = node[part] = {}
     if not isinstance(child, dict | list):
-        raise MoelmError(f"{word!r}: {part} holds a single value and has no keys below it.")
+        raise MoelmError(f"{argument!r}: {part} holds a single value and has no keys below it.")
     return child
 
 
-def _index(items: list[Any], part: str, word: str) -> int:
+def _index(items: list[Any], part: str, argument: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise MoelmError(f"{word!r}: {part!r} is not an item of a list of {len(items)}, counted from 0.")
+        raise MoelmError(f"{argument!r}: {part!r} is not an item of a list of {len(items)}, counted from 0.")
     return int(part)
-
-
-def _sentence(error: ValidationError, whole: type[BaseModel]) -> str:
-    """The first problem as a sentence, with the nearest known key for a misspelt one."""
-    problems = error.errors()
-    first = problems[0]
-    place, section = _locate(first["loc"], whole)
-    # A setting of several types has failed once for each.
-    same = [problem for problem in problems if _locate(problem["loc"], whole)[0] == place]
-    value = first.get("input")
-    match first["type"]:
-        case "extra_forbidden":
-            parent, _, key = place.rpartition(".")
-            known = sorted(section.model_fields) if section else []
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"{parent or 'the top level'} knows {', '.join(known)}."
-            text = f"there is no setting {place}; {hint}"
-        case "missing":
-            text = f"{place} is missing."
-        case "value_error":
-            text = f"{place}: {first['ctx']['error']}." if place else f"{first['ctx']['error']}."
-        case "union_tag_not_found":
-            text = f"{place}.kind is missing; one of {first['ctx'].get('tags', 'dense, moe')} is expected."
-            text = text if isinstance(value, dict) else f"{place} is {value!r}; a section of settings is expected."
-        case "union_tag_invalid":
-            text = f"{place}.kind is {value.get('kind')!r}; expected one of {first['ctx']['expected_tags']}."
-        case _:
-            text = f"{place} is {value!r}, but it should be {' or '.join(_expected(problem) for problem in same)}."
-    more = len(problems) - len(same)
-    return text if not more else f"{text} ({more} more problem{'s' * (more > 1)} after this one.)"
-
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a section of settings",
-    "model_type": "a section of settings",
-    "model_attributes_type": "a section of settings",
-    "string_pattern_mismatch": "letters, digits, dots, dashes and underscores, opening with a letter or digit",
-}
-
-
-def _expected(problem: ErrorDetails) -> str:
-    """What one kind of value would have been accepted."""
-    said = problem["msg"].removeprefix("Input ").removeprefix("should be ")
-    return _EXPECTED.get(problem["type"], said)
-
-
-def _locate(loc: tuple[int | str, ...], whole: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
-    """The dotted key of an error, and the section in which its last part was looked up.
-
-    pydantic puts the tag of a union (`dense`) and the type of a plain one (`int`) into the path; a user never wrote those.
-    """
-    section: type[BaseModel] | None = whole
-    annotation: Any = whole
-    parts: list[str] = []
-    for part in loc:
-        if isinstance(part, int):
-            annotation = typing.get_args(annotation)[0]
-            parts.append(str(part))
-            continue
-        members = [arm for arm in _arms(annotation) if isinstance(arm, type) and issubclass(arm, BaseModel)]
-        tagged = [arm for arm in members if len(members) > 1 and _tag(arm) == part]
-        if tagged:
-            annotation = tagged[0]
-        elif members:
-            section = members[0]
-            parts.append(part)
-            field = section.model_fields.get(part)
-            annotation = field.annotation if field else None
-    return ".".join(parts), section
-
-
-def _arms(annotation: Any) -> tuple[Any, ...]:
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
-def _tag(section: type[BaseModel]) -> Any:
-    kind = section.model_fields.get("kind")
-    return typing.get_args(kind.annotation)[0] if kind else None

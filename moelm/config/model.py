@@ -1,6 +1,6 @@
-"""The model's side of a run's config: its shape, its feed-forward blocks, their routers and balancing.
+"""The `model` section of a config: shape, feed-forward blocks, routers and load balancing.
 
-Every field carries its unit and the reason for its default; contradictions are refused here, in one sentence each.
+Every field states its unit and the reason for its default. Contradictory settings are refused here.
 """
 
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ class TopKRouterConfig(Config):
 
     kind: Literal["topk"] = "topk"
     normalize: bool = True
-    """Gates sum to 1 over the chosen; false keeps the weights of the full softmax (Switch, Grok-1)."""
+    """Whether gates sum to 1 over the selected experts; false: the values of the full softmax (Switch, Grok-1)."""
 
 
 class NoisyTopKRouterConfig(Config):
@@ -25,39 +25,39 @@ class NoisyTopKRouterConfig(Config):
 
 
 class SigmoidRouterConfig(Config):
-    """Sigmoid scores, chosen with a bias that balances the load and enters no gate (DeepSeek-V3 2024)."""
+    """Sigmoid scores, selected with a load-balancing bias that is not part of the gates (DeepSeek-V3 2024)."""
 
     kind: Literal["sigmoid"]
     normalize: bool = True
-    """Gates sum to `scale` over the chosen; false keeps the bare scores."""
+    """Whether gates sum to `scale` over the selected experts; false: the scores themselves."""
     scale: float = Field(default=1.0, gt=0)
-    """Factor on all gates; DeepSeek-V3 has 2.5."""
+    """Factor on all gates; DeepSeek-V3 uses 2.5."""
 
 
 class HierarchicalRouterConfig(Config):
-    """Two levels of noisy top-k gates: first groups, then experts inside them (Shazeer et al. 2017, appendix B)."""
+    """Two levels of noisy top-k gates: groups, then experts within them (Shazeer et al. 2017, appendix B)."""
 
     kind: Literal["hierarchical"]
     groups: int = Field(gt=0)
-    """Groups that the experts are divided into, in order and evenly."""
+    """Groups of consecutive experts, of equal size."""
     group_k: int = Field(gt=0)
-    """Groups that a token visits; in each it visits `top_k / group_k` experts."""
+    """Groups selected for a token, with `top_k / group_k` experts in each."""
 
 
 class ExpertChoiceRouterConfig(Config):
-    """Each expert takes its best tokens (Zhou et al. 2022); a token's place then depends on later ones, which leaks."""
+    """Each expert selects its best tokens (Zhou et al. 2022); this depends on later tokens, which leaks the future."""
 
     kind: Literal["expert_choice"]
 
 
 class HashRouterConfig(Config):
-    """A fixed random table from token to experts (Roller et al. 2021): the control for learned routing."""
+    """A fixed random table from token id to experts (Roller et al. 2021): the control for learned routing."""
 
     kind: Literal["hash"]
 
 
 class RandomRouterConfig(Config):
-    """Experts drawn anew for each token at each step: the control for any specialisation."""
+    """Random experts for each token at each step: the control for specialization."""
 
     kind: Literal["random"]
 
@@ -79,12 +79,11 @@ BALANCE_OF_ROUTER: dict[str, dict[str, float]] = {
     "hierarchical": {"importance": 0.1, "load": 0.1},
     "sigmoid": {"bias": 0.001},
 }
-"""What each router's paper balances it with; the routers left out need none."""
+"""The balance losses of each router's paper; other routers need none."""
 
 
 class BalanceConfig(Config):
-    """What keeps the experts evenly used; each weight applies to every MoE layer, and what is not named keeps the default
-    of the router."""
+    """Load balancing; each weight applies to every MoE layer, and settings that are not given take the router's default."""
 
     aux: float = Field(default=0, ge=0)
     """Weight of the Switch/GShard load-balance loss, balanced at 1 (`topk`: 0.01)."""
@@ -95,13 +94,13 @@ class BalanceConfig(Config):
     load: float = Field(default=0, ge=0)
     """Weight of CV(Load)^2 with the smooth estimator of noisy gates, balanced at 0 (there: 0.1)."""
     bias: float = Field(default=0, ge=0)
-    """Step of the loss-free selection bias after each optimizer step (`sigmoid`: 0.001)."""
+    """Update rate of the loss-free selection bias, applied after each optimizer step (`sigmoid`: 0.001)."""
     scope: Literal["micro", "global", "sequence"] = "global"
-    """Tokens over which a loss is taken: one micro-batch, the whole global batch, or (aux alone) each sequence."""
+    """Tokens over which a loss is computed: one micro-batch, the global batch, or (aux alone) each sequence."""
 
     @property
     def needs_whole_batch(self) -> bool:
-        """Whether a micro-batch's gradient depends on the rest of its batch: on the load there, or on a variation."""
+        """Whether a micro-batch's gradient depends on the routing of the rest of the global batch."""
         return self.scope == "global" and (self.aux > 0 or self.importance > 0 or self.load > 0)
 
 
@@ -117,8 +116,8 @@ class DenseFFNConfig(Config):
     hidden_dim: int = Field(gt=0)
     """Hidden units."""
     depth: int = Field(default=1, gt=0)
-    """Hidden layers that the units are divided into; each reads the block's input and what the layers before it have added.
-    Neither parameters nor FLOPs depend on it."""
+    """Hidden layers that the hidden units are divided into; each reads the block's input plus the output of earlier
+    layers. Parameters and FLOPs do not depend on it."""
 
     @model_validator(mode="after")
     def _layers_are_even(self) -> "DenseFFNConfig":
@@ -133,25 +132,25 @@ class MoEFFNConfig(Config):
     hidden_dim: int = Field(gt=0)
     """Width of one expert; `(top_k + shared_experts) * hidden_dim` is the dense width with equal active parameters."""
     depth: int = Field(default=1, gt=0)
-    """Hidden layers that each expert's units are divided into, as those of a dense block are."""
+    """Hidden layers that each expert's hidden units are divided into, as in a dense block."""
     num_experts: int = Field(gt=0)
-    """Routed experts; many narrow ones make them fine-grained (DeepSeekMoE)."""
+    """Routed experts; many narrow ones are fine-grained experts (DeepSeekMoE)."""
     top_k: int = Field(gt=0)
-    """Experts that each token visits (on average, when experts choose)."""
+    """Experts per token (on average, with expert choice)."""
     shared_experts: int = Field(default=0, ge=0)
-    """Experts beside the routed ones that every token visits (DeepSeekMoE)."""
+    """Experts in addition to the routed ones that process every token (DeepSeekMoE)."""
     every: int = Field(default=1, gt=0)
-    """One layer in this many is sparse, the others stay dense at equal active parameters (1: all are sparse)."""
+    """Every n-th layer is sparse; the others are dense with equal active parameters (1: all layers are sparse)."""
     capacity_factor: float | None = Field(default=None, gt=0)
-    """In training an expert takes at most this many times its even share of a forward pass and drops the rest (GShard);
-    default: none is dropped."""
+    """Maximum load of an expert in one training forward pass, as a multiple of the mean; assignments beyond it are dropped
+    (GShard; default: no limit)."""
     router: RouterConfig = TopKRouterConfig()
     balance: BalanceConfig = BalanceConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _balance_follows_router(cls, tree: Any) -> Any:
-        """Fill in what was not named: the router's kind, and the losses of its paper."""
+        """Fill in the router's kind, and the balance losses of its paper, where they are not given."""
         if not isinstance(tree, dict):
             return tree
         router, balance = tree.get("router", {}), tree.get("balance", {})
@@ -235,33 +234,32 @@ class ModelConfig(Config):
     """Width of the residual stream."""
     num_layers: int = Field(gt=0)
     unique_layers: int | None = Field(default=None, gt=0)
-    """Layers with weights of their own, passed through over and over until there were `num_layers` (Dehghani et al. 2018;
-    default: all of them)."""
+    """Layers with weights of their own, repeated up to `num_layers` (Dehghani et al. 2018; default: all layers)."""
     num_heads: int = Field(gt=0)
     num_kv_heads: int | None = Field(default=None, gt=0)
     """Key/value heads for grouped-query attention (default: `num_heads`)."""
     head_dim: int | None = Field(default=None, gt=0)
-    """Width of one head (default: `dim / num_heads`); even, because rotary embeddings turn pairs."""
+    """Width of one head (default: `dim / num_heads`); even, because rotary embeddings rotate pairs."""
     vocab_size: int | None = Field(default=None, gt=0)
     """Rows of the embedding (default: the size of the tokenizer)."""
     max_seq_len: int | None = Field(default=None, gt=0)
     """Longest context in tokens (default: `data.seq_len`)."""
     window: int | None = Field(default=None, gt=0)
-    """Sliding-window attention: a token sees itself and the `window - 1` before it (default: all before it)."""
+    """Sliding-window attention: a token attends to itself and the `window - 1` before it (default: all before it)."""
     qk_norm: bool = False
-    """RMS-normalise queries and keys per head; steadies training at high learning rates."""
+    """RMS-normalize queries and keys of each head; stabilizes training at high learning rates."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     norm_eps: float = Field(default=1e-5, gt=0)
     tie_embeddings: bool = True
-    """Share the input embedding with the output head; at small scale the head would dominate."""
+    """Share the input embedding with the output head; in small models a separate head would dominate the parameters."""
     sandwich_norm: bool = False
-    """RMS-normalise also what attention and feed-forward give back to the residual stream (Grok-1)."""
+    """Also RMS-normalize the outputs of attention and feed-forward blocks (Grok-1)."""
     activation: Literal["silu", "gelu"] = "silu"
     """Gate of the feed-forward blocks, dense and sparse alike: SwiGLU, or GeGLU in the tanh form (Grok-1)."""
     attention_logit_cap: float | None = Field(default=None, gt=0)
-    """Squash attention logits into ±cap by cap * tanh(logit / cap) (Grok-1: 30; default: as they are)."""
+    """Limit attention logits to ±cap by cap * tanh(logit / cap) (Grok-1: 30; default: no limit)."""
     embedding_multiplier: float = Field(default=1.0, gt=0)
-    """Factor on the input embedding; with tied weights it lets the two sides have their own scale (Grok-1: sqrt(dim))."""
+    """Factor on the input embedding; gives input and output separate scales with tied weights (Grok-1: sqrt(dim))."""
     output_multiplier: float = Field(default=1.0, gt=0)
     """Factor on the output logits (Grok-1: 1/sqrt(3))."""
     init_std: float = Field(default=0.02, gt=0)
@@ -283,19 +281,19 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _layers_repeat(self) -> "ModelConfig":
-        if self.num_layers % self.layers_built:
+        if self.num_layers % self.num_unique_layers:
             raise ValueError(f"unique_layers is {self.unique_layers}, which does not divide num_layers = {self.num_layers}")
         every = self.ffn.every if isinstance(self.ffn, MoEFFNConfig) else 1
-        if self.layers_built < self.num_layers and self.layers_built % every:
+        if self.num_unique_layers < self.num_layers and self.num_unique_layers % every:
             raise ValueError(
                 f"unique_layers is {self.unique_layers}, which ffn.every = {every} does not divide: "
-                "a layer would be dense at one time and sparse at another"
+                "a layer would be dense in one repeat and sparse in another"
             )
         return self
 
     @property
-    def layers_built(self) -> int:
-        """Layers with weights of their own, with the default resolved."""
+    def num_unique_layers(self) -> int:
+        """Layers with weights of their own; `unique_layers` with its default resolved."""
         return self.unique_layers or self.num_layers
 
     @property
@@ -310,11 +308,11 @@ class ModelConfig(Config):
 
     @property
     def sparse_layers(self) -> list[int]:
-        """Numbers of the layers with experts."""
+        """Indices of the layers with experts."""
         return [layer for layer in range(self.num_layers) if isinstance(self.ffn_at(layer), MoEFFNConfig)]
 
     def ffn_at(self, layer: int) -> DenseFFNConfig | MoEFFNConfig:
-        """The feed-forward block of one layer; `ffn.every` leaves all but each n-th layer dense."""
+        """The feed-forward config of one layer; with `ffn.every`, all but every n-th layer are dense."""
         if isinstance(self.ffn, MoEFFNConfig) and (layer + 1) % self.ffn.every:
             return DenseFFNConfig(kind="dense", hidden_dim=self.ffn.dense_hidden_dim, depth=self.ffn.depth)
         return self.ffn

@@ -15,7 +15,7 @@ from torch import Tensor
 from moelm.config import RunConfig
 from moelm.data.packing import Ints, Packing, pack
 from moelm.data.prepare import prepared_folder
-from moelm.data.store import Split, read_manifest
+from moelm.data.shards import Split, read_manifest
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 from moelm import __version__
 from moelm.config import DataConfig
-from moelm.console import Ticker, short
+from moelm.console import ProgressLine, log
+from moelm.formats import quantity
 from moelm.data.document import Document
 from moelm.data.sources import read_source, source_fingerprint
-from moelm.data.store import FORMAT, SplitWriter, read_manifest
+from moelm.data.shards import FORMAT, SplitWriter, read_manifest
 from moelm.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_content
 from moelm.errors import MoelmError
-from moelm.folders import whole_folder
+from moelm.atomic import atomic_directory
 
 BATCH_CHARS = 1 << 21
 """Text handed to the tokenizer at once: enough to keep all cores busy, little enough to forget."""
@@ -57,7 +58,7 @@ def prepare(data: DataConfig) -> tuple[Path, bool]:
     if read_manifest(folder) is not None:
         return folder, False
     try:
-        with whole_folder(folder) as work:
+        with atomic_directory(folder) as work:
             _write(data, work)
     except OSError as error:
         if read_manifest(folder) is None:  # else another process was faster; the content is the same
@@ -79,11 +80,11 @@ def _recipe(data: DataConfig) -> dict[str, Any]:
 def _write(data: DataConfig, work: Path) -> None:
     seen: set[int] = set()
     duplicates = [0]
-    with Ticker("Reading documents …") as ticker:
+    with ProgressLine("Reading documents …") as progress_line:
         streams = [
             _pieces(read_source(source, int(data.max_document_mb * 1e6)), data, seen, duplicates) for source in data.sources
         ]
-        tokenizer, streams = _train_tokenizer(data, streams, ticker)
+        tokenizer, streams = _train_tokenizer(data, streams, progress_line)
         tokenizer.save(work / "tokenizer.json")
         domains: dict[str, int] = {}
         held_out: set[str] = set()
@@ -100,9 +101,9 @@ def _write(data: DataConfig, work: Path) -> None:
                 if piece.split == "val":
                     held_out.add(piece.domain)
                 if writers[piece.split].documents % 64 == 0:
-                    ticker.update(_progress(source.label, writers, started))
+                    progress_line.update(_progress(source.label, writers, started))
         if unseen := sorted(domains.keys() - held_out):
-            ticker.note(
+            log(
                 f"Warning: no document of {', '.join(unseen)} fell into validation, so its loss will not be told; "
                 f"a larger data.val_fraction than {data.val_fraction} would include some."
             )
@@ -147,7 +148,7 @@ def _digest(text: str) -> tuple[int, int]:
 
 
 def _train_tokenizer(
-    data: DataConfig, streams: list[Iterator[Piece]], ticker: Ticker
+    data: DataConfig, streams: list[Iterator[Piece]], progress_line: ProgressLine
 ) -> tuple[Tokenizer, list[Iterator[Piece]]]:
     """Train on the opening of every source and give it back: documents are read, and generated, once."""
     if data.tokenizer.kind in ("byte", "file"):
@@ -163,9 +164,9 @@ def _train_tokenizer(
             if size >= share:
                 break
             if len(head) % 64 == 0:
-                ticker.update(f"Reading documents for the tokenizer: {short(size)}B")
+                progress_line.update(f"Reading documents for the tokenizer: {quantity(size)}B")
         heads.append(head)
-    ticker.update("Training the tokenizer …")
+    progress_line.update("Training the tokenizer …")
     texts = (piece.text for head in heads for piece in head if piece.split == "train")
     tokenizer = build_tokenizer(data.tokenizer, texts)
     return tokenizer, [itertools.chain(_drain(head), stream) for head, stream in zip(heads, streams, strict=True)]
@@ -212,4 +213,4 @@ def _progress(label: str, writers: dict[str, SplitWriter], started: float) -> st
     documents = sum(writer.documents for writer in writers.values())
     size = sum(writer.bytes for writer in writers.values())
     rate = size / max(time.monotonic() - started, 1e-9)
-    return f"Encoding {label}: {documents:,} documents, {short(size)}B of text, {short(rate)}B/s"
+    return f"Encoding {label}: {documents:,} documents, {quantity(size)}B of text, {quantity(rate)}B/s"

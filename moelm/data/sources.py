@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moelm.config import SourceConfig
-from moelm.data.builtin import builtin_documents, builtin_fingerprint
+from moelm.data.corpus.builtin import builtin_documents, builtin_fingerprint
 from moelm.data.document import Document
 from moelm.data.hub import hub_records
 from moelm.errors import MoelmError

@@ -1,1 +1,1 @@
-"""One run on several processes: their layout, what they say to each other, and how the model is spread over them."""
+"""Training on several processes: parallel dimensions, communication, sharding of the model, failure detection."""

@@ -1,83 +1,100 @@
-"""Experts dealt out over processes: tokens travel to them and back (Shazeer et al. 2017, section 3.1; GShard 2020).
+"""Dispatch to experts that are sharded over processes (Shazeer et al. 2017, section 3.1; GShard 2020).
 
-Each process sends its rows to the processes of their experts, which so see the rows of all, and gets the results back.
+Each process sends its rows to the processes that hold their experts, and gets the outputs back.
 
-Shapes: S rows sent, R rows received, D model width, E experts, P processes, L = E/P experts of one process.
+Shapes: N tokens, S rows sent, R rows received, D model width, E experts, P processes, L = E/P experts per process.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moelm.model.dispatch import Dispatch, combine, send
-from moelm.model.experts import Compute
-from moelm.model.passes import compute_dtype
+from moelm.model.backend import compute_dtype
+from moelm.model.moe.dispatcher import DispatchedRows, LocalDispatcher, Permutation, TokenDispatcher, permute, unpermute
+from moelm.model.moe.router import Routing
 
 
-class ExpertExchange:
-    """The way of tokens to experts on other processes, and back.
+class _RouteBack(NamedTuple):
+    """How expert outputs return to their tokens."""
+
+    local: DispatchedRows
+    """Rows before the exchange."""
+    by_expert: Permutation
+    """Sorts received rows by expert."""
+    sent: list[int]
+    """Rows sent to each process."""
+    received: list[int]
+    """Rows received from each process."""
+
+
+class AllToAllDispatcher(TokenDispatcher):
+    """Dispatch to experts on several processes: a local permutation, an all-to-all, and a second permutation.
 
     Args:
-        group: the processes; the one of rank p has experts `p * L` up to `(p + 1) * L`.
+        group: the processes; rank p holds experts `p * L` to `(p + 1) * L`.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size = group, dist.get_world_size(group)
+        self.local = LocalDispatcher()
 
-    def __call__(self, x_SD: Tensor, gates_S: Tensor, ends_E: Tensor, compute: Compute) -> Tensor:
-        """Results of this process's rows.
+    def dispatch(self, x_ND: Tensor, routing: Routing) -> DispatchedRows:
+        """Send each row to its expert's process; the result holds the rows of this process's experts."""
+        local = self.local.dispatch(x_ND, routing)
+        counts_PL = local.ends_E.diff(prepend=local.ends_E.new_zeros(1)).view(self.size, -1)
+        received_PL = torch.empty_like(counts_PL)
+        dist.all_to_all_single(received_PL, counts_PL, group=self.group)
+        sent, received = torch.stack((counts_PL.sum(1), received_PL.sum(1))).tolist()
+        x_SD = local.x_SD.to(compute_dtype(local.x_SD))
+        x_RD, gates_R1 = _all_to_all((x_SD, local.gates_S[:, None]), sent, received, self.group)
+        by_expert = _sort_received(received_PL)
+        return DispatchedRows(
+            permute(x_RD, by_expert),
+            permute(gates_R1, by_expert)[:, 0],
+            by_expert.ends_E,
+            _RouteBack(local, by_expert, sent, received),
+        )
 
-        Args:
-            x_SD: rows sorted by expert, of any number, none included.
-            gates_S: weight of each row's result.
-            ends_E: where each expert's rows end, of all experts.
-            compute: what the experts here do with rows sorted by expert.
-        """
-        counts_PL = ends_E.diff(prepend=ends_E.new_zeros(1)).view(self.size, -1)
-        arriving_PL = torch.empty_like(counts_PL)
-        dist.all_to_all_single(arriving_PL, counts_PL, group=self.group)
-        sent, arriving = torch.stack((counts_PL.sum(1), arriving_PL.sum(1))).tolist()
-        dtype = compute_dtype(x_SD)
-        x_RD, gates_R1 = _travel((x_SD.to(dtype), gates_S[:, None]), sent, arriving, self.group)
-        plan = _by_expert(arriving_PL)
-        y_RD = compute(send(x_RD, plan), send(gates_R1, plan)[:, 0], plan.ends_E)
-        (y_SD,) = _travel((combine(y_RD, plan),), arriving, sent, self.group)
-        return y_SD
+    def combine(self, y_SD: Tensor, rows: DispatchedRows) -> Tensor:
+        """Send the outputs back and sum over each token's choices."""
+        route: _RouteBack = rows.route_back
+        (y_SD,) = _all_to_all((unpermute(y_SD, route.by_expert),), route.received, route.sent, self.group)
+        return self.local.combine(y_SD, route.local)
 
 
-def _by_expert(arriving_PL: Tensor) -> Dispatch:
-    """Rows arrive by process and, of each, by expert; experts want theirs together."""
-    experts_R = torch.arange(arriving_PL.shape[1], device=arriving_PL.device).repeat(len(arriving_PL))
-    order_R = experts_R.repeat_interleave(arriving_PL.flatten()).argsort(stable=True)
+def _sort_received(received_PL: Tensor) -> Permutation:
+    """Rows are received by process and, within a process, by expert; this sorts them by expert."""
+    experts_R = torch.arange(received_PL.shape[1], device=received_PL.device).repeat(len(received_PL))
+    order_R = experts_R.repeat_interleave(received_PL.flatten()).argsort(stable=True)
     row_R = torch.empty_like(order_R)
     row_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    return Dispatch(order_R, row_R[:, None], arriving_PL.sum(0).cumsum(0))
+    return Permutation(order_R, row_R[:, None], received_PL.sum(0).cumsum(0))
 
 
-def _travel(
-    tensors: tuple[Tensor, ...], sent: list[int], arriving: list[int], group: dist.ProcessGroup
+def _all_to_all(
+    tensors: tuple[Tensor, ...], sent: list[int], received: list[int], group: dist.ProcessGroup
 ) -> tuple[Tensor, ...]:
-    moved: tuple[Tensor, ...] = _Travel.apply(sent, arriving, group, *tensors)  # type: ignore[no-untyped-call]
+    moved: tuple[Tensor, ...] = _AllToAll.apply(sent, received, group, *tensors)  # type: ignore[no-untyped-call]
     return moved
 
 
-class _Travel(torch.autograd.Function):
-    """All-to-all of rows; gradients go the same way back, in the same order on every process."""
+class _AllToAll(torch.autograd.Function):
+    """All-to-all of rows; gradients return in the same order on every process."""
 
     @staticmethod
-    def forward(ctx: Any, sent: list[int], arriving: list[int], group: dist.ProcessGroup, *tensors: Tensor) -> Any:
-        ctx.way = sent, arriving, group
-        return tuple(_all_to_all(tensor, sent, arriving, group) for tensor in tensors)
+    def forward(ctx: Any, sent: list[int], received: list[int], group: dist.ProcessGroup, *tensors: Tensor) -> Any:
+        ctx.exchange = sent, received, group
+        return tuple(_exchange(tensor, sent, received, group) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        sent, arriving, group = ctx.way
-        return None, None, None, *(_all_to_all(grad, arriving, sent, group) for grad in grads)
+        sent, received, group = ctx.exchange
+        return None, None, None, *(_exchange(grad, received, sent, group) for grad in grads)
 
 
-def _all_to_all(rows: Tensor, sent: list[int], arriving: list[int], group: dist.ProcessGroup) -> Tensor:
-    moved = rows.new_empty(sum(arriving), *rows.shape[1:])
-    dist.all_to_all_single(moved, rows.contiguous(), arriving, sent, group=group)
-    return moved
+def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
+    return result

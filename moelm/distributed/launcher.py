@@ -1,4 +1,4 @@
-"""Starting several processes of one command on this machine, by torch's elastic launcher, and ending as they end."""
+"""Launching several processes of one command on this machine, by torch's elastic launcher."""
 
 import logging
 import os
@@ -7,21 +7,21 @@ import sys
 import uuid
 from collections.abc import Sequence
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What the launcher hands on to its processes, which then save and stop."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals by which users, launchers and schedulers ask a run to save and stop."""
 
 GRACE_S = 120
-"""Seconds that they have for it; then what is left of them is killed."""
+"""Seconds that they have to do so before they are killed."""
 
 
-def launch(words: Sequence[str], processes: int, max_restarts: int) -> int:
-    """Run `python -m moelm WORDS` in several processes that know of each other.
+def launch(argv: Sequence[str], processes: int, max_restarts: int) -> int:
+    """Run `python -m moelm ARGV` in several connected processes.
 
     Args:
-        max_restarts: how often all are started anew when one fails; a run goes on from its newest checkpoint.
+        max_restarts: how often all are restarted when one fails; a run continues from its newest checkpoint.
 
     Returns:
-        The exit code: that of the process which failed first, 128 and more after a signal.
+        The exit code of the process that failed first; 128 + n after signal n.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -38,30 +38,30 @@ def launch(words: Sequence[str], processes: int, max_restarts: int) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=max_restarts,
         monitor_interval=0.1,
-        signals_to_handle=SIGNALS,
+        signals_to_handle=",".join([*(stop.name for stop in STOP_SIGNALS), "SIGQUIT"]),
     )
-    _silence("torch.distributed.elastic")
+    _silence_logger("torch.distributed.elastic")
     try:
-        elastic_launch(config, sys.executable)("-m", "moelm", *words)
+        elastic_launch(config, sys.executable)("-m", "moelm", *argv)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        print(f"moelm: Rank {rank} was ended by {name}; give the same command again to go on.", file=sys.stderr)
+        print(f"moelm: Rank {rank} was ended by {name}; run the same command again to continue.", file=sys.stderr)
         return 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
 
 
-def _silence(library: str) -> None:
-    """The processes speak for themselves."""
+def _silence_logger(library: str) -> None:
+    """The processes print their own errors."""
     for name in logging.root.manager.loggerDict:
         if name.startswith(library):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def restarted() -> bool:
-    """Whether the launcher started this process anew after one had failed."""
+def is_restart() -> bool:
+    """Whether the launcher has restarted this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -1,8 +1,8 @@
-"""All wrapping of a model, in the order in which it must be done: deal out the experts, make activations again, compile,
-share weights (FSDP2).
+"""Wrapping of a model for several processes: expert parallelism, activation checkpointing, compilation, FSDP2, in this
+order.
 
-What is wrapped is still a `Transformer` with the same parameter names, each of them a DTensor that knows its place in the
-whole; so a checkpoint of one layout is one of any other.
+The result is still a `Transformer` with the same parameter names; each parameter is a DTensor that knows its place in the
+whole, so checkpoints do not depend on the parallel dimensions.
 """
 
 from functools import partial
@@ -16,116 +16,112 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moelm.config import ParallelConfig
-from moelm.distributed.expert_parallel import ExpertExchange
-from moelm.distributed.layout import Layout
+from moelm.distributed.expert_parallel import AllToAllDispatcher
+from moelm.distributed.parallel_dims import ParallelDims
 from moelm.model import Transformer
-from moelm.model.experts import Experts
-from moelm.model.moe import MoE
+from moelm.model.moe.layer import MoELayer
 
-DIRECTIONS = ("dp_replicate", "dp_shard", "ep")
+ROUTING_OPS = {torch.ops.aten.topk.default, torch.ops.aten.sort.stable}
+"""Operations whose results are stored rather than recomputed, so that a recomputed pass has the same routing."""
 
-CHOICES = {torch.ops.aten.topk.default, torch.ops.aten.sort.stable}
-"""What decides who computes what; kept rather than made again."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parallelize(
-    model: Transformer, layout: Layout, config: ParallelConfig, device: torch.device, dtype: torch.dtype, compiled: bool
+    model: Transformer, dims: ParallelDims, config: ParallelConfig, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> None:
-    """Spread a model, which may be on the meta device, over the processes of `layout`; changes it in place.
+    """Wrap a model, which may be on the meta device, in place.
 
     Args:
-        dtype: what products are computed in.
-        compiled: whether each layer is compiled, where there are several processes; one compiles the model whole.
+        dtype: dtype of matrix products.
+        compiled: whether to compile each block, if there are several processes; on one, the whole model is compiled later.
     """
-    alone = layout.size == 1
-    if not alone:
-        experts_mesh = init_device_mesh(device.type, layout, mesh_dim_names=DIRECTIONS)
-        trunk_mesh = init_device_mesh(device.type, layout.trunk, mesh_dim_names=("copies", "shared"))
-    if layout.ep > 1:
-        deal_experts(model, experts_mesh["ep"])
-    checkpoint_activations(model, config.activation_checkpointing)
-    if compiled and not alone:
+    if dims.size == 1:
+        apply_activation_checkpointing(model, config.activation_checkpointing)
+        return
+    expert_mesh = init_device_mesh(device.type, dims, mesh_dim_names=("dp_replicate", "dp_shard", "ep"))
+    dense_mesh = init_device_mesh(device.type, dims.dense_mesh, mesh_dim_names=("replicate", "shard"))
+    if dims.ep > 1:
+        apply_expert_parallel(model, expert_mesh["ep"])
+    apply_activation_checkpointing(model, config.activation_checkpointing)
+    if compiled:
         for block in model.blocks:
             block.compile()
-    if not alone:
-        share_weights(model, layout, config, experts_mesh, trunk_mesh, dtype)
+    apply_fsdp(model, dims, config, expert_mesh, dense_mesh, dtype)
 
 
-def deal_experts(model: Transformer, mesh: DeviceMesh) -> None:
-    """Give each process of a mesh of one direction its part of every layer's experts."""
-    for experts in _experts(model):
-        for name, weight in list(experts.named_parameters()):
-            dealt = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
-            experts.register_parameter(name, nn.Parameter(dealt))
-        experts.exchange = ExpertExchange(mesh.get_group())
+def apply_expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:
+    """Shard every layer's experts over a one-dimensional mesh, and dispatch tokens by all-to-all."""
+    for layer in _moe_layers(model):
+        for name, weight in list(layer.experts.named_parameters()):
+            sharded = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
+            layer.experts.register_parameter(name, nn.Parameter(sharded))
+        layer.dispatcher = AllToAllDispatcher(mesh.get_group())
 
 
-def checkpoint_activations(model: Transformer, what: str) -> None:
-    """Make activations again in the backward pass: none, those inside the feed-forward blocks, or whole layers."""
-    model.recompute_hidden(what == "selective")
-    if what != "full":
+def apply_activation_checkpointing(model: Transformer, mode: str) -> None:
+    """Recompute activations in the backward pass: `none`, `selective` (hidden activations), or `full` (whole blocks)."""
+    model.set_recompute_hidden(mode == "selective")
+    if mode != "full":
         return
 
-    def policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-        kept = operation in CHOICES
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operation in ROUTING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = partial(create_selective_checkpoint_contexts, policy)
     for block in model.blocks:
-        # Inside the module, so that its name and the hooks of whoever wraps it stay as they are.
-        again = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
-        setattr(block, "forward", again)  # noqa: B010
+        # Set on the module itself, so that parameter names and the hooks of other wrappers are unchanged.
+        forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+        setattr(block, "forward", forward)  # noqa: B010
 
 
-def share_weights(
+def apply_fsdp(
     model: Transformer,
-    layout: Layout,
+    dims: ParallelDims,
     config: ParallelConfig,
-    experts_mesh: DeviceMesh,
-    trunk_mesh: DeviceMesh,
+    expert_mesh: DeviceMesh,
+    dense_mesh: DeviceMesh,
     dtype: torch.dtype,
 ) -> None:
-    """Share weights and sum gradients over processes; gradients are sums, for the parts of the objective add up."""
+    """Shard or replicate parameters; gradients are summed, because the shares of the objective add up."""
     param_dtype = dtype if config.param_dtype == "auto" else _DTYPES[config.param_dtype]
 
-    def share(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> None:
+    def shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> None:
         policy = MixedPrecisionPolicy(dtype, _DTYPES[config.reduce_dtype], cast_forward_inputs=False)
         reshard = config.reshard_after_forward and mesh.size(1) > 1
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **options)
 
-    whole: set[nn.Parameter] = set()
+    unshared: set[nn.Parameter] = set()
     for block in model.blocks:
-        if isinstance(block.ffn, MoE):
-            if layout.ep > 1 and layout.dp_replicate * layout.dp_shard > 1:
-                # Along the other dimension: the first one is dealt out already.
-                mesh = experts_mesh["dp_replicate", "dp_shard"]
-                share(block.ffn.experts, mesh, param_dtype, shard_placement_fn=lambda _: Shard(1))
-            elif layout.ep > 1:
-                whole |= set(block.ffn.experts.parameters())  # one copy in the world, whose gradient is whole as it is
+        if isinstance(block.ffn, MoELayer):
+            if dims.ep > 1 and dims.dp_replicate * dims.dp_shard > 1:
+                # Along dimension 1, because expert parallelism shards dimension 0.
+                mesh = expert_mesh["dp_replicate", "dp_shard"]
+                shard(block.ffn.experts, mesh, param_dtype, shard_placement_fn=lambda _: Shard(1))
+            elif dims.ep > 1:
+                unshared |= set(block.ffn.experts.parameters())  # held by one process, whose gradient is complete
             if param_dtype != torch.float32 and list(block.ffn.router.parameters()):
-                share(block.ffn.router, trunk_mesh, torch.float32)
-        share(block, trunk_mesh, param_dtype, ignored_params=whole, shard_placement_fn=partial(_evenly, trunk_mesh.size(1)))
-    share(model, trunk_mesh, torch.float32, ignored_params=whole)
+                shard(block.ffn.router, dense_mesh, torch.float32)
+        placement = partial(_even_shard, dense_mesh.size(1))
+        shard(block, dense_mesh, param_dtype, ignored_params=unshared, shard_placement_fn=placement)
+    shard(model, dense_mesh, torch.float32, ignored_params=unshared)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def sum_gradients(model: nn.Module, now: bool, layout: Layout) -> None:
-    """Whether the next backward pass sums gradients over processes; whole copies can wait for the last micro-batch."""
-    if isinstance(model, FSDPModule) and layout.dp_shard == 1:
-        model.set_requires_gradient_sync(now)
+def set_gradient_sync(model: nn.Module, sync: bool, dims: ParallelDims) -> None:
+    """Set whether the next backward pass sums gradients over processes; replicas can wait for the last micro-batch."""
+    if isinstance(model, FSDPModule) and dims.dp_shard == 1:
+        model.set_requires_gradient_sync(sync)
 
 
-def _evenly(shares: int, weight: nn.Parameter) -> Shard:
-    """Where a weight is cut: stacks of experts along their next dimension if their number is no multiple of the shares."""
-    stacked = weight.dim() == 3 and len(weight) % shares and weight.shape[1] % shares == 0
-    return Shard(1 if stacked else 0)
+def _even_shard(shards: int, weight: nn.Parameter) -> Shard:
+    """Dimension 1 for expert stacks whose number of experts is no multiple of `shards`; otherwise dimension 0."""
+    uneven = weight.dim() == 3 and len(weight) % shards and weight.shape[1] % shards == 0
+    return Shard(1 if uneven else 0)
 
 
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-
-
-def _experts(model: Transformer) -> list[Experts]:
-    return [block.ffn.experts for block in model.blocks if isinstance(block.ffn, MoE)]
+def _moe_layers(model: Transformer) -> list[MoELayer]:
+    return [block.ffn for block in model.blocks if isinstance(block.ffn, MoELayer)]

@@ -1,9 +1,10 @@
-"""The model: attention, feed-forward, routing and experts, and their counts. Nothing here knows about data or training."""
+"""The model: attention, feed-forward blocks, sparse layers, initialization, and parameter and FLOP counts."""
 
-from moelm.model.attention import KVCache
-from moelm.model.counting import FlopCount, ParameterCount, count_flops, count_parameters
-from moelm.model.router import Routing
-from moelm.model.transformer import ModelOutput, Transformer, build_model
+from moelm.model.flops import FlopCount, ParameterCount, count_flops, count_parameters
+from moelm.model.init import build_model
+from moelm.model.kv_cache import KVCache
+from moelm.model.moe.router import Routing
+from moelm.model.transformer import ModelOutput, Transformer
 
 __all__ = [
     "FlopCount",

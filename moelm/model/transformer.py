@@ -1,44 +1,43 @@
-"""The decoder: embedding, pre-norm blocks of attention and feed-forward, output head.
+"""The decoder: embedding, pre-norm blocks of attention and feed-forward, output head. Dense and sparse models differ in
+`ffn` alone.
 
-Dense and sparse differ in `ffn` alone.
-
-Shapes: B batch, T positions, D model width, V vocabulary.
+Shapes: B batch, T positions, D model width, V vocabulary, E experts.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from moelm.config import ModelConfig, MoEFFNConfig
-from moelm.model import noise
-from moelm.model.attention import Attention, KVCache, LayerCache, rope_tables, visible_keys
-from moelm.model.balance import bias_step
-from moelm.model.experts import Experts
-from moelm.model.ffn import DenseFFN
+from moelm.model import rng
+from moelm.model.attention import Attention, build_mask
+from moelm.model.feed_forward import FeedForward
+from moelm.model.kv_cache import KVCache, LayerCache
 from moelm.model.loss import TokenLosses, next_token_losses
-from moelm.model.moe import MoE
-from moelm.model.passes import RMSNorm
-from moelm.model.router import Routing, SigmoidRouter, TokenContext
-from moelm.model.window import Windows
+from moelm.model.moe.balance import expert_bias_delta
+from moelm.model.moe.experts import Experts
+from moelm.model.moe.layer import MoELayer
+from moelm.model.moe.router import Router, Routing, TokenContext
+from moelm.model.norm import RMSNorm
+from moelm.model.rope import rope_tables
+from moelm.model.sliding_window import WindowBlocks
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass gives: scores of the next token or, where the targets are known, losses; and the routing."""
+    """The result of a forward pass: logits or, if targets were given, losses; and the routing."""
 
     logits: Tensor | None
-    """`(B, T, V)`, of the last position alone `(B, 1, V)` if so asked; None where targets were given."""
+    """`(B, T, V)`, or `(B, 1, V)` with `last_only`; None if targets were given."""
     losses: TokenLosses | None
-    """Of the targets; None where none were given."""
+    """Losses at the targets; None if none were given."""
     routings: dict[int, Routing]
-    """Each MoE layer's, keyed by its number on a token's way; empty for a dense model."""
+    """By layer, repeats counted; empty for a dense model."""
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); sandwich norms also stand before each sum."""
+    """x + attention(norm(x)), then x + ffn(norm(x)); with sandwich norms, the outputs are normalized before each sum."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -52,9 +51,9 @@ class Block(nn.Module):
         self.ffn_norm = norm()
         ffn = config.ffn_at(layer)
         self.ffn: nn.Module = (
-            MoE(config, ffn, layer)
+            MoELayer(config, ffn, layer)
             if isinstance(ffn, MoEFFNConfig)
-            else DenseFFN(config.dim, ffn.hidden_dim, ffn.depth, config.activation)
+            else FeedForward(config.dim, ffn.hidden_dim, ffn.depth, config.activation)
         )
         self.ffn_out_norm = norm(config.sandwich_norm)
 
@@ -62,7 +61,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | Windows | None,
+        mask: Tensor | WindowBlocks | None,
         cache: LayerCache | None,
         context: TokenContext,
     ) -> tuple[Tensor, Routing | None]:
@@ -84,9 +83,9 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size must be known before the model is built")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers_built))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_unique_layers))
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.draws = any(getattr(module, "draws", False) for module in self.modules())
+        self.needs_rng = any(module.needs_rng for module in self.modules() if isinstance(module, Router))
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def forward(
@@ -95,20 +94,20 @@ class Transformer(nn.Module):
         segments_BT: Tensor | None = None,
         cache: KVCache | None = None,
         valid_BT: Tensor | None = None,
-        draws_B: Tensor | None = None,
+        rng_keys_B: Tensor | None = None,
         targets_BT: Tensor | None = None,
         last_only: bool = False,
     ) -> ModelOutput:
-        """Score the next token at every position.
+        """Compute next-token logits or losses at every position.
 
         Args:
             tokens_BT: token ids.
-            segments_BT: document number of each position, to stop attention at document borders.
-            cache: what was seen before these positions; it is extended by them.
-            valid_BT: False for padding, which takes no place in an expert.
-            draws_B: a key for each row's random numbers (`noise.row_keys`), for routers that draw.
-            targets_BT: the next tokens, negative where there is none to predict; asks for losses in place of logits.
-            last_only: whether only the last position's logits are wanted.
+            segments_BT: document index of each position, to stop attention at document boundaries.
+            cache: keys and values of earlier positions; these positions are appended.
+            valid_BT: False for padding, which is not counted towards an expert's capacity.
+            rng_keys_B: keys of each row's random numbers (`rng.row_keys`), for routers that need them.
+            targets_BT: the next tokens, negative where there is none; requests losses instead of logits.
+            last_only: whether only the logits of the last position are computed.
         """
         config = self.config
         past = cache.length if cache is not None else 0
@@ -119,19 +118,14 @@ class Transformer(nn.Module):
             rope = rope_tables(torch.arange(queries, device=device), config.size_per_head, config.rope_theta)
         else:
             rope = cache.rope[0][past : past + queries], cache.rope[1][past : past + queries]
-        mask = visible_keys(config, queries, past + queries, device, segments_BT, starts_B)
-        keys_N = tokens_BT.new_empty(0)
-        if self.draws:
-            positions_BT = torch.arange(past, past + queries, device=device)[None]
-            positions_BT = positions_BT if starts_B is None else positions_BT - starts_B[:, None]
-            rows_B = torch.zeros_like(tokens_BT[:, 0]) if draws_B is None else draws_B
-            keys_N = noise.token_keys(rows_B, positions_BT).flatten()
-        context = TokenContext(tokens_BT.flatten(), keys_N, None if valid_BT is None else valid_BT.flatten())
+        mask = build_mask(config, queries, past + queries, device, segments_BT, starts_B)
+        context = self._context(tokens_BT, past, starts_B, valid_BT, rng_keys_B)
         x_BTD = self.embedding(tokens_BT) * config.embedding_multiplier
         routings: dict[int, Routing] = {}
-        for number, layer in enumerate(self.in_order):
-            place = None if cache is None else LayerCache(cache, number)
-            x_BTD, routing = layer(x_BTD, rope, mask, place, context.at_visit(number // config.layers_built))
+        for number, block in enumerate(self.repeated_blocks):
+            layer_cache = None if cache is None else LayerCache(cache, number)
+            repeat = number // config.num_unique_layers
+            x_BTD, routing = block(x_BTD, rope, mask, layer_cache, context.at_repeat(repeat))
             if routing is not None:
                 routings[number] = routing
         if cache is not None:
@@ -144,84 +138,48 @@ class Transformer(nn.Module):
             return ModelOutput(None, next_token_losses(x_BTD.flatten(0, 1), head, targets_BT.flatten()), routings)
         return ModelOutput(F.linear(x_BTD, head), None, routings)
 
+    def _context(
+        self,
+        tokens_BT: Tensor,
+        past: int,
+        starts_B: Tensor | None,
+        valid_BT: Tensor | None,
+        rng_keys_B: Tensor | None,
+    ) -> TokenContext:
+        rng_keys_N = tokens_BT.new_empty(0)
+        if self.needs_rng:
+            positions_BT = torch.arange(past, past + tokens_BT.shape[1], device=tokens_BT.device)[None]
+            positions_BT = positions_BT if starts_B is None else positions_BT - starts_B[:, None]
+            rows_B = torch.zeros_like(tokens_BT[:, 0]) if rng_keys_B is None else rng_keys_B
+            rng_keys_N = rng.token_keys(rows_B, positions_BT).flatten()
+        return TokenContext(tokens_BT.flatten(), rng_keys_N, None if valid_BT is None else valid_BT.flatten())
+
     @property
     def blocks(self) -> list[Block]:
-        """The layers that have weights of their own, typed."""
+        """The blocks with weights of their own."""
         return [block for block in self.layers if isinstance(block, Block)]
 
     @property
-    def in_order(self) -> list[Block]:
-        """The layers as a token meets them, some of them perhaps several times."""
-        return self.blocks * (self.config.num_layers // self.config.layers_built)
+    def repeated_blocks(self) -> list[Block]:
+        """The blocks in the order of computation, repeats included."""
+        return self.blocks * (self.config.num_layers // self.config.num_unique_layers)
 
-    def recompute_hidden(self, wanted: bool) -> None:
-        """Whether training makes the feed-forward blocks' hidden activations again rather than keep them."""
+    def set_recompute_hidden(self, recompute: bool) -> None:
+        """Set whether feed-forward blocks recompute their hidden activations in the backward pass."""
         for module in self.modules():
-            if isinstance(module, DenseFFN | Experts):
-                module.recompute = wanted
+            if isinstance(module, FeedForward | Experts):
+                module.recompute = recompute
 
     @torch.no_grad()
-    def move_biases(self, counts: dict[int, Tensor]) -> None:
-        """After an optimizer step: move the selection bias of each layer that has one, by its assignments `(E,)`."""
-        ffn, built = self.config.ffn, self.config.layers_built
+    def update_expert_bias(self, counts: dict[int, Tensor]) -> None:
+        """Update the selection biases of loss-free balancing, after an optimizer step.
+
+        Args:
+            counts: assignments `(E,)` by layer, repeats counted.
+        """
+        ffn, unique = self.config.ffn, self.config.num_unique_layers
         if isinstance(ffn, MoEFFNConfig) and ffn.balance.bias:
-            for layer in [layer for layer in counts if layer < built]:
+            for layer in [layer for layer in counts if layer < unique]:
                 bias_E = self.get_buffer(f"layers.{layer}.ffn.router.bias")
-                over_visits = [counts_E for visit, counts_E in counts.items() if visit % built == layer]
-                bias_E += bias_step(torch.stack(over_visits).sum(dim=0), ffn.balance.bias).to(bias_E)
-
-
-def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:
-    """Build and initialise a model; on the `meta` device it has shapes and no values."""
-    with torch.device(device):
-        model = Transformer(config)
-    if torch.device(device).type != "meta":
-        initialise(model, seed)
-    return model
-
-
-@torch.no_grad()
-def initialise(model: Transformer, seed: int) -> None:
-    """Scaled normal init (GPT-2): std `init_std`, over sqrt(2 num_layers) for projections into the residual stream.
-
-    Every matrix draws from its own stream, keyed by seed and name, and a dense block shares its name with the first
-    expert. So a dense and a sparse model start with the same values wherever both have a weight, and a process that holds
-    a part of the weights fills in that part. Norms start at one, routers that say so and all biases at zero.
-    """
-    config = model.config
-    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
-    zeros = {p for module in model.modules() if getattr(module, "zero_init", False) for p in module.parameters()}
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.reset_parameters()
-        elif isinstance(module, SigmoidRouter):
-            module.bias.zero_()
-    for name, parameter in model.named_parameters():
-        held, part = _part_here(parameter)
-        if parameter.dim() == 1:
-            continue
-        if parameter in zeros:
-            held.fill_(0.0)
-            continue
-        key = name.replace(".experts.", ".")
-        std = residual_std if key.endswith(("wo.weight", "ffn.w2")) else config.init_std
-        shape = parameter.shape[-2:]
-        numbers = range(len(parameter))[part[0]] if parameter.dim() == 3 else range(1)
-        for number, matrix in zip(numbers, held if parameter.dim() == 3 else (held,), strict=True):
-            generator = noise.named_generator(f"{seed}/{key}/{number}")
-            matrix.copy_(torch.empty(shape).normal_(0.0, std, generator=generator)[part[-2:]])
-
-
-def _part_here(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What this process holds of a parameter, and which part of the whole that is, by dimension."""
-    part = [slice(0, size) for size in parameter.shape]
-    if not isinstance(parameter, DTensor):
-        return parameter, tuple(part)
-    mesh = parameter.device_mesh
-    for direction, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            whole = parameter.shape[placement.dim]
-            chunk = -(-whole // mesh.size(direction))
-            start = min(whole, chunk * mesh.get_local_rank(direction))
-            part[placement.dim] = slice(start, min(whole, start + chunk))
-    return parameter.to_local(), tuple(part)
+                over_repeats = [counts_E for number, counts_E in counts.items() if number % unique == layer]
+                bias_E += expert_bias_delta(torch.stack(over_repeats).sum(dim=0), ffn.balance.bias).to(bias_E)

@@ -1,5 +1,6 @@
-"""What a run will need and how long it will take, from its config alone: memory, messages, time, and the best layout."""
+"""Estimates from a config alone: parameters, FLOPs, memory, communication and step time, and the fastest layout."""
 
+from moelm.plan.counts import count_model
 from moelm.plan.search import Plan, make_plan
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "count_model", "make_plan"]

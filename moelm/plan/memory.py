@@ -1,152 +1,114 @@
-"""Bytes that one process needs, by what they are for.
+"""Memory of one process, by purpose.
 
-Counted from what the code keeps, and checked against the tensors of real runs on one, two and four processes. Routing is
-taken to be even. Left out: the allocator's gaps, a library's own buffers, and what lives only inside one operation.
+Computed from what the code stores, and tested against the tensors of real runs on one, two and four processes. Routing is
+assumed even. Not included: allocator fragmentation, buffers of libraries, and temporaries inside one operation.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from moelm.config import MoEFFNConfig, RunConfig
-from moelm.distributed.layout import Layout
-from moelm.model.counting import count_parameters
+from moelm.config import DenseFFNConfig, MoEFFNConfig, RunConfig
+from moelm.plan.strategy import BF16_BYTES, FP32_BYTES, ParameterGroups, Strategy, parameter_groups
 
-FLOAT32 = 4
-INDEX = 8
-"""Bytes of an index."""
-
-
-class Setting(NamedTuple):
-    """A way to run a config: on which layout, with what kept, with how much at once."""
-
-    layout: Layout
-    checkpointing: str
-    """`parallel.activation_checkpointing`."""
-    micro_rows: int
-    """Rows in one forward pass."""
-    low: bool
-    """Whether products are made in bfloat16."""
-
-
-class Weights(NamedTuple):
-    """Numbers of parameters as a layout sees them."""
-
-    root: int
-    """Embedding, last norm, head."""
-    trunk: int
-    """The layers' but for the experts, all of them."""
-    experts: int
-    """The routed experts of all layers."""
-    layers: int
+INDEX_BYTES = 8
 
 
 class Memory(NamedTuple):
-    """Bytes of one process at the most crowded moment, the first backward pass."""
+    """Bytes of one process at the peak, which is in the first backward pass."""
 
     weights: int
-    """Float32, this process's part."""
+    """This process's shard, float32."""
     gathered: int
-    """Weights of others that are here for a while, and copies in lower precision."""
+    """Weights gathered from other processes, and copies in lower precision."""
     gradients: int
     optimizer: int
     """AdamW's two moments."""
     activations: int
-    """What the forward pass of one micro-batch keeps for the backward pass."""
-    exchange: int
-    """Rows of one layer on their way to experts elsewhere and back."""
+    """What the forward pass of one micro-batch stores for the backward pass."""
+    all_to_all: int
+    """Send and receive buffers of one layer's expert parallelism."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return sum(self)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, int]:
         """For JSON."""
         return {**self._asdict(), "total": self.total}
 
 
-def weights_of(config: RunConfig) -> Weights:
-    """The parameters of a config whose vocabulary is known."""
-    model = config.model
-    counted = count_parameters(model)
-    root = counted.embedding * (1 if model.tie_embeddings else 2) + model.dim
-    return Weights(root, counted.total - counted.experts - root, counted.experts, model.layers_built)
-
-
-def estimate_memory(config: RunConfig, setting: Setting) -> Memory:
-    """Memory of one process."""
-    layout, counted = setting.layout, weights_of(config)
-    shared = layout.trunk[1]
-    experts_shared = layout.ep * layout.dp_shard
-    own = (counted.root + counted.trunk) // shared + counted.experts // experts_shared
-    whole_gradients = 0
-    several = setting.micro_rows * layout.size < config.batch_rows
-    if layout.size > 1 and layout.dp_shard == 1 and several:
-        # Whole copies wait for the last micro-batch before they sum, with gradients of their own for as long.
-        whole_gradients = counted.root + counted.trunk + (counted.experts // layout.ep if layout.dp_replicate > 1 else 0)
+def estimate_memory(config: RunConfig, strategy: Strategy) -> Memory:
+    """The memory of one process; the config's vocabulary size must be known."""
+    dims, groups = strategy.dims, parameter_groups(config)
+    _, dense_shards = dims.dense_mesh
+    own = (groups.root + groups.dense) // dense_shards + groups.experts // (dims.ep * dims.dp_shard)
+    unreduced = 0
+    if dims.size > 1 and dims.dp_shard == 1 and strategy.num_micro_batches(config) > 1:
+        # Replicas are summed after the last micro-batch; until then FSDP holds an unreduced copy of the gradients.
+        unreduced = groups.root + groups.dense + (groups.experts // dims.ep if dims.dp_replicate > 1 else 0)
     return Memory(
-        weights=FLOAT32 * own,
-        gathered=_gathered(config, setting, counted),
-        gradients=FLOAT32 * (own + whole_gradients),
-        optimizer=2 * FLOAT32 * own,
-        activations=_activations(config, setting),
-        exchange=_exchange(config, setting),
+        weights=FP32_BYTES * own,
+        gathered=_gathered(config, strategy, groups),
+        gradients=FP32_BYTES * (own + unreduced),
+        optimizer=2 * FP32_BYTES * own,
+        activations=_activations(config, strategy),
+        all_to_all=_all_to_all(config, strategy),
     )
 
 
-def _gathered(config: RunConfig, setting: Setting, counted: Weights) -> int:
-    layout = setting.layout
-    matrices = counted.trunk + counted.experts // layout.ep
-    if layout.size == 1:
-        return 2 * matrices if setting.low else 0
-    wide = FLOAT32 if config.parallel.param_dtype == "float32" or not setting.low else 2
-    experts_here = counted.experts // layout.ep
-    if layout.ep > 1 and layout.dp_replicate * layout.dp_shard == 1:
-        experts_here = 0  # held once and for all, not gathered
-    layer = (counted.trunk + experts_here) // counted.layers
-    # Two layers at a time when each is given back: the one in use and the next.
-    layers = 2 if config.parallel.reshard_after_forward and layout.dp_shard > 1 else counted.layers
-    low_experts = 2 * (counted.experts // layout.ep - experts_here) if setting.low else 0
-    return FLOAT32 * counted.root + wide * min(layers, counted.layers) * layer + low_experts
+def _gathered(config: RunConfig, strategy: Strategy, groups: ParameterGroups) -> int:
+    dims, num_layers = strategy.dims, config.model.num_unique_layers
+    local_experts = groups.experts // dims.ep
+    if dims.size == 1:
+        return BF16_BYTES * (groups.dense + local_experts) if strategy.bf16 else 0
+    # With expert parallelism alone, each process holds its experts completely.
+    gathered_experts = 0 if dims.ep > 1 and dims.dp_replicate * dims.dp_shard == 1 else local_experts
+    layer = (groups.dense + gathered_experts) // num_layers
+    # If weights are freed after use, two layers are gathered at a time: the current one and the prefetched one.
+    resharded = config.parallel.reshard_after_forward and dims.dp_shard > 1
+    layers = min(2, num_layers) if resharded else num_layers
+    bf16_experts = BF16_BYTES * (local_experts - gathered_experts) if strategy.bf16 else 0
+    return FP32_BYTES * groups.root + strategy.gathered_bytes(config) * layers * layer + bf16_experts
 
 
-def _activations(config: RunConfig, setting: Setting) -> int:
-    model = config.model
-    wide = 2 if setting.low else FLOAT32
-    tokens = setting.micro_rows * config.data.seq_len
-    queries = model.num_heads * model.size_per_head
-    keys = model.kv_heads * model.size_per_head
-    fused = model.dim * (queries + 2 * keys) * wide
-    vocab = (model.vocab_size or 0) * model.dim
-    per_layer = []
-    for layer in range(model.num_layers):
-        ffn = model.ffn_at(layer)
-        attention = FLOAT32 * model.dim + wide * (model.dim + 3 * queries + 3 * keys)
-        if isinstance(ffn, MoEFFNConfig):
-            hidden = 2 * wide * ffn.top_k * ffn.hidden_dim
-            rows = wide * ffn.top_k * (ffn.depth + (ffn.depth > 1)) * model.dim + 2 * INDEX * ffn.top_k
-            routing = FLOAT32 * (model.dim + 5 * ffn.num_experts + 2 * ffn.top_k) + INDEX * ffn.top_k
-            decided = FLOAT32 * (2 * ffn.num_experts + ffn.top_k) + INDEX * ffn.top_k
-            if ffn.shared_experts:
-                hidden += 2 * wide * ffn.shared_experts * ffn.hidden_dim
-                rows += wide * model.dim if setting.low else 0
-        else:
-            hidden = 2 * wide * ffn.hidden_dim
-            rows, routing, decided = wide * ffn.depth * model.dim, 0, 0
-        if setting.checkpointing == "selective":
+def _activations(config: RunConfig, strategy: Strategy) -> int:
+    model, element = config.model, strategy.activation_bytes
+    tokens = strategy.micro_batch_rows * config.data.seq_len
+    query_dim = model.num_heads * model.size_per_head
+    kv_dim = model.kv_heads * model.size_per_head
+    attention = FP32_BYTES * model.dim + element * (model.dim + 3 * query_dim + 3 * kv_dim)
+    qkv_weight = element * model.dim * (query_dim + 2 * kv_dim)
+    checkpoints, layers = [], []
+    for index in range(model.num_layers):
+        ffn = model.ffn_at(index)
+        hidden, other, decisions = _ffn_activations(ffn, model.dim, strategy)
+        if strategy.checkpointing == "selective":
             hidden = 0
-        whole = tokens * (attention + FLOAT32 * model.dim + hidden + rows + routing) + fused
-        per_layer.append((tokens * (FLOAT32 * model.dim + decided), whole))
-    if setting.checkpointing == "full":
-        layers = sum(kept for kept, _ in per_layer) + max(whole for _, whole in per_layer)
-    else:
-        layers = sum(whole for _, whole in per_layer)
-    # The loss keeps its gradients instead of its scores.
-    return layers + 2 * FLOAT32 * tokens * model.dim + FLOAT32 * vocab
+        checkpoints.append(tokens * (FP32_BYTES * model.dim + decisions))
+        layers.append(tokens * (attention + FP32_BYTES * model.dim + hidden + other) + qkv_weight)
+    stored = sum(checkpoints) + max(layers) if strategy.checkpointing == "full" else sum(layers)
+    # The loss stores its gradients with respect to hidden states and head, not the logits.
+    return stored + 2 * FP32_BYTES * tokens * model.dim + FP32_BYTES * (model.vocab_size or 0) * model.dim
 
 
-def _exchange(config: RunConfig, setting: Setting) -> int:
+def _ffn_activations(ffn: DenseFFNConfig | MoEFFNConfig, dim: int, strategy: Strategy) -> tuple[int, int, int]:
+    """Bytes per token: hidden activations, everything else, and the routing decisions that `full` checkpointing stores."""
+    element = strategy.activation_bytes
+    if not isinstance(ffn, MoEFFNConfig):
+        return 2 * element * ffn.hidden_dim, element * ffn.depth * dim, 0
+    hidden = 2 * element * ffn.top_k * ffn.hidden_dim
+    rows = element * ffn.top_k * (ffn.depth + (ffn.depth > 1)) * dim + 2 * INDEX_BYTES * ffn.top_k
+    if ffn.shared_experts:
+        hidden += 2 * element * ffn.shared_experts * ffn.hidden_dim
+        rows += element * dim if strategy.bf16 else 0
+    routing = FP32_BYTES * (dim + 5 * ffn.num_experts + 2 * ffn.top_k) + INDEX_BYTES * ffn.top_k
+    decisions = FP32_BYTES * (2 * ffn.num_experts + ffn.top_k) + INDEX_BYTES * ffn.top_k
+    return hidden, rows + routing, decisions
+
+
+def _all_to_all(config: RunConfig, strategy: Strategy) -> int:
     ffn = config.model.ffn
-    if setting.layout.ep == 1 or not isinstance(ffn, MoEFFNConfig):
+    if strategy.dims.ep == 1 or not isinstance(ffn, MoEFFNConfig):
         return 0
-    rows = setting.micro_rows * config.data.seq_len * ffn.top_k
-    return 4 * rows * config.model.dim * (2 if setting.low else FLOAT32)
+    rows = strategy.micro_batch_rows * config.data.seq_len * ffn.top_k
+    return 4 * rows * config.model.dim * strategy.activation_bytes

@@ -1,34 +1,35 @@
-"""The layouts that a number of GPUs allows, what each would cost, and which is best.
+"""All layouts of a config on a number of GPUs, their estimated cost, and the fastest.
 
-The time is a model, not a measurement: its assumptions are the constants here and are printed with it.
+The step time is a model, not a measurement; its constants are defined here and printed with every plan.
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from moelm.config import MoEFFNConfig, RunConfig
-from moelm.distributed.layout import Layout, check_batch, check_model
+from moelm.distributed.parallel_dims import ParallelDims, check_batch, check_model
 from moelm.errors import MoelmError
 from moelm.hardware import DEVICES, Device
-from moelm.model.counting import count_flops
-from moelm.plan.memory import FLOAT32, Memory, Setting, estimate_memory, weights_of
-from moelm.plan.traffic import Message, Traffic, ahead, messages
+from moelm.model.flops import count_flops
+from moelm.plan.memory import Memory, estimate_memory
+from moelm.plan.strategy import FP32_BYTES, Strategy, parameter_groups
+from moelm.plan.traffic import Collective, Traffic, step_collectives, total_traffic
 
-MACHINE = 8
-"""GPUs of one machine."""
-USABLE = 0.9
-"""Part of a GPU's memory that a plan may fill; the rest goes to gaps, libraries and the unforeseen."""
-COMPUTE = 0.55
-"""Part of the peak that a step reaches where nothing waits for messages."""
-LINKS = 0.75
-"""Part of a link's bandwidth that collectives reach."""
-CHECKPOINTING = ("none", "selective", "full")
+GPUS_PER_MACHINE = 8
+USABLE_MEMORY = 0.9
+"""Fraction of a GPU's memory that a plan may use; the rest is for fragmentation and libraries."""
+COMPUTE_EFFICIENCY = 0.55
+"""Fraction of peak FLOP/s while computation does not wait for communication."""
+LINK_EFFICIENCY = 0.75
+"""Fraction of a link's bandwidth that collectives reach."""
+CHECKPOINTING_MODES = ("none", "selective", "full")
+"""By memory, largest first."""
 
 
-class Choice(NamedTuple):
-    """One setting and what it would cost."""
+class Candidate(NamedTuple):
+    """One strategy and its estimated cost."""
 
-    setting: Setting
+    strategy: Strategy
     memory: Memory
     traffic: Traffic
     fits: bool
@@ -39,9 +40,9 @@ class Choice(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            **self.setting.layout._asdict(),
-            "activation_checkpointing": self.setting.checkpointing,
-            "micro_batch_rows": self.setting.micro_rows,
+            **self.strategy.dims._asdict(),
+            "activation_checkpointing": self.strategy.checkpointing,
+            "micro_batch_rows": self.strategy.micro_batch_rows,
             "fits": self.fits,
             "step_s": self.step_s,
             "mfu": self.mfu,
@@ -51,28 +52,29 @@ class Choice(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All choices, best first; those that do not fit come last."""
+    """One candidate per layout: those that fit, fastest first, then the others, smallest first."""
 
     gpus: int
     device: str
-    choices: list[Choice]
+    candidates: list[Candidate]
 
     @property
-    def best(self) -> Choice:
+    def best(self) -> Candidate:
         """The fastest that fits, or the smallest if none does."""
-        return self.choices[0]
+        return self.candidates[0]
 
     @property
     def assumptions(self) -> list[str]:
-        """What the times rest on, in sentences."""
-        kind = DEVICES[self.device]
+        """What the estimates are based on, as phrases."""
+        device = DEVICES[self.device]
         return [
-            f"{kind.peak_bf16 / 1e12:,.0f} TFLOP/s in bf16, of which {COMPUTE:.0%} is reached where nothing waits",
-            f"{MACHINE} GPUs a machine; {kind.link / 1e9:,.0f} GB/s between them and {kind.network / 1e9:,.0f} GB/s a GPU "
-            f"to other machines, of which collectives reach {LINKS:.0%}",
-            "no time between operations, which small models do lose",
-            "weights and gradients travel while layers compute; tokens on their way to experts are waited for",
-            f"even routing; a plan fits if it fills at most {USABLE:.0%} of {kind.memory / 1e9:,.0f} GB",
+            f"{device.peak_bf16 / 1e12:,.0f} TFLOP/s in bf16, of which {COMPUTE_EFFICIENCY:.0%} is reached while "
+            "computation does not wait for communication",
+            f"{GPUS_PER_MACHINE} GPUs per machine; {device.link / 1e9:,.0f} GB/s between them and "
+            f"{device.network / 1e9:,.0f} GB/s per GPU to other machines, of which collectives reach {LINK_EFFICIENCY:.0%}",
+            "no idle time between kernels, which is not negligible for small models",
+            "communication of weights and gradients overlaps with computation; all-to-all does not",
+            f"even routing; a plan fits if it uses at most {USABLE_MEMORY:.0%} of {device.memory / 1e9:,.0f} GB",
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,87 +83,91 @@ class Plan(NamedTuple):
             "gpus": self.gpus,
             "device": self.device,
             "best": self.best.as_dict(),
-            "layouts": [choice.as_dict() for choice in self.choices],
+            "layouts": [candidate.as_dict() for candidate in self.candidates],
             "assumptions": self.assumptions,
         }
 
 
 def make_plan(config: RunConfig, gpus: int, device: str) -> Plan:
-    """Look at every layout of a config, whose vocabulary is known, on so many GPUs.
+    """Estimate every layout of a config, whose vocabulary size is known, on a number of GPUs.
 
-    For each layout the fastest that fits is taken, of the activation checkpointing that the config asks for or more, with
-    the micro-batch of the config or of one row.
+    For each layout, the fastest strategy that fits is chosen: activation checkpointing as in the config or more, and the
+    config's micro-batch or one row.
 
     Raises:
-        MoelmError: an unknown device, or GPUs among which the batch cannot be shared.
+        MoelmError: an unknown device, or a batch that the GPUs cannot share equally.
     """
     if device not in DEVICES:
-        raise MoelmError(f"There is no device {device!r} in the table; it knows {', '.join(DEVICES)}.")
+        raise MoelmError(f"The device {device!r} is unknown; one of {', '.join(DEVICES)} is expected.")
     check_batch(config, gpus)
-    kind = DEVICES[device]
-    choices = [_best_of_layout(config, layout, kind) for layout in layouts(config, gpus)]
-    return Plan(gpus, device, sorted(choices, key=_rank))
+    candidates = [_best_candidate(config, dims, DEVICES[device]) for dims in possible_dims(config, gpus)]
+    return Plan(gpus, device, sorted(candidates, key=_sort_key))
 
 
-def _rank(choice: Choice) -> tuple[bool, float]:
-    return not choice.fits, choice.step_s if choice.fits else float(choice.memory.total)
-
-
-def layouts(config: RunConfig, gpus: int) -> Iterator[Layout]:
-    """Every way to write the number of GPUs as a product that the model allows."""
+def possible_dims(config: RunConfig, gpus: int) -> Iterator[ParallelDims]:
+    """All dims whose product is the number of GPUs and which the model allows."""
     divisors = [number for number in range(1, gpus + 1) if gpus % number == 0]
     for ep in divisors:
         for shard in divisors:
-            if gpus % (ep * shard) == 0 and check_model(config, layout := Layout(gpus // (ep * shard), shard, ep)) is None:
-                yield layout
+            if (
+                gpus % (ep * shard) == 0
+                and check_model(config, dims := ParallelDims(gpus // (ep * shard), shard, ep)) is None
+            ):
+                yield dims
 
 
-def _best_of_layout(config: RunConfig, layout: Layout, kind: Device) -> Choice:
-    wanted = config.parallel.activation_checkpointing
-    low = config.train.precision != "float32"
-    rows = config.micro_batch_rows(layout.size)
-    tried = []
-    for micro_rows in dict.fromkeys((rows, 1)):
-        for checkpointing in CHECKPOINTING[CHECKPOINTING.index(wanted) :]:
-            tried.append(_weigh(config, Setting(layout, checkpointing, micro_rows, low), kind))
-    return min(tried, key=_rank)
+def transfer_seconds(collective: Collective, device: Device) -> float:
+    """Duration of a collective: over the machine's links, or, across machines, over one network card per GPU.
 
-
-def _weigh(config: RunConfig, setting: Setting, kind: Device) -> Choice:
-    memory, sent = estimate_memory(config, setting), list(messages(config, setting))
-    useful = count_flops(config.model, config.data.seq_len)
-    tokens = config.train.batch_tokens / setting.layout.size
-    work = useful.training + useful.forward * ahead(config, setting) + _again(config, setting)
-    compute = tokens * work / (kind.peak_bf16 * COMPUTE)
-    layout = setting.layout
-    waiting = sum(_seconds(message, kind) for message in sent if message.collective == "all_to_all")
-    hidden = sum(_seconds(message, kind) for message in sent if message.collective != "all_to_all")
-    counted = weights_of(config)
-    own = (counted.root + counted.trunk) / layout.trunk[1] + counted.experts / (layout.ep * layout.dp_shard)
-    update = 7 * FLOAT32 * own / kind.memory_bandwidth  # weight and moments read and written, gradient read
-    step = max(compute, hidden) + waiting + update
-    fits = memory.total <= USABLE * kind.memory
-    return Choice(setting, memory, Traffic.of(sent), fits, step, tokens * useful.training / (step * kind.peak_bf16))
-
-
-def _seconds(message: Message, kind: Device) -> float:
-    """A group inside one machine has its links, one over machines a network card for each GPU.
-
-    A ring could use the cards of all its members in a machine; what is published of FSDP on 128 H100s (docs/scaling.md)
-    is what one card gives.
+    A ring could use the cards of all its members on a machine, but published results of FSDP on 128 H100s (docs/scaling.md)
+    agree with one card.
     """
-    over_machines = (message.size - 1) * message.stride >= MACHINE
-    return message.bytes / (LINKS * (kind.network if over_machines else kind.link))
+    crosses_machines = (collective.group_size - 1) * collective.stride >= GPUS_PER_MACHINE
+    return collective.bytes / (LINK_EFFICIENCY * (device.network if crosses_machines else device.link))
 
 
-def _again(config: RunConfig, setting: Setting) -> float:
-    """FLOPs per token that are done again rather than remembered."""
-    forward = count_flops(config.model, config.data.seq_len).forward
-    if setting.checkpointing != "selective":
-        return forward if setting.checkpointing == "full" else 0.0
-    hidden = 0
+def _sort_key(candidate: Candidate) -> tuple[bool, float]:
+    return not candidate.fits, candidate.step_s if candidate.fits else float(candidate.memory.total)
+
+
+def _best_candidate(config: RunConfig, dims: ParallelDims, device: Device) -> Candidate:
+    bf16 = config.train.precision != "fp32"
+    modes = CHECKPOINTING_MODES[CHECKPOINTING_MODES.index(config.parallel.activation_checkpointing) :]
+    candidates = [
+        _estimate(config, Strategy(dims, checkpointing, micro_batch_rows, bf16), device)
+        for micro_batch_rows in dict.fromkeys((config.micro_batch_rows(dims.size), 1))
+        for checkpointing in modes
+    ]
+    return min(candidates, key=_sort_key)
+
+
+def _estimate(config: RunConfig, strategy: Strategy, device: Device) -> Candidate:
+    dims, memory = strategy.dims, estimate_memory(config, strategy)
+    collectives = list(step_collectives(config, strategy))
+    overlapped = sum(transfer_seconds(each, device) for each in collectives if each.kind != "all_to_all")
+    all_to_all = sum(transfer_seconds(each, device) for each in collectives if each.kind == "all_to_all")
+    flops = count_flops(config.model, config.data.seq_len)
+    executed = flops.training + flops.forward * strategy.needs_extra_forward(config) + _recomputed_flops(config, strategy)
+    tokens = config.train.batch_tokens / dims.size
+    compute = tokens * executed / (device.peak_bf16 * COMPUTE_EFFICIENCY)
+    groups = parameter_groups(config)
+    own = (groups.root + groups.dense) / dims.dense_mesh[1] + groups.experts / (dims.ep * dims.dp_shard)
+    update = 7 * FP32_BYTES * own / device.memory_bandwidth  # weight and moments read and written, gradient read
+    step = max(compute, overlapped) + all_to_all + update
+    fits = memory.total <= USABLE_MEMORY * device.memory
+    mfu = tokens * flops.training / (step * device.peak_bf16)
+    return Candidate(strategy, memory, total_traffic(collectives), fits, step, mfu)
+
+
+def _recomputed_flops(config: RunConfig, strategy: Strategy) -> float:
+    """FLOPs per token that activation checkpointing adds."""
+    if strategy.checkpointing == "none":
+        return 0.0
+    if strategy.checkpointing == "full":
+        return count_flops(config.model, config.data.seq_len).forward
+    flops = 0
     for layer in range(config.model.num_layers):
         ffn = config.model.ffn_at(layer)
-        visited = ffn.top_k + ffn.shared_experts if isinstance(ffn, MoEFFNConfig) else 1
-        hidden += 2 * 2 * visited * config.model.dim * ffn.hidden_dim
-    return hidden
+        active_experts = ffn.top_k + ffn.shared_experts if isinstance(ffn, MoEFFNConfig) else 1
+        flops += 2 * 2 * active_experts * config.model.dim * ffn.hidden_dim
+    return flops

@@ -1,89 +1,85 @@
-"""What one process sends for one optimizer step: bytes, by which collective, to whom.
+"""Bytes that one process sends in one optimizer step, by collective.
 
-Rings and pairwise exchanges: a gather or scatter over n processes sends (n-1)/n of the whole, a sum twice that.
+Rings and pairwise exchanges are assumed: an all-gather or reduce-scatter over n processes sends (n-1)/n of the tensor, an
+all-reduce twice that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from moelm.config import MoEFFNConfig, RunConfig
-from moelm.plan.memory import FLOAT32, Setting, weights_of
+from moelm.plan.strategy import BF16_BYTES, FP32_BYTES, Strategy, parameter_groups
 
 
-class Message(NamedTuple):
-    """All that one process sends by one collective in one group of processes."""
+class Collective(NamedTuple):
+    """All collectives of one kind in one process group during one step."""
 
-    collective: str
+    kind: str
     """A field of `Traffic`."""
     bytes: float
-    size: int
-    """Processes in the group."""
+    """Sent by one process."""
+    group_size: int
     stride: int
-    """Ranks from one of them to the next."""
+    """Difference between the ranks of neighbors in the group."""
 
 
 class Traffic(NamedTuple):
-    """Bytes sent by one process in one step."""
+    """Bytes that one process sends in one step."""
 
     all_gather: int
-    """Weights, where they are shared."""
+    """Sharded weights."""
     reduce_scatter: int
-    """Gradients of shared weights."""
+    """Gradients of sharded weights."""
     all_reduce: int
-    """Gradients of whole copies."""
+    """Gradients of replicas."""
     all_to_all: int
     """Tokens to experts and back, and their gradients."""
 
-    @classmethod
-    def of(cls, messages: list[Message]) -> "Traffic":
-        """The messages' sums."""
-        return cls(*(round(sum(m.bytes for m in messages if m.collective == name)) for name in cls._fields))
+
+def total_traffic(collectives: Iterable[Collective]) -> Traffic:
+    """Sums by kind."""
+    sent = list(collectives)
+    return Traffic(*(round(sum(each.bytes for each in sent if each.kind == kind)) for kind in Traffic._fields))
 
 
-def messages(config: RunConfig, setting: Setting) -> Iterator[Message]:
-    """What one process sends; groups of one send nothing."""
-    layout, counted = setting.layout, weights_of(config)
-    wide = FLOAT32 if config.parallel.param_dtype == "float32" or not setting.low else 2
-    reduced = FLOAT32 if config.parallel.reduce_dtype == "float32" else 2
-    micro_batches = config.batch_rows // layout.size // setting.micro_rows
-    # What is kept after a forward pass serves the next pass too.
-    gathers = micro_batches * (2 + ahead(config, setting) if config.parallel.reshard_after_forward else 1)
-    # A layer that repeats is gathered at each visit; its gradient is summed once.
-    visits = config.model.num_layers // config.model.layers_built if config.parallel.reshard_after_forward else 1
-    sums = micro_batches if layout.dp_shard > 1 else 1
-    copies, shared = layout.trunk
-    trunk, experts = counted.trunk, counted.experts // layout.ep
-    if layout.ep == 1:
-        trunk, experts = trunk + experts, 0
-    # The root travels in float32. Groups: bytes of weights, their number, copies and shares, and how far apart shares are.
-    for weights, number, replicas, shares, apart in (
-        (FLOAT32 * counted.root + visits * wide * trunk, counted.root + trunk, copies, shared, 1),
-        (visits * wide * experts, experts, layout.dp_replicate, layout.dp_shard, layout.ep),
+def step_collectives(config: RunConfig, strategy: Strategy) -> Iterator[Collective]:
+    """The collectives of one step; those in a group of one send nothing."""
+    dims, groups = strategy.dims, parameter_groups(config)
+    param_bytes = strategy.gathered_bytes(config)
+    grad_bytes = FP32_BYTES if config.parallel.reduce_dtype == "fp32" else BF16_BYTES
+    resharded = config.parallel.reshard_after_forward
+    micro_batches = strategy.num_micro_batches(config)
+    # Weights that are not freed after a forward pass are gathered once for all following passes.
+    gathers = micro_batches * (2 + strategy.needs_extra_forward(config) if resharded else 1)
+    # A repeated layer is gathered at each repeat; its gradient is reduced once.
+    repeats = config.model.num_layers // config.model.num_unique_layers if resharded else 1
+    reductions = micro_batches if dims.dp_shard > 1 else 1
+    dense_replicas, dense_shards = dims.dense_mesh
+    dense, experts = groups.dense, groups.experts // dims.ep
+    if dims.ep == 1:
+        dense, experts = dense + experts, 0
+    # The root is gathered in float32.
+    for gathered, parameters, replicas, shards, stride in (
+        (FP32_BYTES * groups.root + repeats * param_bytes * dense, groups.root + dense, dense_replicas, dense_shards, 1),
+        (repeats * param_bytes * experts, experts, dims.dp_replicate, dims.dp_shard, dims.ep),
     ):
-        yield Message("all_gather", gathers * _part(shares) * weights, shares, apart)
-        yield Message("reduce_scatter", sums * reduced * _part(shares) * number, shares, apart)
-        yield Message("all_reduce", 2 * sums * reduced * _part(replicas) * number / shares, replicas, apart * shares)
-    yield Message("all_to_all", _part(layout.ep) * _travelling(config, setting) * micro_batches, layout.ep, 1)
+        yield Collective("all_gather", gathers * _remote_fraction(shards) * gathered, shards, stride)
+        yield Collective("reduce_scatter", reductions * grad_bytes * _remote_fraction(shards) * parameters, shards, stride)
+        all_reduced = 2 * reductions * grad_bytes * _remote_fraction(replicas) * parameters / shards
+        yield Collective("all_reduce", all_reduced, replicas, stride * shards)
+    all_to_all = _remote_fraction(dims.ep) * _dispatched_bytes(config, strategy) * micro_batches
+    yield Collective("all_to_all", all_to_all, dims.ep, 1)
 
 
-def _part(size: int) -> float:
-    return (size - 1) / size
+def _remote_fraction(group_size: int) -> float:
+    return (group_size - 1) / group_size
 
 
-def ahead(config: RunConfig, setting: Setting) -> bool:
-    """Whether a forward pass goes ahead to know the routing of a batch that is cut up."""
-    ffn = config.model.ffn
-    if not isinstance(ffn, MoEFFNConfig) or setting.micro_rows * setting.layout.size >= config.batch_rows:
-        return False
-    return ffn.balance.needs_whole_batch
-
-
-def _travelling(config: RunConfig, setting: Setting) -> int:
-    """Bytes of a micro-batch's rows on all their ways, those that stay here included."""
+def _dispatched_bytes(config: RunConfig, strategy: Strategy) -> int:
+    """Bytes of one micro-batch's rows in all dispatches and combines, including rows whose expert is on this process."""
     ffn = config.model.ffn
     if not isinstance(ffn, MoEFFNConfig):
         return 0
-    layers = len(config.model.sparse_layers)
-    rows = setting.micro_rows * config.data.seq_len * ffn.top_k
-    ways = 4 + 2 * ahead(config, setting) + 2 * (setting.checkpointing == "full")
-    return layers * ways * rows * config.model.dim * (2 if setting.low else FLOAT32)
+    rows = strategy.micro_batch_rows * config.data.seq_len * ffn.top_k
+    transfers = 4 + 2 * strategy.needs_extra_forward(config) + 2 * (strategy.checkpointing == "full")
+    return len(config.model.sparse_layers) * transfers * rows * config.model.dim * strategy.activation_bytes

@@ -1,2 +1,1 @@
-"""Many runs from one file: which ones (`schema`), equal on one axis (`match`), as long as a budget lasts (`plan`), trained
-one after another (`runs`)."""
+"""Training and comparison of many runs that one file describes: its variants, matching sizes, budgets, execution."""

@@ -1,59 +1,60 @@
-"""Making contestants equal on one axis, so that what is left between them is their shape."""
+"""Matching of model sizes: the hidden width with which a config has the same parameters or FLOPs as another."""
 
-from moelm.config import DenseFFNConfig, MoEFFNConfig, RunConfig
+from moelm.config import RunConfig
 from moelm.errors import MoelmError
-from moelm.model.counting import count_flops, count_parameters
-from moelm.sweep.schema import Match
+from moelm.model.flops import count_flops, count_parameters
+from moelm.sweep.config import Match
 
-WITHIN = 0.01
+TOLERANCE = 0.01
 """Largest relative difference that counts as equal."""
-ROUND = (64, 32, 16, 8, 4, 2, 1)
-"""Hidden widths are multiples of the largest of these that is fine enough: kernels like round numbers."""
-WORDS: dict[Match, str] = {
+WIDTH_MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
+"""The hidden width is a multiple of the first of these with which it is within `TOLERANCE`; kernels are faster for it."""
+MATCH_NAMES: dict[Match, str] = {
     "active_params": "active parameters",
     "flops_per_token": "FLOPs per token",
     "total_params": "total parameters",
 }
 
 
-def size_on(config: RunConfig, match: Match) -> int:
-    """The size of a config on an axis; its vocabulary must be known."""
+def model_size(config: RunConfig, match: Match) -> int:
+    """The size that `match` names; the config's vocabulary size must be known."""
     if match == "flops_per_token":
         return count_flops(config.model, config.data.seq_len).training
-    counted = count_parameters(config.model)
-    return counted.active if match == "active_params" else counted.total
+    count = count_parameters(config.model)
+    return count.active if match == "active_params" else count.total
 
 
-def matched_width(config: RunConfig, target: int, match: Match) -> int:
-    """The hidden width with which a config comes within 1% of a target; its own where that does already.
+def matching_width(config: RunConfig, target: int, match: Match) -> int:
+    """The hidden width with which a config's size is within 1% of a target; its own width if that already is.
 
     Raises:
         MoelmError: there is none.
     """
     ffn = config.model.ffn
-    if _near(size_on(config, match), target):
+    if _is_close(model_size(config, match), target):
         return ffn.hidden_dim
-    narrow, wide = (size_on(_with_width(config, units), match) for units in (ffn.depth, 2 * ffn.depth))
-    slope = (wide - narrow) / ffn.depth  # what is measured is linear in the width
-    ideal = ffn.depth + (target - narrow) / slope
-    tried: dict[int, int] = {}
-    for step in ROUND:
+    # The size is linear in the width.
+    once, twice = (model_size(_with_width(config, width), match) for width in (ffn.depth, 2 * ffn.depth))
+    slope = (twice - once) / ffn.depth
+    ideal = ffn.depth + (target - once) / slope
+    sizes: dict[int, int] = {}
+    for step in WIDTH_MULTIPLES:
         multiple = step * ffn.depth
         width = max(multiple, round(ideal / multiple) * multiple)
-        tried[width] = size_on(_with_width(config, width), match)
-        if _near(tried[width], target):
+        sizes[width] = model_size(_with_width(config, width), match)
+        if _is_close(sizes[width], target):
             return width
-    best = min(tried, key=lambda width: abs(tried[width] - target))
+    best = min(sizes, key=lambda width: abs(sizes[width] - target))
     raise MoelmError(
-        f"{config.name} cannot be made equal in {WORDS[match]} to the first contestant ({target:,}): "
-        f"the nearest model.ffn.hidden_dim is {best}, which gives {tried[best]:,}, more than 1% away."
+        f"{config.name} cannot have as many {MATCH_NAMES[match]} as the first variant ({target:,}): "
+        f"the nearest model.ffn.hidden_dim is {best}, with {sizes[best]:,}, more than 1% away."
     )
 
 
-def _near(value: int, target: int) -> bool:
-    return abs(value - target) <= WITHIN * target
+def _is_close(size: int, target: int) -> bool:
+    return abs(size - target) <= TOLERANCE * target
 
 
 def _with_width(config: RunConfig, width: int) -> RunConfig:
-    ffn: DenseFFNConfig | MoEFFNConfig = config.model.ffn.model_copy(update={"hidden_dim": width})
+    ffn = config.model.ffn.model_copy(update={"hidden_dim": width})
     return config.model_copy(update={"model": config.model.model_copy(update={"ffn": ffn})})

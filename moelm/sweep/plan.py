@@ -1,178 +1,206 @@
-"""From a sweep's file to its runs: each one's settings, widths that match, steps that spend the budget. Trains nothing."""
+"""The variants and runs of a sweep, computed from its file: settings, matching widths, and steps within the budget."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moelm.config import RunConfig, differing, flatten, load_config
-from moelm.console import Ticker, console
+from moelm.console import ProgressLine, log
 from moelm.data.prepare import prepare
-from moelm.data.store import read_manifest
+from moelm.data.shards import read_manifest
 from moelm.errors import MoelmError
-from moelm.model.counting import count_flops
-from moelm.rundir import RunDirectory
-from moelm.sweep.match import matched_width, size_on
-from moelm.sweep.schema import BudgetConfig, Entrant, SweepConfig, entrants_of
+from moelm.model.flops import count_flops, count_parameters
+from moelm.runs.directory import RunDirectory
+from moelm.sweep.config import BudgetConfig, SweepConfig, variant_overrides
+from moelm.sweep.match import matching_width, model_size
 
-TURNS = 5
-"""Turns that a contestant is timed for."""
+TIMED_ROUNDS = 5
+"""Training steps that the speed of a variant is measured with."""
 
 
-class Entry(NamedTuple):
-    """A contestant whose shape and length are settled."""
+class SweepVariant(NamedTuple):
+    """One side of the comparison, with its shape and number of steps."""
 
     label: str
-    words: list[str]
-    """All its settings but name and seed."""
+    overrides: list[str]
+    """All its settings except name and seed."""
     config: RunConfig
-    """What they make, with the vocabulary known."""
+    """The result, with the vocabulary size."""
     base: Path
-    """The file that they are laid over."""
+    """The config file that they override."""
     runs: dict[int, RunDirectory]
     """By seed."""
 
     @property
     def flops(self) -> int:
-        """Training FLOPs of each of its runs."""
-        return self.config.train.steps * self.config.train.batch_tokens * flops_per_token(self.config)
+        """Training FLOPs of each run."""
+        return self.config.train.steps * self.config.train.batch_tokens * self.flops_per_token
 
-    def command(self, seed: int) -> list[str]:
-        """The words after `moelm` that train one of its runs."""
-        return ["train", str(self.base), *self.words, f"seed={seed}", f"name={self.runs[seed].path.name}"]
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token."""
+        return count_flops(self.config.model, self.config.data.seq_len).training
+
+    def train_arguments(self, seed: int) -> list[str]:
+        """The command-line arguments of `moelm` that train one run."""
+        return ["train", str(self.base), *self.overrides, f"seed={seed}", f"name={self.runs[seed].path.name}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        config, parameters = self.config, count_parameters(self.config.model)
+        return {
+            "label": self.label,
+            "overrides": self.overrides,
+            "hidden_dim": config.model.ffn.hidden_dim,
+            "active": parameters.active,
+            "total": parameters.total,
+            "flops_per_token": self.flops_per_token,
+            "steps": config.train.steps,
+            "tokens": config.train.steps * config.train.batch_tokens,
+            "flops": self.flops,
+            "runs": [run.path.name for run in self.runs.values()],
+        }
 
 
-def flops_per_token(config: RunConfig) -> int:
-    """Forward and backward."""
-    return count_flops(config.model, config.data.seq_len).training
+def sweep_json(sweep: SweepConfig, variants: Sequence[SweepVariant]) -> dict[str, Any]:
+    """A sweep before its training, as plain values."""
+    described = [variant.as_dict() for variant in variants]
+    return {"schema": 2, "name": sweep.name, "match": sweep.match, "variants": described}
 
 
-def plan_sweep(path: Path, sweep: SweepConfig, overrides: Sequence[str], processes: int = 1) -> list[Entry]:
-    """Settle all contestants; their data is prepared if it was not.
+def plan_sweep(path: Path, sweep: SweepConfig, overrides: Sequence[str], processes: int = 1) -> list[SweepVariant]:
+    """Determine all variants; their data is prepared if necessary.
 
     Args:
-        path: the sweep's file.
-        overrides: `key=value` words that win over each contestant's own.
-        processes: for each run.
+        path: the sweep file.
+        overrides: `key=value` for all variants.
+        processes: of each run.
 
     Raises:
-        MoelmError: settings that do not fit, contestants that cannot be matched, or a budget below one step.
+        MoelmError: invalid settings, variants that cannot be matched, or a budget below one step.
     """
     base = path.parent / sweep.config
-    load_config(base, [*overrides, f"name={sweep.name}"])  # what is wrong with the file itself is no contestant's fault
-    entries = [_shaped(base, sweep, entrant, overrides) for entrant in entrants_of(sweep)]
-    _check_data(entries)
+    load_config(base, [*overrides, f"name={sweep.name}"])  # an error in the file itself is not reported for a variant
+    variants = [_load_variant(base, sweep, label, own, overrides) for label, own in variant_overrides(sweep).items()]
+    _check_same_data(variants)
     if sweep.match is not None:
-        target = size_on(entries[0].config, sweep.match)
-        entries = [_add(entry, _widened(entry, matched_width(entry.config, target, sweep.match))) for entry in entries]
+        target = model_size(variants[0].config, sweep.match)
+        for index, variant in enumerate(variants):
+            width = matching_width(variant.config, target, sweep.match)
+            if width != variant.config.model.ffn.hidden_dim:
+                variants[index] = _add_override(variant, f"model.ffn.hidden_dim={width}")
     if sweep.budget is not None:
         if sweep.budget.seconds is not None and processes > 1:
-            raise MoelmError("budget.seconds is timed on one process; with --nproc give a budget of tokens or flops.")
-        steps = _steps(entries, sweep.budget)
-        entries = [_add(entry, [f"train.steps={count}"]) for entry, count in zip(entries, steps, strict=True)]
-    _check_different(entries)
-    return entries
+            raise MoelmError(
+                "budget.seconds is measured on one process; with --nproc, a budget of tokens or flops is expected."
+            )
+        steps = _steps_within(sweep.budget, variants)
+        variants = [_add_override(variant, f"train.steps={count}") for variant, count in zip(variants, steps, strict=True)]
+    _check_distinct(variants)
+    return variants
 
 
-def _shaped(base: Path, sweep: SweepConfig, entrant: Entrant, overrides: Sequence[str]) -> Entry:
-    taken = {"name": "which names its runs itself", "seed": "which has seeds of its own"}
-    taken |= {"train.steps": "whose budget decides it"} if sweep.budget is not None else {}
-    for word in (*entrant.words, *overrides):
-        if (key := word.partition("=")[0]) in taken:
-            raise MoelmError(f"{word!r} cannot be set in the sweep {sweep.name}, {taken[key]}.")
-    if sweep.match is not None and any(word.startswith("model.ffn.hidden_dim=") for word in overrides):
-        raise MoelmError(f"model.ffn.hidden_dim cannot be set for all of the sweep {sweep.name}, whose match decides it.")
-    words, name = [*entrant.words, *overrides], f"{sweep.name}-{entrant.label}"
-    runs = {seed: RunDirectory(Path("runs") / f"{name}-{seed}") for seed in sweep.seeds}
+def _load_variant(base: Path, sweep: SweepConfig, label: str, own: list[str], shared: Sequence[str]) -> SweepVariant:
+    """A variant with its settings as written."""
+    fixed = {"name": "which names its runs", "seed": "which has its own seeds"}
+    if sweep.budget is not None:
+        fixed["train.steps"] = "whose budget determines it"
+    for argument in (*own, *shared):
+        if (key := argument.partition("=")[0]) in fixed:
+            raise MoelmError(f"{argument!r} cannot be set in the sweep {sweep.name}, {fixed[key]}.")
+    if sweep.match is not None and any(argument.startswith("model.ffn.hidden_dim=") for argument in shared):
+        raise MoelmError(
+            f"model.ffn.hidden_dim cannot be set for all of the sweep {sweep.name}, whose match determines it."
+        )
+    overrides, name = [*own, *shared], f"{sweep.name}-{label}"
     try:
-        config = load_config(base, [*words, f"name={name}"])
+        config = load_config(base, [*overrides, f"name={name}"])
     except MoelmError as error:
-        raise MoelmError(f"Contestant {entrant.label}: {error}") from None
-    return _add(Entry(entrant.label, words, config, base, runs), [])
+        raise MoelmError(f"Variant {label}: {error}") from None
+    runs = {seed: RunDirectory(Path("runs") / f"{name}-{seed}") for seed in sweep.seeds}
+    return SweepVariant(label, overrides, _with_vocab_size(config), base, runs)
 
 
-def _add(entry: Entry, words: list[str]) -> Entry:
-    """The entry with further settings."""
-    words = [*entry.words, *words]
-    config = load_config(entry.base, [*words, f"name={entry.config.name}"])
-    if config.model.vocab_size is None:
-        manifest = read_manifest(prepare(config.data)[0])
-        assert manifest is not None
-        known = config.model.model_copy(update={"vocab_size": manifest["vocab_size"]})
-        config = config.model_copy(update={"model": known})
-    return entry._replace(words=words, config=config)
+def _add_override(variant: SweepVariant, override: str) -> SweepVariant:
+    overrides = [*variant.overrides, override]
+    config = load_config(variant.base, [*overrides, f"name={variant.config.name}"])
+    return variant._replace(overrides=overrides, config=_with_vocab_size(config))
 
 
-def _check_data(entries: Sequence[Entry]) -> None:
-    """Losses on other text or other rows do not compare."""
-    first, *others = (flatten(entry.config.data) for entry in entries)
-    for entry, data in zip(entries[1:], others, strict=True):
-        if different := differing(first, data):
+def _with_vocab_size(config: RunConfig) -> RunConfig:
+    """The config with the tokenizer's vocabulary size, if the model has none."""
+    if config.model.vocab_size is not None:
+        return config
+    manifest = read_manifest(prepare(config.data)[0])
+    assert manifest is not None
+    model = config.model.model_copy(update={"vocab_size": manifest["vocab_size"]})
+    return config.model_copy(update={"model": model})
+
+
+def _check_same_data(variants: Sequence[SweepVariant]) -> None:
+    """Losses on different text or rows cannot be compared."""
+    first, *others = variants
+    for other in others:
+        if different := differing(flatten(first.config.data), flatten(other.config.data)):
             raise MoelmError(
-                f"The contestants {entries[0].label} and {entry.label} differ in data.{different[0]}, "
-                "so their losses would not compare."
+                f"The variants {first.label} and {other.label} differ in data.{different[0]}, "
+                "so their losses cannot be compared."
             )
 
 
-def _check_different(entries: Sequence[Entry]) -> None:
-    for a, b in itertools.combinations(entries, 2):
+def _check_distinct(variants: Sequence[SweepVariant]) -> None:
+    for a, b in itertools.combinations(variants, 2):
         if a.config.model_copy(update={"name": b.config.name}) == b.config:
-            raise MoelmError(
-                f"The contestants {a.label} and {b.label} have the same settings; there is nothing to compare."
-            )
+            raise MoelmError(f"The variants {a.label} and {b.label} have the same settings; different ones are expected.")
 
 
-def _widened(entry: Entry, width: int) -> list[str]:
-    return [] if width == entry.config.model.ffn.hidden_dim else [f"model.ffn.hidden_dim={width}"]
-
-
-def _steps(entries: Sequence[Entry], budget: BudgetConfig) -> list[int]:
-    """How many steps each contestant's runs can pay for."""
+def _steps_within(budget: BudgetConfig, variants: Sequence[SweepVariant]) -> list[int]:
+    """The number of steps of each variant's runs."""
     if budget.seconds is not None:
-        return _steps_in(budget.seconds, entries)
-    found = []
-    for entry in entries:
-        price = entry.config.train.batch_tokens * (1 if budget.flops is None else flops_per_token(entry.config))
-        found.append(int((budget.tokens or budget.flops or 0.0) / price))
-        if not found[-1]:
-            raise MoelmError(f"The budget does not pay for one step of {entry.config.name}, which costs {price:.3g}.")
-    return found
+        return _steps_within_seconds(budget.seconds, variants)
+    steps = []
+    for variant in variants:
+        step_cost = variant.config.train.batch_tokens * (1 if budget.flops is None else variant.flops_per_token)
+        steps.append(int((budget.tokens or budget.flops or 0.0) / step_cost))
+        if not steps[-1]:
+            raise MoelmError(f"The budget is too small for one step of {variant.config.name}, which costs {step_cost:.3g}.")
+    return steps
 
 
-def _steps_in(seconds: float, entries: Sequence[Entry]) -> list[int]:
-    """By the clock: what a contestant's begun runs have, or else what turns taken now promise; equal shapes get equal
-    steps."""
-    begun = [next((run for run in entry.runs.values() if run.config.exists()), None) for entry in entries]
-    known = [None if run is None else load_config(run.config).train.steps for run in begun]
-    fresh = {_shape(entry): entry for entry, steps in zip(entries, known, strict=True) if steps is None}
-    rates = _rates(fresh)
-    found = []
-    for entry, steps in zip(entries, known, strict=True):
-        if steps is None:
-            steps = int(seconds * rates[_shape(entry)] / entry.config.train.batch_tokens)
+def _steps_within_seconds(seconds: float, variants: Sequence[SweepVariant]) -> list[int]:
+    """Steps from the measured speed, or those of a run that exists; variants of equal shape get equal steps."""
+    existing = [next((run for run in variant.runs.values() if run.config.exists()), None) for variant in variants]
+    known = [None if run is None else load_config(run.config).train.steps for run in existing]
+    unknown = [variant for variant, count in zip(variants, known, strict=True) if count is None]
+    speeds = _measure_speeds({_timing_key(variant): variant for variant in unknown})
+    steps = []
+    for variant, count in zip(variants, known, strict=True):
+        if count is None:
+            count = int(seconds * speeds[_timing_key(variant)] / variant.config.train.batch_tokens)
         else:
-            console.print(f"{entry.label} keeps the {steps:,} steps of its first run.", soft_wrap=True, markup=False)
-        if not steps:
-            raise MoelmError(f"budget.seconds is {seconds}, too short for one step of {entry.config.name}.")
-        found.append(steps)
-    return found
+            log(f"{variant.label} has the {count:,} steps of its first run.")
+        if not count:
+            raise MoelmError(f"budget.seconds is {seconds}, too short for one step of {variant.config.name}.")
+        steps.append(count)
+    return steps
 
 
-def _shape(entry: Entry) -> str:
-    """What the time of a step depends on."""
-    config = entry.config
+def _timing_key(variant: SweepVariant) -> str:
+    """The settings that the duration of a step depends on."""
+    config = variant.config
     return f"{config.model} {config.data} {config.train.batch_tokens} {config.train.precision} {config.parallel}"
 
 
-def _rates(entries: Mapping[str, Entry]) -> dict[str, float]:
-    """Tokens a second of training steps, timed in turns."""
-    if not entries:
+def _measure_speeds(variants: Mapping[str, SweepVariant]) -> dict[str, float]:
+    """Training tokens per second by timing key, measured in alternating rounds."""
+    if not variants:
         return {}
-    from moelm import bench
-    from moelm.bench.contestants import settle
-    from moelm.bench.jobs import Work
+    from moelm.bench import BenchVariant, run_rounds
+    from moelm.bench.variants import resolve_precision
+    from moelm.bench.workloads import Workload
 
-    timed = [bench.Contestant(entry.label, settle(entry.config)) for entry in entries.values()]
-    with Ticker("Timing the contestants …") as ticker:
-        timings = bench.run_contest(timed, Work(0), TURNS, ticker.update)
-    return {shape: timing.as_dict()["tokens_per_s"] for shape, timing in zip(entries, timings, strict=True)}
+    timed = [BenchVariant(variant.label, resolve_precision(variant.config)) for variant in variants.values()]
+    with ProgressLine("Timing the variants …") as progress_line:
+        timings = run_rounds(timed, Workload(), TIMED_ROUNDS, progress_line.update)
+    return {key: timing.tokens_per_s for key, timing in zip(variants, timings, strict=True)}

@@ -1,1 +1,1 @@
-"""Training: optimizer and schedule, metrics, and the loop."""
+"""Training: setup, loop, objective, optimizer, metrics and checkpoint saving."""

@@ -106,7 +106,7 @@ def test_unusable_files_are_refused(tmp_path: Path, text: str) -> None:
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("name: a\noptim:\n  lr: 0.1\n  lr: 0.2\n")
-    with pytest.raises(MoelmError, match=r"twice\.yaml is not valid YAML at line 3: lr is there twice"):
+    with pytest.raises(MoelmError, match=r"twice\.yaml is not valid YAML at line 3: the key lr appears twice"):
         load_config(path)
 
 

@@ -23,7 +23,7 @@ from moelm.config import DataConfig
 from moelm.data.loader import IGNORE, Rows, TrainOrder
 from moelm.data.packing import pack
 from moelm.data.prepare import prepare, prepared_folder
-from moelm.data.store import Split, read_manifest
+from moelm.data.shards import Split, read_manifest
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from moelm.config import load_config
-from moelm.rundir import RunDirectory
-from moelm.train.launch import train
+from moelm.runs.directory import RunDirectory
+from moelm.train.setup import train
 
 
 def main() -> None:

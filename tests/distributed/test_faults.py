@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moelm.checkpoint import list_checkpoints, verify
+from moelm.runs.checkpoint import list_checkpoints, verify
 from tests.conftest import Moelm, train_here
 from tests.distributed.launching import ROOT, STEADY, metrics
 
@@ -49,7 +49,7 @@ def test_two_processes_train_and_one_speaks(moelm: Moelm, workplace: Path) -> No
     assert done.stderr.count("step      8/8") == 1
     environment = json.loads((workplace / "runs/tiny-moe/environment.json").read_text())
     assert environment["processes"] == 2
-    assert environment["layout"] == {"dp_replicate": 2, "dp_shard": 1, "ep": 1}
+    assert environment["parallel_dims"] == {"dp_replicate": 2, "dp_shard": 1, "ep": 1}
     alone = train_here(workplace, "moe", "name=alone")
     together = [line["tokens"] for line in metrics(workplace / "runs/tiny-moe")]
     assert together == [line["tokens"] for line in metrics(alone)]
@@ -58,9 +58,9 @@ def test_two_processes_train_and_one_speaks(moelm: Moelm, workplace: Path) -> No
 def test_launches_that_cannot_be_are_sentences(moelm: Moelm, workplace: Path) -> None:
     inside = moelm("train", "moe.yaml", "--nproc", "2", env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
     assert (inside.returncode, inside.stderr.count("\n")) == (2, 1)
-    assert "a launcher has started this process already" in inside.stderr
+    assert "this process was started by a launcher" in inside.stderr
     lost = moelm("train", "moe.yaml", env={**os.environ, "WORLD_SIZE": "2"})
-    assert "do not reach each other" in lost.stderr
+    assert "cannot reach each other" in lost.stderr
     assert "Traceback" not in lost.stderr
     few = moelm("train", "moe.yaml", "parallel.ep=4", "parallel.dp_shard=auto", "--nproc", "2")
     assert (few.returncode, few.stderr.count("\n")) == (2, 1)
@@ -106,14 +106,14 @@ def test_who_hangs_is_named_and_nobody_waits_for_ever(workplace: Path) -> None:
     assert process.stdout is not None
     began = time.monotonic()
     told = ""
-    while "does not answer" not in told:
+    while "does not respond" not in told:
         told += process.stdout.readline()
         assert time.monotonic() - began < 60, told
     os.kill(hung, signal.SIGCONT)  # the launcher would wait for it to end in peace
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == 134, told + rest
-    assert (told + rest).count("does not answer") == 1
-    assert "Rank 1 of 2 does not answer after step" in told
+    assert (told + rest).count("does not respond") == 1
+    assert "Rank 1 of 2 does not respond after step" in told
     assert "Traceback" not in told + rest
 
 

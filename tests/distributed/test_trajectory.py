@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moelm.checkpoint import list_checkpoints
+from moelm.runs.checkpoint import list_checkpoints
 from tests.conftest import train_here
 from tests.distributed.launching import STEADY, metrics, torchrun
 from tests.train.test_routers import SETTINGS
@@ -61,9 +61,9 @@ def test_fifty_steps_agree_on_every_layout(workplace: Path, processes: int) -> N
 
 @pytest.mark.slow
 def test_every_router_agrees_where_its_experts_are_elsewhere(workplace: Path) -> None:
-    layout = ["parallel.ep=2", "parallel.dp_shard=2"]
+    dims = ["parallel.ep=2", "parallel.dp_shard=2"]
     common = {name: [*STEADY, "train.steps=10", *words] for name, words in SETTINGS.items()}
-    spread(workplace, 4, {f"{name}-spread": [*words, *layout] for name, words in common.items()})
+    spread(workplace, 4, {f"{name}-spread": [*words, *dims] for name, words in common.items()})
     found = {}
     for name, words in common.items():
         reference = train_here(workplace, "moe", *words, f"name={name}")

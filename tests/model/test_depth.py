@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moelm.config import ModelConfig
 from moelm.model import build_model
-from moelm.model.router import TokenContext
+from moelm.model.moe.router import TokenContext
 from tests.model.test_transformer import MOE, shape, train_losses
 
 
@@ -90,7 +90,7 @@ def test_repeated_layers_are_copies_whose_gradients_add_up(ffn: dict[str, Any]) 
 def test_a_bias_moves_by_all_visits_of_its_layer() -> None:
     model = build_model(shape(num_layers=4, unique_layers=2, ffn={**MOE, "router": {"kind": "sigmoid"}}), seed=0)
     counts = {0: [9, 1, 5, 5], 1: [5, 5, 5, 5], 2: [0, 10, 5, 5], 3: [6, 4, 5, 5]}
-    model.move_biases({layer: torch.tensor(each, dtype=torch.float32) for layer, each in counts.items()})
+    model.update_expert_bias({layer: torch.tensor(each, dtype=torch.float32) for layer, each in counts.items()})
     first, second = (model.get_buffer(f"layers.{layer}.ffn.router.bias").sign().tolist() for layer in (0, 1))
     assert first == [1, -1, 0, 0]
     assert second == [-1, 1, 0, 0]

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from moelm.config import BalanceConfig, ModelConfig, OptimConfig, load_config
 from moelm.data.loader import Batch
 from moelm.model import KVCache, build_model, count_flops, count_parameters
-from moelm.model.gated import gated_loop
-from moelm.train.objective import part_loss
-from moelm.train.optim import build_optimizer, clip_gradients, gradient_squares
+from moelm.model.swiglu import grouped_swiglu_loop
+from moelm.train.objective import micro_batch_loss
+from moelm.train.optimizer import build_optimizer, clip_gradients, gradient_squares
 
 MOE = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
 CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs").glob("*.yaml"))
@@ -47,8 +47,8 @@ def test_counts_are_those_of_the_built_model(config: ModelConfig) -> None:
 @pytest.mark.parametrize("config", SHAPES)
 def test_flops_are_those_torch_counts(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     # The counter does not see products that are written into place, and a norm's sum looks like a product to it.
-    monkeypatch.setattr("moelm.model.passes.by_hand", lambda x: False)
-    monkeypatch.setattr("moelm.model.gated.gated_sliced", lambda *inputs: gated_loop(*inputs[:-1]))
+    monkeypatch.setattr("moelm.model.norm.eager_on_cpu", lambda x: False)
+    monkeypatch.setattr("moelm.model.swiglu.grouped_swiglu_cpu", lambda *inputs: grouped_swiglu_loop(*inputs[:-1]))
     model = build_model(config, seed=0)
     tokens = torch.randint(0, 50, (2, 12))
     expected = count_flops(config, 12)
@@ -119,7 +119,7 @@ def train_losses(ffn: dict[str, Any]) -> list[float]:
     for _ in range(20):
         batch = Batch(rows[:, :-1], rows[:, 1:], torch.zeros(8, 16, dtype=torch.long))
         output = model(batch.tokens_BT, targets_BT=batch.targets_BT)
-        loss = part_loss(output, batch, None, torch.tensor(128.0), BalanceConfig(aux=0.1, z=0.1))
+        loss = micro_batch_loss(output, batch, None, torch.tensor(128.0), BalanceConfig(aux=0.1, z=0.1))
         losses.append(loss.tokens.item())
         loss.total.backward()
         clip_gradients(model.parameters(), gradient_squares(model.parameters()), 0.5)

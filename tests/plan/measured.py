@@ -1,4 +1,4 @@
-"""What one step of a real run holds, by kind, summed over its processes: run under a launcher, prints one JSON object.
+"""Memory of one real training step by purpose, the mean over its processes, printed as one JSON object.
 
 torchrun --nproc-per-node N -m tests.plan.measured CONFIG [KEY=VALUE]...
 """
@@ -13,113 +13,108 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moelm.bench.models import random_batch, shape_of
+from moelm.bench.models import random_batch, resolve_model
 from moelm.config import load_config
-from moelm.distributed.layout import resolve_layout
-from moelm.distributed.world import joined
+from moelm.distributed.expert_parallel import AllToAllDispatcher
+from moelm.distributed.parallel_dims import resolve_parallel_dims
+from moelm.distributed.ranks import distributed_context
 from moelm.hardware import dtype_of
-from moelm.model.experts import Experts
-from moelm.train.launch import build
-from moelm.train.objective import part_loss
-from moelm.train.optim import build_optimizer
+from moelm.model.forward import forward_batch
+from moelm.model.moe.dispatcher import DispatchedRows
+from moelm.model.moe.layer import MoELayer
+from moelm.train.objective import micro_batch_loss
+from moelm.train.optimizer import build_optimizer
+from moelm.train.setup import build_parallel_model
 
 
-def held(tensors: list[Tensor]) -> int:
-    """Bytes of what this process holds of some tensors."""
-    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+def to_local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Kept:
-    """Storage that the forward pass keeps for the backward pass, the weights themselves left out."""
+def local_bytes(*tensors: Tensor) -> int:
+    """Bytes of this process's shards."""
+    return sum(to_local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+class SavedActivations:
+    """Storages that the forward pass saves for the backward pass, without the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.storages: dict[int, Tensor] = {}
         self.weights: Counter[int] = Counter()
         for module in model.modules():
-            inside: list[int] = []
-            module.register_forward_pre_hook(partial(self._enter, inside))
-            module.register_forward_hook(partial(self._leave, inside))
+            current: list[int] = []
+            module.register_forward_pre_hook(partial(self._before_forward, current))
+            module.register_forward_hook(partial(self._after_forward, current))
 
-    def _enter(self, inside: list[int], module: nn.Module, *_: Any) -> None:
-        inside[:] = self._of(module)
-        self.weights.update(inside)
+    def _before_forward(self, current: list[int], module: nn.Module, *_: Any) -> None:
+        # Gathered weights exist only during the forward pass.
+        current[:] = [to_local(weight).untyped_storage().data_ptr() for weight in module.parameters()]
+        self.weights.update(current)
 
-    def _leave(self, inside: list[int], *_: Any) -> None:
-        self.weights.subtract(inside)
-
-    @staticmethod
-    def _of(module: nn.Module) -> list[int]:
-        """Where the weights are that a module has in its forward pass; gathered ones are gone after it."""
-        local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in module.parameters()]
-        return [weight.untyped_storage().data_ptr() for weight in local]
+    def _after_forward(self, current: list[int], *_: Any) -> None:
+        self.weights.subtract(current)
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Remember a tensor that is being kept."""
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        at = local.untyped_storage().data_ptr()
-        if self.weights[at] <= 0:
-            self.storages[at] = local
+        """A hook for saved tensors."""
+        local = to_local(tensor)
+        address = local.untyped_storage().data_ptr()
+        if self.weights[address] <= 0:
+            self.storages[address] = local
         return tensor
 
     @property
     def bytes(self) -> int:
-        """Of all, each storage once."""
+        """Total size; each storage counts once."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.storages.values())
 
 
-def watch_exchange(model: nn.Module) -> list[int]:
-    """Bytes of the rows that go to experts elsewhere and come back, layer by layer as they do."""
-    seen: list[int] = []
-    for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        exchange = experts.exchange
-        if exchange is None:
-            continue
+class MeasuredDispatcher(AllToAllDispatcher):
+    """An all-to-all dispatcher that records the bytes of its send and receive buffers in each layer."""
 
-        def counted(x: Tensor, gates: Tensor, ends: Tensor, compute: Any, exchange: Any = exchange) -> Tensor:
-            def inside(x_here: Tensor, gates_here: Tensor, ends_here: Tensor) -> Tensor:
-                y_here: Tensor = compute(x_here, gates_here, ends_here)
-                seen.append(held([x_here, y_here]) + 2 * x.numel() * x_here.element_size())
-                return y_here
+    def __init__(self, dispatcher: AllToAllDispatcher, measured: list[int]) -> None:
+        super().__init__(dispatcher.group)
+        self.measured = measured
 
-            result: Tensor = exchange(x, gates, ends, inside)
-            return result
-
-        experts.exchange = counted
-    return seen
+    def combine(self, y_SD: Tensor, rows: DispatchedRows) -> Tensor:
+        """Combine, and record the bytes of this dispatch and combine."""
+        sent = rows.route_back.local.x_SD.numel() * rows.x_SD.element_size()
+        self.measured.append(local_bytes(rows.x_SD, y_SD) + 2 * sent)
+        return super().combine(y_SD, rows)
 
 
 def main() -> None:
-    """One step, measured."""
+    """Measure one step."""
     config = load_config(sys.argv[1], sys.argv[2:])
-    config = config.model_copy(update={"model": shape_of(config)})
+    config = config.model_copy(update={"model": resolve_model(config)})
     device = torch.device("cpu")
     dtype = dtype_of(config.train.precision, device)
-    with joined() as world:
-        layout = resolve_layout(config, world.size)
-        model = build(config, device, dtype, layout)
+    with distributed_context() as ranks:
+        model = build_parallel_model(config, device, dtype, resolve_parallel_dims(config, ranks.size))
         optimizer = build_optimizer(model, config.optim)
-        share = config.batch_rows // world.size
-        whole = random_batch(config)
-        batch = type(whole)(*(part[world.rank * share : (world.rank + 1) * share] for part in whole))
-        kept, exchanged = Kept(model), watch_exchange(model)
-        low = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor), low:
-            output = model(batch.tokens_BT, valid_BT=batch.valid_BT, targets_BT=batch.targets_BT)
-            tokens = batch.valid_N.sum().double() * world.size
-            balance = getattr(config.model.ffn, "balance", None)
-            loss = part_loss(output, batch, None, tokens, balance)
-        found = {"activations": kept.bytes, "exchange": exchanged[0] if exchanged else 0}
+        rows = config.batch_rows // ranks.size
+        batch = random_batch(config)
+        batch = type(batch)(*(tensor[ranks.rank * rows : (ranks.rank + 1) * rows] for tensor in batch))
+        buffers: list[int] = []
+        for module in model.modules():
+            if isinstance(module, MoELayer) and isinstance(module.dispatcher, AllToAllDispatcher):
+                module.dispatcher = MeasuredDispatcher(module.dispatcher, buffers)
+        activations = SavedActivations(model)
+        with torch.autograd.graph.saved_tensors_hooks(activations.pack, lambda tensor: tensor):
+            output = forward_batch(model, batch, dtype, losses=True)
+            num_tokens = batch.valid_N.sum().double() * ranks.size
+            loss = micro_batch_loss(output, batch, None, num_tokens, getattr(config.model.ffn, "balance", None))
+        measured = {"activations": activations.bytes, "all_to_all": buffers[0] if buffers else 0}
         loss.total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         weights = list(model.parameters())
-        found["weights"] = held(weights)
-        found["gradients"] = held([weight.grad for weight in weights if weight.grad is not None])
+        measured["weights"] = local_bytes(*weights)
+        measured["gradients"] = local_bytes(*(weight.grad for weight in weights if weight.grad is not None))
         moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
-        found["optimizer"] = held(moments)
-        total = {kind: sum(other[kind] for other in world.gather(found)) for kind in found}
-        if world.first:
-            print(json.dumps({kind: amount / world.size for kind, amount in total.items()}))
+        measured["optimizer"] = local_bytes(*moments)
+        total = {kind: sum(other[kind] for other in ranks.gather(measured)) for kind in measured}
+        if ranks.is_main:
+            print(json.dumps({kind: amount / ranks.size for kind, amount in total.items()}))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def test_a_run_leaves_what_the_contract_says(moelm: Moelm, workplace: Path) -> None:
     done = moelm("train", "moe.yaml")
     assert done.returncode == 0, done.stderr
-    assert "not prepared yet" in done.stderr
+    assert "The data has been prepared in" in done.stderr
     run = workplace / "runs/tiny-moe"
     written = {path.name for path in run.iterdir()}
     assert written == {"config.yaml", "environment.json", "metrics.jsonl", "documents.npz", "tokenizer.json", "checkpoints"}

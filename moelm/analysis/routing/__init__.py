@@ -1,1 +1,0 @@
-"""What the routers of a model do with text: counted in one pass, tested against chance, told in numbers and pictures."""

@@ -1,0 +1,79 @@
+"""The report of `moelm analyze`: a directory with routing.json, routing.html and figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moelm import __version__
+from moelm.analyze.collect import collect_routing
+from moelm.analyze.figures import routing_figures
+from moelm.analyze.layers import sparse_ffn
+from moelm.analyze.page import routing_page
+from moelm.analyze.passages import sample_passages
+from moelm.analyze.saturation import compare_checkpoints, layer_saturation
+from moelm.analyze.summary import summarize
+from moelm.atomic import atomic_directory, require_empty_directory
+from moelm.distributed.ranks import distributed_context
+from moelm.errors import MoelmError
+from moelm.runs.checkpoint import step_of
+from moelm.runs.directory import RunDirectory
+from moelm.runs.load import open_run
+
+
+def analyze_run(
+    name: str, out: Path, split: str, checkpoint: str, tokens: int, permutations: int, seed: int
+) -> dict[str, Any] | None:
+    """Analyze the routing of a run on a random sample of a split, and write the report.
+
+    Args:
+        name: the run's directory, or its name under `runs/`.
+        out: a directory that does not exist yet, or is empty.
+        split: `val` or `train`.
+        checkpoint: `last`, `best` or a step number.
+        tokens: approximate number of tokens in the sample.
+        permutations: random permutations behind each p.
+        seed: of the sample and of the permutations.
+
+    Returns:
+        The contents of routing.json; None on all processes of a launch but the main one.
+
+    Raises:
+        MoelmError: a dense run, expert-choice routing, or a directory that cannot be written.
+    """
+    target = require_empty_directory(out)
+    run = open_run(name, checkpoint, split)
+    ffn = sparse_ffn(run.config.model)
+    directory = RunDirectory.find(name)
+    step = step_of(directory.checkpoint(checkpoint))
+    mask = run.config.data.document_mask
+    with distributed_context() as ranks:
+        sample = collect_routing(run.model, run.rows, tokens, seed, run.dtype, mask, ranks)
+        agreements = compare_checkpoints(directory, run, step, tokens, seed, ranks)
+        if not ranks.is_main:
+            return None
+    passages = sample_passages(run, tokens, seed)
+
+    def token_text(token: int) -> str:
+        return run.tokenizer.decode([token]) or run.tokenizer.raw.id_to_token(token) or f"#{token}"
+
+    report: dict[str, Any] = {
+        "moelm": __version__,
+        "run": name,
+        "checkpoint": checkpoint,
+        "step": step,
+        "split": split,
+        "seed": seed,
+        **summarize(sample, run.model, token_text, permutations, seed),
+    }
+    for index, layer in enumerate(report["layers"]):
+        layer["saturation"] = layer_saturation(agreements, index, ffn)
+    try:
+        with atomic_directory(target) as work:
+            (work / "routing.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+            figures = routing_figures(report)
+            for figure in figures:
+                (work / figure.name).write_bytes(figure.light)
+            (work / "routing.html").write_text(routing_page(report, passages, figures), encoding="utf-8")
+    except OSError as error:
+        raise MoelmError(f"{out} cannot be written: {error.strerror}.") from error
+    return report

@@ -1,0 +1,74 @@
+"""`moelm compare`, and the printed comparison with which `moelm sweep` ends."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moelm.cli.options import AsJson, print_json
+
+if TYPE_CHECKING:
+    from moelm.compare.comparison import Comparison
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="The first is the reference.")],
+    out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("reports/compare"),
+    group: Annotated[bool, typer.Option("--group", help="Average runs that differ only in their seed.")] = False,
+    price: Annotated[
+        list[float] | None, typer.Option(help="Dollars per process and hour: once for all, or once for each variant.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compare runs on different data, with a warning.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs at equal tokens, FLOPs and seconds, with confidence intervals; write a report."""
+    from moelm.compare.report import compare_runs
+
+    comparison = compare_runs(runs, out, force, group, price or (), command_line())
+    print_comparison(comparison, out, as_json)
+
+
+def print_comparison(comparison: "Comparison", out: Path, as_json: bool) -> None:
+    """Print a comparison whose report is in `out`."""
+    from moelm.compare.report import report_json
+
+    if as_json:
+        print_json(report_json(comparison))
+        return
+    console = Console(highlight=False)
+    render_comparison(console, comparison)
+    console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
+
+
+def render_comparison(console: Console, comparison: "Comparison") -> None:
+    """Print the main tables, the verdict and the notes."""
+    from moelm.compare.report import summary_sentences
+    from moelm.compare.tables import paired_table, reach_table, runs_table
+
+    for warning in comparison.warnings:
+        console.print(Text(f"Warning: {warning}", style="yellow"))
+    # Transposed, the table of runs fits on narrow terminals.
+    tables = (runs_table(comparison).transpose(), paired_table(comparison), reach_table(comparison))
+    for table in [table for table in tables if table.rows]:
+        printed = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(table.head):
+            printed.add_column(name, justify="left" if i < table.left else "right", overflow="fold")
+        for row in table.rows:
+            printed.add_row(*map(Text, row))
+        console.print(printed)
+    console.print(Text(comparison.verdict.sentence, style="bold"))
+    for sentence in summary_sentences(comparison):
+        console.print(Text(sentence))
+    for note in comparison.notes:
+        console.print(Text(f"Note: {note}", style="dim"))
+
+
+def command_line() -> str:
+    """The command line of this process."""
+    return shlex.join(["moelm", *sys.argv[1:]])

@@ -1,0 +1,31 @@
+"""`moelm eval`."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from moelm.cli.options import AsJson, Checkpoint, RunPath, print_json
+
+
+def evaluate(
+    run: RunPath,
+    split: Annotated[Literal["val", "train"], typer.Option(help="Which split of the data.")] = "val",
+    checkpoint: Checkpoint = "last",
+    as_json: AsJson = False,
+) -> None:
+    """Score a run on a whole split: loss, perplexity and bits per byte, overall and by domain."""
+    from moelm.distributed.ranks import distributed_context
+    from moelm.evaluation.losses import evaluate as evaluate_split
+    from moelm.runs.load import open_run
+
+    opened = open_run(run, checkpoint, split)
+    with distributed_context() as ranks:
+        evaluation = evaluate_split(opened.model, opened.rows, opened.dtype, opened.config.data.document_mask, ranks)
+        if not ranks.is_main:
+            return
+    if as_json:
+        print_json({"run": run, "split": split, **evaluation.as_dict()})
+        return
+    typer.echo(f"{'':24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}")
+    for name, score in {"all": evaluation.overall, **evaluation.domains}.items():
+        typer.echo(f"{name:24}{score.loss:9.4f}{score.perplexity:12.3f}{score.bpb:11.4f}{score.tokens:12,}")

@@ -1,0 +1,92 @@
+"""`moelm plan`."""
+
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from moelm.cli.options import AsJson, ConfigPath, Overrides, plain_table, print_json, stdout_console
+from moelm.formats import clock, size
+
+if TYPE_CHECKING:
+    from moelm.config import RunConfig
+    from moelm.plan import Plan
+    from moelm.plan.search import Candidate
+
+TOP = 10
+"""Layouts in the table without `--all`."""
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    device: Annotated[str, typer.Option(help="h100, h200, b200, a100, l40s, l4 or 4090.")] = "h100",
+    show_all: Annotated[bool, typer.Option("--all", help="Show every layout, not only the ten best.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate parameters, FLOPs, memory, communication, time and the best layout of a config, without building it."""
+    from moelm.config import load_config
+    from moelm.plan import count_model, make_plan
+
+    counts, run_config = count_model(load_config(config, overrides or ()))
+    made = make_plan(run_config, gpus, device)
+    if as_json:
+        print_json({"schema": 2, **counts, **made.as_dict()})
+    else:
+        _print_plan(counts, made, run_config, len(made.candidates) if show_all else TOP)
+
+
+def _print_plan(counts: dict[str, Any], plan: "Plan", config: "RunConfig", shown: int) -> None:
+    console = stdout_console()
+
+    def print_line(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    for key, value in counts.items():
+        print_line(f"{key:28}{value:>28,}" if isinstance(value, int) else f"{key:28}{value:>28}")
+    print_line(f"\nLayouts on {plan.gpus} x {plan.device}, {config.train.batch_tokens:,} tokens per step:")
+    console.print(_layout_table(plan.candidates[:shown]))
+    if shown < len(plan.candidates):
+        print_line(f"... and {len(plan.candidates) - shown} more (--all)")
+    best = plan.best
+    settings = [f"parallel.{name}={size}" for name, size in best.strategy.dims._asdict().items()]
+    settings.append(f"parallel.activation_checkpointing={best.strategy.checkpointing}")
+    print_line(f"\nOne GPU of the {'fastest' if best.fits else 'smallest'} layout, {' '.join(settings)}:")
+    console.print(_detail_table(best))
+    if best.fits:
+        print_line(f"Estimated time of {config.train.steps:,} steps: {clock(best.step_s * config.train.steps)}.")
+    else:
+        print_line("No layout fits; use more GPUs, fewer tokens per step, or a smaller model.")
+    if best.strategy.needs_extra_forward(config):
+        print_line("With several micro-batches, balance.scope=global needs an extra forward pass; scope=micro does not.")
+    for assumption in plan.assumptions:
+        print_line(f"Assumed: {assumption}.")
+
+
+def _layout_table(candidates: list["Candidate"]) -> Table:
+    table = plain_table("", "dp_replicate", "dp_shard", "ep", "checkpointing", "rows", "memory", "sent/step", "step", "MFU")
+    for rank, candidate in enumerate(candidates):
+        table.add_row(
+            "too big" if not candidate.fits else "best" if rank == 0 else "",
+            *map(str, candidate.strategy.dims),
+            candidate.strategy.checkpointing,
+            str(candidate.strategy.micro_batch_rows),
+            size(candidate.memory.total),
+            size(sum(candidate.traffic)),
+            f"{candidate.step_s:.3g} s" if candidate.step_s >= 1 else f"{1e3 * candidate.step_s:.3g} ms",
+            f"{candidate.mfu:.0%}",
+        )
+    return table
+
+
+def _detail_table(candidate: "Candidate") -> Table:
+    """Memory by purpose, next to the bytes sent by collective."""
+    table = plain_table("memory", "", "sent/step", "")
+    table.columns[2].justify = "left"
+    memory = ((name, size(amount)) for name, amount in candidate.memory._asdict().items())
+    traffic = ((name, size(amount)) for name, amount in candidate.traffic._asdict().items())
+    for (use, used), (collective, sent) in zip_longest(memory, traffic, fillvalue=("", "")):
+        table.add_row(use.replace("_", "-"), used, collective.replace("_", "-"), sent)
+    return table

@@ -1,0 +1,104 @@
+"""A comparison of variants, computed from what their runs recorded; it reads and writes no files."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moelm.compare.axes import AXES, Axis
+from moelm.compare.bootstrap import paired_differences
+from moelm.compare.pairwise import PairResult, compare_pair
+from moelm.compare.scaling import DoublingFit, fit_doubling
+from moelm.compare.variants import Variant
+from moelm.compare.verdict import Verdict, decide, reading_notes
+from moelm.config import flatten
+from moelm.errors import MoelmError
+from moelm.formats import join_names
+from moelm.runs.record import FINGERPRINTS, RunRecord
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All results that a report contains."""
+
+    variants: tuple[Variant, ...]
+    """The first is the reference."""
+    pairs: tuple[PairResult, ...]
+    """Every ordered pair of variants."""
+    challenger: str
+    """Of the other variants, the one with the lowest final loss; the verdict compares it with the reference."""
+    verdict: Verdict
+    scaling: DoublingFit | None
+    """None unless variants differ in one setting of the experts."""
+    notes: tuple[str, ...]
+    """Limitations of the comparison."""
+    warnings: tuple[str, ...]
+    """Why these runs are not comparable; empty unless forced."""
+    config_differences: Mapping[str, Mapping[str, Any]]
+    """The value of each variant, by dotted config key, for the keys in which variants differ."""
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The costs that are compared; dollars only if prices were given."""
+        return tuple(self.pairs[0].cost_to_reach)
+
+    def pair(self, a: str, b: str) -> PairResult:
+        """The result of variant `a` against variant `b`."""
+        return next(pair for pair in self.pairs if (pair.a, pair.b) == (a, b))
+
+
+def compare(variants: Sequence[Variant], force: bool = False) -> Comparison:
+    """Compare variants with each other; the first is the reference.
+
+    Raises:
+        MoelmError: there are fewer than two, or their runs are on different data and `force` is not set.
+    """
+    if len(variants) < 2:
+        raise MoelmError("A comparison needs at least two variants.")
+    warnings = tuple(_mismatches([run for variant in variants for run in variant.runs]))
+    if warnings and not force:
+        raise MoelmError(f"{' '.join(warnings)} Use --force to compare the runs anyway.")
+    reference = variants[0]
+    challenger = min(variants[1:], key=lambda variant: variant.val.loss[-1])
+    axes = AXES if all(variant.price is not None for variant in variants) else AXES[:-1]
+    differences = paired_differences(variants)
+    pairs = [
+        compare_pair(a, b, axes, differences.get((a.name, b.name)))
+        for first, second in itertools.combinations(variants, 2)
+        for a, b in ((first, second), (second, first))
+    ]
+    return Comparison(
+        variants=tuple(variants),
+        pairs=tuple(pairs),
+        challenger=challenger.name,
+        verdict=decide(challenger, reference, pairs),
+        scaling=fit_doubling(variants),
+        notes=tuple(reading_notes(variants, challenger, reference)),
+        warnings=warnings,
+        config_differences=_config_differences(variants),
+    )
+
+
+def _mismatches(runs: Sequence[RunRecord]) -> Iterator[str]:
+    reference = runs[0]
+    for run in runs[1:]:
+        differ = [name for key, name in FINGERPRINTS.items() if run.environment[key] != reference.environment[key]]
+        if differ:
+            hint = " (only bits per byte are)" if differ == ["tokenizer"] else ""
+            names = f"{reference.name} and {run.name}"
+            yield f"{names} differ in {join_names(differ)}, so their losses are not comparable{hint}."
+
+
+def _config_differences(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+    """By key and variant; the seeds of a group are one value."""
+    settings = {variant.name: flatten(variant.first.config) for variant in variants}
+    for variant in variants:
+        if len(variant.runs) > 1:
+            settings[variant.name]["seed"] = ", ".join(map(str, variant.seeds))
+    reference = settings[variants[0].name]
+    keys = dict.fromkeys(key for values in settings.values() for key in values if key != "name")
+    return {
+        key: {name: values.get(key) for name, values in settings.items()}
+        for key in keys
+        if any(values.get(key) != reference.get(key) for values in settings.values())
+    }

@@ -1,0 +1,210 @@
+"""The report of a comparison on disk: report.json, report.md, report.html and the figures."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moelm import __version__
+from moelm.atomic import atomic_directory
+from moelm.compare.comparison import Comparison, compare
+from moelm.compare.figures import draw_comparison, draw_expert_load, draw_scaling
+from moelm.compare.pairwise import PairResult
+from moelm.compare.tables import report_tables
+from moelm.compare.variants import Variant, group_runs
+from moelm.errors import MoelmError
+from moelm.report.figures import render_light_and_dark
+from moelm.report.page import Report, ReportFigure, report_html, report_markdown
+from moelm.runs.record import read_runs
+
+SCHEMA = 2
+KIND = "moelm compare"
+"""Together with the schema, this identifies a directory as an earlier report."""
+TITLE_NAMES = 4
+"""Number of variants named in the title."""
+FILES = ("report.json", "report.md", "report.html", "comparison.png", "scaling.png", "load.png")
+OLD_FILES = ("trend.png",)
+"""Files of reports of schema 1 alone."""
+
+
+def compare_runs(
+    paths: Sequence[str],
+    out: Path,
+    force: bool = False,
+    grouped: bool = False,
+    prices: Sequence[float] = (),
+    command: str | None = None,
+) -> Comparison:
+    """Compare runs and write the report.
+
+    Args:
+        paths: run directories or names under `runs/`; the first is the reference or belongs to it.
+        out: directory of the report; new, empty, or with an earlier report, which is replaced.
+        force: whether to compare runs on different data, with a warning in the report.
+        grouped, prices: see `group_runs`.
+        command: the command line, for the report.
+
+    Raises:
+        MoelmError: runs that cannot be read or compared, or an `out` that must not be replaced.
+    """
+    check_report_directory(out)
+    comparison = compare(group_runs(read_runs(paths), grouped, prices), force)
+    write_report(comparison, out, command)
+    return comparison
+
+
+def write_report(comparison: Comparison, out: Path, command: str | None = None) -> None:
+    """Write the report; an earlier one is replaced only when the new one is complete.
+
+    Raises:
+        MoelmError: `out` holds something other than an earlier report, or cannot be written.
+    """
+    check_report_directory(out)
+    out = out.resolve()
+    try:
+        with atomic_directory(out, replace=True) as directory:
+            _write_files(comparison, directory, command)
+    except OSError as error:
+        raise MoelmError(f"{out} cannot be written: {error.strerror}.") from None
+
+
+def check_report_directory(out: Path) -> None:
+    """Require a path that does not exist, an empty directory, or an earlier report of any schema and nothing else.
+
+    Raises:
+        MoelmError: it is something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise MoelmError(f"{out} is a file; --out is the directory of the report.")
+    present = sorted(path.name for path in out.iterdir())
+    if present and not _is_report(out / "report.json"):
+        raise MoelmError(f"{out} is not empty and holds no earlier report; choose another --out.")
+    foreign = [name for name in present if name not in FILES + OLD_FILES]
+    if foreign:
+        raise MoelmError(f"{out} holds {foreign[0]} beside an earlier report; move it or choose another --out.")
+
+
+def report_json(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON values: losses in nats per token, times in seconds, memory in bytes.
+
+    Keys do not change within one `schema`; what is unknown or not reached is null.
+    """
+    verdict = comparison.verdict
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "moelm": __version__,
+        "reference": comparison.variants[0].name,
+        "challenger": comparison.challenger,
+        "winner": verdict.winner,
+        "verdict": verdict.sentence,
+        "confidence": verdict.confidence,
+        "efficiency": verdict.efficiency,
+        "sizes": verdict.sizes,
+        "notes": list(comparison.notes),
+        "forced": bool(comparison.warnings),
+        "warnings": list(comparison.warnings),
+        "variants": [_variant_json(variant) for variant in comparison.variants],
+        "pairs": [_pair_json(pair) for pair in comparison.pairs],
+        "scaling": comparison.scaling and asdict(comparison.scaling),
+        "config_differences": {key: dict(values) for key, values in comparison.config_differences.items()},
+    }
+
+
+def summary_sentences(comparison: Comparison) -> tuple[str, ...]:
+    """The sentences that follow the verdict."""
+    verdict = comparison.verdict
+    scaling = () if comparison.scaling is None else (comparison.scaling.sentence,)
+    return (verdict.confidence, *scaling, verdict.efficiency, verdict.sizes)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("kind") == KIND and isinstance(report.get("schema"), int)
+
+
+def _write_files(comparison: Comparison, directory: Path, command: str | None) -> None:
+    runs = [run for variant in comparison.variants for run in variant.runs]
+    commands = [str(run.environment["command"]) for run in runs if run.environment.get("command")]
+    report = Report(
+        title=_title([variant.name for variant in comparison.variants]),
+        warnings=comparison.warnings,
+        answer=comparison.verdict.sentence,
+        details=summary_sentences(comparison),
+        notes=comparison.notes,
+        figures=_figures(comparison),
+        tables=report_tables(comparison),
+        commands=(*commands, *([command] if command else [])),
+    )
+    content = json.dumps(report_json(comparison), indent=2, ensure_ascii=False, allow_nan=False)
+    texts = {"report.json": content + "\n", "report.md": report_markdown(report), "report.html": report_html(report)}
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    for figure in report.figures:
+        (directory / figure.name).write_bytes(figure.light)
+
+
+def _figures(comparison: Comparison) -> tuple[ReportFigure, ...]:
+    draws = [("comparison.png", "Validation loss against cost", partial(draw_comparison, comparison))]
+    if (fit := comparison.scaling) is not None:
+        draws.append(("scaling.png", f"Final loss by {fit.description}", partial(draw_scaling, fit)))
+    loads = [(variant.name, load) for variant in comparison.variants if (load := variant.first.load) is not None]
+    loads = [(name, load) for name, load in loads if load.share.shape[-1] > 1]  # a single expert always has all tokens
+    if loads:
+        caption = "Load of the experts over time, and by expert and layer at the end"
+        draws.append(("load.png", caption, partial(draw_expert_load, loads)))
+    return tuple(ReportFigure(name, caption, *render_light_and_dark(draw)) for name, caption, draw in draws)
+
+
+def _title(names: Sequence[str]) -> str:
+    more = f" and {len(names) - TITLE_NAMES} more" if len(names) > TITLE_NAMES else ""
+    return " · ".join(names[:TITLE_NAMES]) + more
+
+
+def _variant_json(variant: Variant) -> dict[str, Any]:
+    val, first = variant.val, variant.first
+    return {
+        "name": variant.name,
+        "path": str(first.path),
+        "runs": [
+            {"name": run.name, "path": str(run.path), "seed": run.config.seed, "val_loss": loss}
+            for run, loss in zip(variant.runs, variant.final_losses.tolist(), strict=True)
+        ],
+        "parameters": first.parameters,
+        "flops_per_token": first.flops_per_token,
+        "tokens": val.tokens[-1],
+        "flops": val.flops[-1],
+        "seconds": val.seconds[-1],
+        "dollars": None if variant.price is None else variant.cost("dollars")[-1],
+        "val_loss": {"final": val.loss[-1], "best": val.loss.min(), "seed_std": variant.seed_std},
+        "val_bpb": {"final": val.bpb[-1], "best": val.bpb.min()},
+        "tokens_per_second": variant.tokens_per_second,
+        "memory_peak_bytes": variant.memory_peak,
+        "domains": variant.domains,
+        "curve": {key: getattr(val, key).tolist() for key in ("steps", "tokens", "flops", "seconds", "loss", "bpb")},
+        "load": first.load and {"layers": list(first.load.layers), "final_share": first.load.share[-1].tolist()},
+        "environment": first.environment,
+    }
+
+
+def _pair_json(pair: PairResult) -> dict[str, Any]:
+    paired = pair.paired
+    return {
+        "a": pair.a,
+        "b": pair.b,
+        "target_loss": pair.target_loss,
+        "cost_to_reach": {axis: asdict(cost) | {"ratio": cost.ratio} for axis, cost in pair.cost_to_reach.items()},
+        "equal_cost": {
+            axis: equal and asdict(equal) | {"gain": equal.gain, "tie": equal.tie}
+            for axis, equal in pair.equal_cost.items()
+        },
+        "paired": paired and asdict(paired.overall),
+        "domains": paired and {name: asdict(interval) for name, interval in paired.domains.items()},
+    }

@@ -1,0 +1,294 @@
+"""The builtin corpus: text of what is installed, read file by file and labelled with its domain, offline.
+
+The standard library and an allowlist of moelm's own dependencies are read, never a walk over site-packages;
+what is not installed makes the corpus smaller. The synthetic domains are written in `moelm.data.corpus.synthetic`.
+"""
+
+import ast
+import hashlib
+import platform
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from moelm.data.document import Document
+from moelm.data.corpus.synthetic import GENERATOR_VERSION, SYNTHETIC_DOMAINS, synthetic_documents
+
+CORPUS_VERSION = 1
+"""Raised with every change of the rules in this file that changes the documents."""
+
+SYNTHETIC_BYTES = 3_000_000
+"""UTF-8 bytes of each synthetic domain."""
+
+MIN_CHARS = 64
+"""Shorter documents teach nothing: empty `__init__.py` files, one-line docstrings."""
+
+# A longer file is a generated table or an amalgamation, and would be a large part of its domain on its own.
+_MAX_FILE_BYTES = 400_000
+# Ordinary code has 1 to 5 digits in a hundred bytes; a file above this is a table of code points or numbers.
+_MAX_DIGIT_SHARE = 0.12
+# A module with more documentation than this serves the documentation domain, any other the code domain. So no
+# text is in the corpus twice, and a held-out docstring was not seen in training as a part of its module.
+_DOCS_SHARE = 0.2
+
+# Tests are long and repetitive, vendored copies would be duplicates, and the rest are generated tables.
+_TESTS = {"test", "tests", "testing", "_testing", "idle_test", "benchmarks"}
+_COPIES = {"_vendor", "vendor", "vendored", "third_party", "_bundled", "site-packages", "dist-packages"}
+_GENERATED = {"__pycache__", "_generated", "proto", "encodings"}
+_INSTALLERS = {"pip", "setuptools", "ensurepip"}
+_SKIPPED_FOLDERS = _TESTS | _COPIES | _GENERATED | _INSTALLERS
+_SKIPPED_ENDINGS = ("_pb2.py", "_test.py", "_generated.py", "conftest.py")
+_LICENCES = ("LICEN", "COPYING", "NOTICE", "AUTHORS", "CITATION")
+
+
+class _Package(NamedTuple):
+    """What is read of one distribution: path prefixes below its install folder."""
+
+    distribution: str
+    modules: tuple[str, ...]
+    headers: tuple[str, ...] = ()
+
+
+# Large packages give only some folders, so that no style of code dominates the others.
+_SYMPY = (
+    "sympy/calculus/", "sympy/combinatorics/", "sympy/core/", "sympy/functions/", "sympy/geometry/",
+    "sympy/logic/", "sympy/ntheory/", "sympy/series/", "sympy/sets/", "sympy/solvers/", "sympy/stats/",
+)  # fmt: skip
+_TORCH = (
+    "torch/autograd/", "torch/distributed/fsdp/", "torch/distributed/tensor/", "torch/distributions/",
+    "torch/fft/", "torch/func/", "torch/linalg/", "torch/multiprocessing/", "torch/nn/", "torch/optim/",
+    "torch/profiler/", "torch/special/", "torch/utils/data/",
+)  # fmt: skip
+_TORCH_HEADERS = (
+    "torch/include/ATen/core/", "torch/include/c10/", "torch/include/pybind11/",
+    "torch/include/torch/csrc/api/",
+)  # fmt: skip
+_PACKAGES = (
+    _Package("anyio", ("anyio/",)),
+    _Package("click", ("click/",)),
+    _Package("datasets", ("datasets/",)),
+    _Package("dill", ("dill/",)),
+    _Package("fonttools", ("fontTools/misc/", "fontTools/pens/")),
+    _Package("fsspec", ("fsspec/",)),
+    _Package("httpx", ("httpx/",)),
+    _Package("huggingface-hub", ("huggingface_hub/",)),
+    _Package("jinja2", ("jinja2/",)),
+    _Package("markdown-it-py", ("markdown_it/",)),
+    _Package("matplotlib", ("matplotlib/", "mpl_toolkits/")),
+    _Package("mpmath", ("mpmath/",)),
+    _Package("networkx", ("networkx/",)),
+    _Package("numpy", ("numpy/",), ("numpy/_core/include/",)),
+    _Package("packaging", ("packaging/",)),
+    _Package("pandas", ("pandas/core/", "pandas/plotting/", "pandas/tseries/")),
+    _Package("pillow", ("PIL/",)),
+    _Package("pyarrow", ("pyarrow/",), ("pyarrow/include/arrow/",)),
+    _Package("pydantic", ("pydantic/",)),
+    _Package("pygments", ("pygments/formatters/",)),
+    _Package("pyparsing", ("pyparsing/",)),
+    _Package("python-dateutil", ("dateutil/",)),
+    _Package("pyyaml", ("yaml/",)),
+    _Package("requests", ("requests/",)),
+    _Package("rich", ("rich/",)),
+    _Package("sympy", _SYMPY),
+    _Package("tokenizers", ("tokenizers/",)),
+    _Package("torch", _TORCH, _TORCH_HEADERS),
+    _Package("tqdm", ("tqdm/",)),
+    _Package("typer", ("typer/",)),
+    _Package("typing-extensions", ("typing_extensions.py",)),
+    _Package("urllib3", ("urllib3/",)),
+    _Package("wandb", ("wandb/plot/", "wandb/sdk/data_types/", "wandb/sdk/lib/")),
+    _Package("zstandard", ("zstandard/",)),
+)
+
+
+def builtin_documents() -> Iterator[Document]:
+    """Yields the corpus in a fixed order, taking turns among its parts so that its beginning is mixed too.
+
+    Files that are missing, unreadable, not UTF-8, or tables by the rules above are left out, and so are
+    second copies of a text and texts of fewer than `MIN_CHARS` characters.
+    """
+    parts = [_stdlib_modules(), _topics(), _package_modules(), _package_texts(), _headers()]
+    parts += [synthetic_documents(domain, SYNTHETIC_BYTES) for domain in SYNTHETIC_DOMAINS]
+    seen: set[bytes] = set()
+    for document in _take_turns(parts):
+        key = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        if len(document.text) >= MIN_CHARS and key not in seen:
+            seen.add(key)
+            yield document
+
+
+def builtin_fingerprint() -> str:
+    """A short name of the corpus on this machine: another Python, package or rule gives another name."""
+    versions = [f"{package.distribution} {_version(package.distribution)}" for package in _PACKAGES]
+    own = f"corpus {CORPUS_VERSION}, generator {GENERATOR_VERSION}, {SYNTHETIC_BYTES} bytes"
+    facts = [own, f"python {platform.python_version()} {sys.platform}", *versions]
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=16).hexdigest()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _take_turns(parts: Iterable[Iterator[Document]]) -> Iterator[Document]:
+    waiting = list(parts)
+    while waiting:
+        for part in list(waiting):
+            document = next(part, None)
+            if document is None:
+                waiting.remove(part)
+            else:
+                yield document
+
+
+class _File(NamedTuple):
+    path: Path
+    place: str
+    """The name that is shown and sorted by: relative, hence the same on every machine."""
+
+
+def _stdlib_modules() -> Iterator[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in _files_below(root, ".py", "stdlib"):
+        # The build's own configuration, and the topics, which `_topics` gives one by one.
+        if not file.path.name.startswith("_sysconfigdata") and file.path.parent.name != "pydoc_data":
+            yield from _module(file, "stdlib")
+
+
+def _topics() -> Iterator[Document]:
+    """The language reference as `help()` shows it; sections that a longer topic contains are left out."""
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError:  # some systems ship it apart from the interpreter
+        return
+    for name, text in sorted(topics.items()):
+        body = text.partition("\n\n")[2].strip()
+        if not any(body in other for other in topics.values() if len(other) > len(text)):
+            yield Document(text, "stdlib-docs", f"stdlib/pydoc_data/topics.py, topic {name}")
+
+
+def _package_modules() -> Iterator[Document]:
+    for package in _PACKAGES:
+        for file in _package_files(package.distribution, package.modules, (".py",)):
+            yield from _module(file, "package")
+
+
+def _module(file: _File, origin: str) -> Iterator[Document]:
+    """A module as it stands, or its docstrings when they are a large part of it."""
+    text = _read(file.path)
+    if text is None:
+        return
+    enough = _DOCS_SHARE * len(text)
+    # Parsing takes most of the time; a module with little in triple quotes is code without it.
+    quoted = sum(map(len, text.split('"""')[1::2]))
+    docs = _docstrings(text) if quoted >= enough else []
+    if sum(len(doc) for _, doc in docs) < enough:
+        yield Document(text, f"{origin}-code", file.place)
+        return
+    sections = [f"{name}\n\n{doc}" if name else doc for name, doc in docs]
+    yield Document("\n\n\n".join(sections) + "\n", f"{origin}-docs", f"{file.place}, docstrings")
+
+
+def _docstrings(source: str) -> list[tuple[str, str]]:
+    """Qualified names and docstrings of a module in the order of its text; none where it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            # Old escapes in other people's strings are none of the user's business.
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    return list(_docstrings_below(tree, ""))
+
+
+def _docstrings_below(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[tuple[str, str]]:
+    doc = ast.get_docstring(node)
+    if doc:
+        yield name, doc
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings_below(child, f"{name}.{child.name}".lstrip("."))
+
+
+def _package_texts() -> Iterator[Document]:
+    """Long descriptions, guides and licences; of licences that differ only in who holds them, one is kept."""
+    licences: set[str] = set()
+    for package in _PACKAGES:
+        for file in _package_files(package.distribution, ("",), ("", ".md", ".rst", ".txt")):
+            text = _read(file.path) if _is_prose(file.path) else None
+            if text is None:
+                continue
+            if file.path.name == "METADATA":
+                text = text.partition("\n\n")[2]
+            elif file.path.name.upper().startswith(_LICENCES):
+                terms = _terms(text)
+                if terms in licences:
+                    continue
+                licences.add(terms)
+            yield Document(text, "package-docs", file.place)
+
+
+def _terms(licence: str) -> str:
+    lines = (line.strip() for line in licence.splitlines())
+    return "".join(line for line in lines if "copyright (c)" not in line.lower())
+
+
+def _is_prose(path: Path) -> bool:
+    if path.suffix in (".md", ".rst"):
+        return True
+    return path.name == "METADATA" or path.name.upper().startswith(_LICENCES)
+
+
+def _headers() -> Iterator[Document]:
+    files = list(_files_below(Path(sysconfig.get_path("include")), ".h", "include"))
+    for package in _PACKAGES:
+        if package.headers:
+            files += _package_files(package.distribution, package.headers, (".h", ".hpp", ".cuh"))
+    for file in files:
+        text = _read(file.path)
+        if text is not None:
+            yield Document(text, "headers", file.place)
+
+
+def _files_below(root: Path, ending: str, name: str) -> list[_File]:
+    below = (path.relative_to(root) for path in root.rglob(f"*{ending}"))
+    files = [_File(root / path, f"{name}/{path.as_posix()}") for path in below if not _is_skipped(path)]
+    return sorted(files, key=lambda file: file.place)
+
+
+def _package_files(distribution: str, prefixes: tuple[str, ...], endings: tuple[str, ...]) -> list[_File]:
+    """The wanted files among those that a distribution's own record lists; none where it is not installed."""
+    try:
+        listed = metadata.distribution(distribution).files or []
+    except metadata.PackageNotFoundError:
+        return []
+    wanted = (path for path in listed if path.suffix in endings and path.as_posix().startswith(prefixes))
+    files = [_File(Path(str(path.locate())), path.as_posix()) for path in wanted if not _is_skipped(path)]
+    return sorted(files, key=lambda file: file.place)
+
+
+def _is_skipped(path: PurePath) -> bool:
+    name = path.name
+    if name.endswith(_SKIPPED_ENDINGS) or name.startswith("test_") or ".." in path.parts:
+        return True
+    return not _SKIPPED_FOLDERS.isdisjoint(path.parts[:-1])
+
+
+def _read(path: Path) -> str | None:
+    """The text of a file, or None for one that is unreadable, not UTF-8, too long or a table of numbers."""
+    try:
+        data = path.read_bytes()
+        digits = len(data) - len(data.translate(None, b"0123456789"))
+        if len(data) > _MAX_FILE_BYTES or digits > _MAX_DIGIT_SHARE * len(data):
+            return None
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,85 @@
+"""The sizes of the parallel dimensions, computed from a config alone."""
+
+from typing import NamedTuple
+
+from moelm.config import MoEFFNConfig, RunConfig
+from moelm.errors import MoelmError
+
+
+class ParallelDims(NamedTuple):
+    """Sizes of the mesh dimensions; ranks of the last one are neighbors on a machine."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    ep: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.dp_replicate * self.dp_shard * self.ep
+
+    @property
+    def dense_mesh(self) -> tuple[int, int]:
+        """Replicas of all parameters but the experts, and the processes that shard each replica.
+
+        These parameters are data-parallel over all processes (Shazeer et al. 2017, section 3.1). If anything is sharded,
+        they are sharded over the processes that shard the experts.
+        """
+        return (self.size, 1) if self.dp_shard == 1 else (self.dp_replicate, self.dp_shard * self.ep)
+
+    def __str__(self) -> str:
+        return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} ep={self.ep}"
+
+
+def resolve_parallel_dims(config: RunConfig, processes: int) -> ParallelDims:
+    """The config's parallel dimensions for this number of processes, with `auto` resolved.
+
+    Raises:
+        MoelmError: they do not fit the processes, the batch or the model.
+    """
+    parallel = config.parallel
+    data_parallel = processes // parallel.ep
+    replicate, shard = parallel.dp_replicate, parallel.dp_shard
+    if shard == "auto":
+        shard = data_parallel // (1 if replicate == "auto" else replicate) or 1
+    if replicate == "auto":
+        replicate = data_parallel // shard
+    dims = ParallelDims(replicate, shard, parallel.ep)
+    if dims.size != processes:
+        requested = f"dp_replicate={parallel.dp_replicate} dp_shard={parallel.dp_shard} ep={parallel.ep}"
+        raise MoelmError(f"parallel requests {requested}, whose product cannot be the number of processes, {processes}.")
+    check_batch(config, processes)
+    if (problem := check_model(config, dims)) is not None:
+        raise MoelmError(problem)
+    return dims
+
+
+def check_batch(config: RunConfig, processes: int) -> None:
+    """Refuse a batch that this number of processes does not divide.
+
+    Raises:
+        MoelmError: it does not.
+    """
+    if config.batch_rows % processes:
+        raise MoelmError(
+            f"train.batch_tokens is {config.train.batch_tokens}, or {config.batch_rows} rows of data.seq_len = "
+            f"{config.data.seq_len}, which {processes} processes cannot divide into equal shares."
+        )
+
+
+def check_model(config: RunConfig, dims: ParallelDims) -> str | None:
+    """Why a model cannot be sharded like this, as a sentence; None if it can."""
+    ffn = config.model.ffn
+    if dims.ep == 1:
+        return None
+    if not isinstance(ffn, MoEFFNConfig):
+        return f"parallel.ep is {dims.ep}, but model.ffn is dense and has no experts to shard; 1 is expected."
+    if ffn.num_experts % dims.ep:
+        return f"parallel.ep is {dims.ep}, which does not divide model.ffn.num_experts = {ffn.num_experts}."
+    for name, width in (("model.dim", config.model.dim), ("model.ffn.hidden_dim", ffn.hidden_dim)):
+        if width % dims.dp_shard:
+            return (
+                f"parallel.dp_shard is {dims.dp_shard}, which does not divide {name} = {width}; "
+                "with parallel.ep above 1 an expert's matrices are divided evenly."
+            )
+    return None

@@ -1,0 +1,1 @@
+"""Evaluation: losses over a split, and the lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""The exchange of models with the Hugging Face format: config.json, weights, tokenizer, model card."""

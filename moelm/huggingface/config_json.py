@@ -1,0 +1,234 @@
+"""Hugging Face's config.json and the `model` section of a moelm config, converted in both directions.
+
+The defaults of missing settings differ between architectures and between releases of transformers, so a setting that
+changes what a model computes must be present; settings that moelm's model does not support are refused by name.
+"""
+
+from typing import Any
+
+from moelm.config import ModelConfig, MoEFFNConfig, SigmoidRouterConfig
+from moelm.errors import MoelmError
+from moelm.huggingface.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    architecture_for,
+    gates_normalized,
+    shared_hidden_dim,
+)
+
+SHARED_SETTINGS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "init_std",
+}
+"""Settings of every architecture, and the fields of `model` that they correspond to."""
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}
+"""`model.activation` to `hidden_act`."""
+WINDOW_BY_LAYER = ("qwen3", "qwen2_moe", "qwen3_moe")
+"""Architectures that set the sliding window for each layer."""
+
+_SHARED_TYPES: dict[str, type] = {"rms_norm_eps": float, "initializer_range": float, "tie_word_embeddings": bool}
+"""Types of the shared settings that are not whole numbers."""
+_OPTIONAL = {"head_dim", "initializer_range", "tie_word_embeddings"}
+"""Shared settings whose default is the same everywhere: hidden size over heads, unset, false."""
+_TYPE_NAMES: dict[type, str] = {
+    int: "a whole number above 0",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a section",
+}
+
+
+def to_hf_config(model: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model, without special tokens and dtype.
+
+    Raises:
+        MoelmError: no architecture expresses the model.
+    """
+    architecture, ffn = architecture_for(model), model.ffn
+    rope: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_type": "default"}
+    settings: dict[str, Any] = {"architectures": [architecture.model_class], "model_type": architecture.model_type}
+    settings |= {hf_key: getattr(model, key) for hf_key, key in SHARED_SETTINGS.items()}
+    settings |= {"num_key_value_heads": model.kv_heads, "head_dim": model.size_per_head}
+    settings |= {"hidden_act": ACTIVATIONS[model.activation], "attention_dropout": 0.0, "use_cache": True}
+    settings |= {hf_key: getattr(ffn, key) for hf_key, key in architecture.ffn_settings.items()}
+    settings |= architecture.fixed_settings
+    if isinstance(ffn, MoEFFNConfig):
+        settings["output_router_logits"] = False
+        settings.setdefault("intermediate_size", ffn.dense_hidden_dim)
+        if architecture.model_type != "mixtral":
+            settings["norm_topk_prob"] = gates_normalized(ffn)
+        if architecture.model_type == "qwen2_moe":
+            settings["shared_expert_intermediate_size"] = shared_hidden_dim(ffn)
+        if isinstance(ffn.router, SigmoidRouterConfig):
+            settings |= {"n_shared_experts": max(1, ffn.shared_experts), "routed_scaling_factor": ffn.router.scale}
+            settings["use_qk_norm"] = model.qk_norm
+            settings["partial_rotary_factor"] = rope["partial_rotary_factor"] = 1.0
+    if architecture.model_type in WINDOW_BY_LAYER:
+        layer_type = "full_attention" if model.window is None else "sliding_attention"
+        settings |= {"use_sliding_window": model.window is not None, "max_window_layers": 0}
+        settings["layer_types"] = [layer_type] * model.num_layers
+    if architecture.sliding_window:
+        settings["sliding_window"] = model.window
+    return settings | {"rope_theta": model.rope_theta, "rope_parameters": rope}
+
+
+def from_hf_config(settings: dict[str, Any], origin: str) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture that a config.json describes, and the `model` section of a moelm config for it.
+
+    Args:
+        settings: the content of config.json.
+        origin: start of the error messages.
+
+    Raises:
+        MoelmError: a setting is missing, has the wrong type, or is not supported by moelm's model.
+    """
+    hf = HFSettings(settings, origin)
+    model_type = hf.get("model_type", str)
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture is None:
+        raise MoelmError(f"{origin}: model_type is {model_type!r}; one of {', '.join(ARCHITECTURES)} can be imported.")
+    rope = _rope_settings(hf)
+    _check_fixed_settings(architecture, hf, rope)
+    model = {key: _shared_setting(hf, model_type, hf_key) for hf_key, key in SHARED_SETTINGS.items()}
+    model = {key: value for key, value in model.items() if value is not None}
+    # The first Llama files have no rope_theta.
+    model["rope_theta"] = rope.get("rope_theta", float, *([10_000.0] if model_type == "llama" else []))
+    model["activation"] = _activation(hf)
+    model["qk_norm"] = model_type in ("qwen3", "qwen3_moe") or hf.get("use_qk_norm", bool, False)
+    model["window"] = _window(architecture, hf, model["num_layers"])
+    model["ffn"] = _ffn(architecture, hf)
+    return architecture, model
+
+
+class HFSettings:
+    """The settings of a config.json, or of one of its sections, read by name and type; null counts as missing.
+
+    Args:
+        settings: names and values.
+        origin: start of the error messages.
+    """
+
+    def __init__(self, settings: dict[str, Any], origin: str) -> None:
+        self.settings, self.origin = settings, origin
+
+    def get(self, key: str, kind: type, *default: Any) -> Any:
+        """The value of a setting.
+
+        Raises:
+            MoelmError: it is missing and has no default, or has another type than `kind`.
+        """
+        value = self.settings.get(key)
+        if value is None:
+            if default:
+                return default[0]
+            raise MoelmError(f"{self.origin}: {key} is missing.")
+        fits = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if not fits or (kind is int and value < 1):
+            raise MoelmError(f"{self.origin}: {key} is {value!r}; {_TYPE_NAMES[kind]} is expected.")
+        return float(value) if kind is float else value
+
+
+def _shared_setting(hf: HFSettings, model_type: str, key: str) -> Any:
+    optional = key in _OPTIONAL and not (key == "head_dim" and model_type in ("qwen3", "glm4_moe"))
+    default: list[Any] = [None] if optional or (model_type, key) == ("llama", "num_key_value_heads") else []
+    if key == "tie_word_embeddings":
+        default = [False]
+    return hf.get(key, _SHARED_TYPES.get(key, int), *default)
+
+
+def _rope_settings(hf: HFSettings) -> HFSettings:
+    """Settings of the rotary embeddings; newer files have rope_theta in the section, older ones beside it."""
+    sections = (hf.get("rope_scaling", dict, {}), hf.get("rope_parameters", dict, {}))
+    return HFSettings({"rope_theta": hf.settings.get("rope_theta"), **sections[0], **sections[1]}, hf.origin)
+
+
+def _check_fixed_settings(architecture: Architecture, hf: HFSettings, rope: HFSettings) -> None:
+    """Refuse settings with another value than the only one that moelm's model supports."""
+    pairs = {key: (hf.settings.get(key), supported) for key, supported in architecture.fixed_settings.items()}
+    pairs["rope_type"] = (rope.settings.get("rope_type") or rope.settings.get("type"), "default")
+    rotary_fraction = rope.get("partial_rotary_factor", float, hf.get("partial_rotary_factor", float, None))
+    if rotary_fraction is None and architecture.model_type == "glm4_moe":
+        rotary_fraction = 0.5  # the default of transformers
+    pairs["partial_rotary_factor"] = (rotary_fraction, 1.0)
+    pairs["quantization_config"] = (hf.settings.get("quantization_config"), None)
+    for key, (value, supported) in pairs.items():
+        if value is not None and value != supported:
+            raise MoelmError(f"{hf.origin}: {key} is {value!r}; moelm's model supports only {supported!r}.")
+
+
+def _activation(hf: HFSettings) -> str:
+    hidden_act = hf.get("hidden_act", str, "silu")
+    for activation, hf_name in ACTIVATIONS.items():
+        if hidden_act == hf_name:
+            return activation
+    raise MoelmError(f"{hf.origin}: hidden_act is {hidden_act!r}; one of {', '.join(ACTIVATIONS.values())} is expected.")
+
+
+def _window(architecture: Architecture, hf: HFSettings, num_layers: int) -> int | None:
+    if not architecture.sliding_window:
+        return None
+    if architecture.model_type not in WINDOW_BY_LAYER:
+        if architecture.model_type == "mistral" and "sliding_window" not in hf.settings:
+            raise MoelmError(f"{hf.origin}: sliding_window is missing; null means no window.")
+        window: int | None = hf.get("sliding_window", int, None)
+        return window
+    if not hf.get("use_sliding_window", bool, False):
+        return None
+    sliding = _sliding_layers(architecture, hf, num_layers)
+    if not any(sliding):
+        return None
+    if not all(sliding):
+        raise MoelmError(f"{hf.origin}: some layers have a sliding window and some do not; moelm has one window for all.")
+    return int(hf.get("sliding_window", int))
+
+
+def _sliding_layers(architecture: Architecture, hf: HFSettings, num_layers: int) -> list[bool]:
+    """Which layers have the window: given by layer_types, or those from max_window_layers on; in `qwen3_moe` all."""
+    if architecture.model_type == "qwen3_moe":
+        return [True]
+    layer_types = hf.get("layer_types", list, None)
+    if layer_types is not None:
+        return [layer_type == "sliding_attention" for layer_type in layer_types]
+    if architecture.model_type == "qwen2_moe":  # releases differ in the meaning of max_window_layers there
+        raise MoelmError(f"{hf.origin}: layer_types is missing, which use_sliding_window requires.")
+    first = hf.settings.get("max_window_layers")
+    if not isinstance(first, int):
+        raise MoelmError(f"{hf.origin}: max_window_layers is {first!r}; a whole number is expected.")
+    return [layer >= first for layer in range(num_layers)]
+
+
+def _ffn(architecture: Architecture, hf: HFSettings) -> dict[str, Any]:
+    if "num_experts" in architecture.ffn_settings and "num_experts" not in hf.settings:
+        # Some releases of transformers write num_local_experts instead.
+        hf = HFSettings({**hf.settings, "num_experts": hf.settings.get("num_local_experts")}, hf.origin)
+    ffn: dict[str, Any] = {key: hf.get(hf_key, int) for hf_key, key in architecture.ffn_settings.items()}
+    if not architecture.is_moe:
+        return {"kind": "dense", **ffn}
+    if architecture.model_type == "qwen2_moe":
+        ffn["shared_experts"] = _num_shared_experts(hf, ffn)
+    if architecture.model_type != "mixtral":
+        ffn["router"] = {"kind": "topk", "normalize": hf.get("norm_topk_prob", bool)}
+    if architecture.model_type == "glm4_moe":
+        ffn["router"] |= {"kind": "sigmoid", "scale": hf.get("routed_scaling_factor", float)}
+    return {"kind": "moe", **ffn}
+
+
+def _num_shared_experts(hf: HFSettings, ffn: dict[str, Any]) -> int:
+    """The number of shared experts, from their width.
+
+    If some layers are dense, it comes from the width of those, `(top_k + shared_experts) * hidden_dim`: a model without
+    shared experts is exported with one of zeros, so their own width does not distinguish none from one.
+    """
+    if ffn["every"] > 1:
+        return max(0, int(hf.get("intermediate_size", int)) // int(ffn["hidden_dim"]) - int(ffn["top_k"]))
+    return int(hf.get("shared_expert_intermediate_size", int)) // int(ffn["hidden_dim"])

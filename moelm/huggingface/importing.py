@@ -1,0 +1,216 @@
+"""A model in the Hugging Face format imported as a run at step 0.
+
+Names and shapes of all tensors are compared before the first tensor is read. Besides the weights, only one file is mapped
+into memory at a time.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moelm.config import RunConfig, apply_overrides, check_config, read_tree, refuse_overrides
+from moelm.console import warn
+from moelm.data.tokenizer import Tokenizer
+from moelm.errors import MoelmError
+from moelm.huggingface.architectures import Architecture
+from moelm.huggingface.config_json import from_hf_config
+from moelm.huggingface.weight_map import TensorMapping, Weights, build_weight_map, weight_shapes
+from moelm.runs.directory import RunDirectory
+from moelm.runs.load import create_run
+
+IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+"""Tensors of old files that repeat what config.json says."""
+HF_HEAD = "lm_head.weight"
+MAX_LISTED = 4
+"""Maximum number of tensors that an error lists."""
+
+TensorFiles = dict[str, Path]
+"""The file of each tensor, by the tensor's Hugging Face name."""
+
+
+def import_model(
+    source: Path, name: str, overrides: Sequence[str] = (), config: Path | None = None, tokenizer: Path | None = None
+) -> RunDirectory:
+    """Make a run from a directory with config.json and safetensors; after an error nothing is left.
+
+    Args:
+        source: the directory.
+        name: of the run, under `runs/`; or a path.
+        overrides: `key=value` settings of the run's config, such as its data and schedule.
+        config: a YAML file for the run's settings other than model and tokenizer; default: moelm's builtin corpus.
+        tokenizer: a tokenizer.json, if the directory has none.
+
+    Raises:
+        MoelmError: another format or architecture; tensors that are unknown, missing or of another shape, with their names.
+    """
+    run = RunDirectory.new(name)
+    hf_config = _read_json(source / "config.json")
+    architecture, model = from_hf_config(hf_config, str(source / "config.json"))
+    run_config = _run_config(run, model, config, overrides)
+    loaded_tokenizer = _load_tokenizer(tokenizer or source / "tokenizer.json", hf_config, run_config)
+    files = _find_tensors(source)
+    mappings = _match_tensors(files, run_config, architecture, source)
+    weights = _read_weights(files, mappings, run_config)
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    origin = {"import of": str(source), "model_type": architecture.model_type, "dtype": ", ".join(dtypes)}
+    create_run(run, run_config, loaded_tokenizer, weights, origin)
+    return run
+
+
+def _run_config(run: RunDirectory, model: dict[str, Any], config: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The config of the new run; `init_from` names the run itself, so that a copy trained under another name finds it."""
+    refuse_overrides(
+        overrides,
+        allowed=("model.ffn.balance", "model.ffn.capacity_factor"),
+        fixed=("name", "init_from", "model", "data.tokenizer"),
+    )
+    seq_len = min(1024, model["max_seq_len"])
+    tree: dict[str, Any] = {
+        "data": {"sources": [{"name": "builtin"}], "seq_len": seq_len},
+        "train": {"steps": 1000, "batch_tokens": 8 * seq_len},
+        "optim": {"lr": 1e-4},
+    }
+    if config is not None:
+        tree = read_tree(config)
+    tree["model"] = model
+    apply_overrides(tree, [*overrides, "data.tokenizer={}"])
+    tree["data"]["tokenizer"] = {"kind": "file", "path": str(run.tokenizer)}
+    tree |= {"name": run.path.name, "init_from": {"run": str(run.path), "checkpoint": "0"}}
+    return check_config(tree, f"{run.path}/config.yaml")
+
+
+def _load_tokenizer(path: Path, hf_config: dict[str, Any], config: RunConfig) -> Tokenizer:
+    """The tokenizer; its start and end tokens must be among the model's tokens."""
+    if not path.exists():
+        raise MoelmError(
+            f"There is no {path}; give a tokenizer with --tokenizer (transformers' AutoTokenizer converts other formats "
+            "and saves a tokenizer.json)."
+        )
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.added:
+        raise MoelmError(
+            f"{path} has no start or end token that moelm knows; {', '.join(tokenizer.added)} would be new to the model."
+        )
+    if tokenizer.vocab_size > (config.model.vocab_size or 0):
+        raise MoelmError(
+            f"The tokenizer {path} has {tokenizer.vocab_size} tokens, but the model {config.model.vocab_size}."
+        )
+    for key, token_id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+        hf_id = hf_config.get(key)
+        hf_id = hf_id[0] if isinstance(hf_id, list) and hf_id else hf_id
+        if hf_id != token_id:
+            token = tokenizer.raw.id_to_token(token_id)
+            warn(f"{key} is {hf_id} in config.json, but moelm uses {token_id} ({token}).")
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise MoelmError(f"There is no {path}; a directory in the Hugging Face format is expected.") from None
+    except (OSError, ValueError, RecursionError):
+        raise MoelmError(f"{path} cannot be read as JSON.") from None
+    if not isinstance(content, dict):
+        raise MoelmError(f"{path} is not a JSON object.")
+    return content
+
+
+def _find_tensors(source: Path) -> TensorFiles:
+    """All tensors of the files that the index lists, or of the single file if there is no index."""
+    index_path, single = source / "model.safetensors.index.json", source / "model.safetensors"
+    indexed: TensorFiles | None = None
+    if index_path.exists():
+        weight_map = _read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise MoelmError(f"{index_path} has no weight_map from tensors to files.")
+        indexed = {tensor: source / name for tensor, name in weight_map.items()}
+    files: TensorFiles = {}
+    for path in sorted(set(indexed.values())) if indexed is not None else [single]:
+        if not path.exists():
+            raise MoelmError(f"There is no {path}; weights are read from safetensors.")
+        for tensor in _read_shapes(path):
+            if tensor in files:
+                raise MoelmError(f"{tensor} is in {files[tensor]} and in {path}.")
+            files[tensor] = path
+    if indexed is not None and indexed != files:
+        tensor = next(name for name in sorted(indexed.keys() | files.keys()) if indexed.get(name) != files.get(name))
+        raise MoelmError(f"{index_path} has {tensor} in {indexed.get(tensor)}, but it is in {files.get(tensor)}.")
+    return {name: path for name, path in files.items() if not name.endswith(IGNORED_SUFFIX)}
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise MoelmError(f"{path} cannot be read as safetensors: {error}.") from None
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with _open_safetensors(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+
+
+def _match_tensors(
+    files: TensorFiles, config: RunConfig, architecture: Architecture, source: Path
+) -> dict[str, TensorMapping]:
+    """The mapping of every tensor, by its Hugging Face name.
+
+    Raises:
+        MoelmError: tensors that the model does not have, tensors that are missing, or other shapes.
+    """
+    fused = any(name.endswith("experts.gate_up_proj") for name in files)
+    mappings = {mapping.hf_name: mapping for mapping in build_weight_map(config.model, architecture, fused)}
+    if config.model.tie_embeddings and HF_HEAD in files:
+        # Read as a weight of its own, to be compared with the embedding.
+        mappings[HF_HEAD] = TensorMapping(HF_HEAD, mappings["model.embed_tokens.weight"].hf_shape, (HF_HEAD,))
+    mismatches = {
+        "unknown to the model": sorted(files.keys() - mappings.keys()),
+        "missing from the files": sorted(mappings.keys() - files.keys()),
+        "of another shape": [
+            f"{name} ({'x'.join(map(str, shape))}; {'x'.join(map(str, mappings[name].hf_shape))} expected)"
+            for path in sorted(set(files.values()))
+            for name, shape in _read_shapes(path).items()
+            if name in mappings and shape != mappings[name].hf_shape
+        ],
+    }
+    descriptions = []
+    for mismatch, names in mismatches.items():
+        if names:
+            more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+            descriptions.append(f"{mismatch}: {', '.join(names[:MAX_LISTED])}{more}")
+    if descriptions:
+        raise MoelmError(
+            f"{source} does not match its own config.json as {architecture.model_type}; tensors {'; '.join(descriptions)}."
+        )
+    return mappings
+
+
+def _read_weights(files: TensorFiles, mappings: dict[str, TensorMapping], config: RunConfig) -> Weights:
+    """moelm's weights in the dtype of the tensors, read file by file."""
+    shapes = weight_shapes(config.model)
+    weights: Weights = {}
+    for path in sorted(set(files.values())):
+        with _open_safetensors(path) as file:
+            for hf_name in (hf_name for hf_name, holder in files.items() if holder == path):
+                mapping, tensor = mappings[hf_name], file.get_tensor(hf_name)
+                if not tensor.is_floating_point():
+                    raise MoelmError(f"{path}: {hf_name} is {tensor.dtype}; floating-point weights are expected.")
+                for name in mapping.names:
+                    if name not in weights:
+                        weights[name] = torch.empty(shapes.get(name, mapping.hf_shape), dtype=tensor.dtype)
+                    if weights[name].dtype != tensor.dtype:
+                        raise MoelmError(
+                            f"{path}: {hf_name} is {tensor.dtype}, but other experts are {weights[name].dtype}."
+                        )
+                mapping.from_hf(tensor, weights)
+    if (head := weights.pop(HF_HEAD, None)) is not None and not torch.equal(head, weights["embedding.weight"]):
+        raise MoelmError(f"config.json ties the embeddings, but {HF_HEAD} differs from model.embed_tokens.weight.")
+    return weights

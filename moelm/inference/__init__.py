@@ -1,0 +1,1 @@
+"""Text generation, and a fast decoder for CPUs."""

@@ -1,0 +1,104 @@
+"""Parameter and FLOP counts of a model, computed from its config.
+
+A FLOP is one multiplication or one addition of a matrix product; norms, activations and softmax are not counted. Attention
+is counted with `seq_len` (or `window`) keys for every query.
+"""
+
+from typing import NamedTuple
+
+from moelm.config import (
+    HashRouterConfig,
+    HierarchicalRouterConfig,
+    ModelConfig,
+    MoEFFNConfig,
+    NoisyTopKRouterConfig,
+    RandomRouterConfig,
+)
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters."""
+
+    total: int
+    active: int
+    """Parameters used for one token: `top_k` of the routed experts and everything else, embedding and head included."""
+    embedding: int
+    """The input embedding."""
+    experts: int
+    """All routed experts."""
+
+
+class FlopCount(NamedTuple):
+    """FLOPs per token."""
+
+    forward: int
+    backward: int
+
+    @property
+    def training(self) -> int:
+        """Forward and backward together."""
+        return self.forward + self.backward
+
+
+def _vocab(config: ModelConfig) -> int:
+    if config.vocab_size is None:
+        raise ValueError("model.vocab_size must be known to count the model")
+    return config.vocab_size
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters of the model that `build_model` builds from this config."""
+    dim = config.dim
+    embedding = _vocab(config) * dim
+    total = embedding * (1 if config.tie_embeddings else 2) + dim
+    active = total
+    experts = 0
+    for layer in range(config.num_unique_layers):
+        shared = (4 if config.sandwich_norm else 2) * dim + _attention_weights(config)
+        if config.qk_norm:
+            shared += 2 * config.size_per_head
+        ffn = config.ffn_at(layer)
+        expert = 3 * dim * ffn.hidden_dim
+        if isinstance(ffn, MoEFFNConfig):
+            shared += _router_weights(dim, ffn) + ffn.shared_experts * expert
+            total += shared + ffn.num_experts * expert
+            experts += ffn.num_experts * expert
+            active += shared + ffn.top_k * expert
+        else:
+            total += shared + expert
+            active += shared + expert
+    return ParameterCount(total, active, embedding, experts)
+
+
+def count_flops(config: ModelConfig, seq_len: int) -> FlopCount:
+    """FLOPs per token of training on rows of `seq_len` tokens; the backward pass has two products for each forward one."""
+    dim = config.dim
+    keys = min(seq_len, config.window or seq_len)
+    scores_and_mix = 2 * keys * config.num_heads * config.size_per_head
+    weights = _vocab(config) * dim
+    for layer in range(config.num_layers):
+        ffn = config.ffn_at(layer)
+        weights += _attention_weights(config) + scores_and_mix
+        if isinstance(ffn, MoEFFNConfig):
+            weights += (ffn.top_k + ffn.shared_experts) * 3 * dim * ffn.hidden_dim + _router_weights(dim, ffn)
+        else:
+            weights += 3 * dim * ffn.hidden_dim
+    return FlopCount(forward=2 * weights, backward=4 * weights)
+
+
+def _attention_weights(config: ModelConfig) -> int:
+    width = config.size_per_head
+    return config.dim * width * (2 * config.num_heads + 2 * config.kv_heads)
+
+
+def _router_weights(dim: int, ffn: MoEFFNConfig) -> int:
+    """Weights of one router."""
+    match ffn.router:
+        case HashRouterConfig() | RandomRouterConfig():
+            return 0
+        case NoisyTopKRouterConfig():
+            return 2 * dim * ffn.num_experts
+        case HierarchicalRouterConfig(groups=groups):
+            return 2 * dim * (ffn.num_experts + groups)
+        case _:
+            return dim * ffn.num_experts

@@ -1,0 +1,71 @@
+"""Initial weights, the same for every sharding and, where weights correspond, for dense and sparse models."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from moelm.config import ModelConfig
+from moelm.model import rng
+from moelm.model.moe.router import Router, SigmoidRouter
+from moelm.model.norm import RMSNorm
+from moelm.model.transformer import Transformer
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> None:
+    """Scaled normal init (GPT-2): std `init_std`, over sqrt(2 num_layers) for projections into the residual stream.
+
+    Every matrix has a random generator of its own, seeded by its name, and a dense block has the name of the first expert.
+    So a dense and a sparse model start with the same values where both have a weight, and a process that holds a shard
+    initializes that shard. Norms start at one, routers with `zero_init` and all biases at zero.
+    """
+    config = model.config
+    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    zeros = {
+        p for module in model.modules() if isinstance(module, Router) and module.zero_init for p in module.parameters()
+    }
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.reset_parameters()
+        elif isinstance(module, SigmoidRouter):
+            module.bias.zero_()
+    for name, parameter in model.named_parameters():
+        local, index = _local_shard(parameter)
+        if parameter.dim() == 1:
+            continue
+        if parameter in zeros:
+            local.fill_(0.0)
+            continue
+        key = name.replace(".experts.", ".")
+        std = residual_std if key.endswith(("wo.weight", "ffn.w2")) else config.init_std
+        stacked = parameter.dim() == 3
+        experts = range(len(parameter))[index[0]] if stacked else range(1)
+        for expert, matrix in zip(experts, local if stacked else (local,), strict=True):
+            generator = rng.named_generator(f"{seed}/{key}/{expert}")
+            matrix.copy_(torch.empty(parameter.shape[-2:]).normal_(0.0, std, generator=generator)[index[-2:]])
+
+
+def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:
+    """Build and initialize a model; on the `meta` device it has shapes and no values."""
+    with torch.device(device):
+        model = Transformer(config)
+    if torch.device(device).type != "meta":
+        initialize(model, seed)
+    return model
+
+
+def _local_shard(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """The part of a parameter that this process holds, and its index in the whole, by dimension."""
+    index = [slice(0, size) for size in parameter.shape]
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(index)
+    mesh = parameter.device_mesh
+    for mesh_dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            size = parameter.shape[placement.dim]
+            chunk = -(-size // mesh.size(mesh_dim))
+            start = min(size, chunk * mesh.get_local_rank(mesh_dim))
+            index[placement.dim] = slice(start, min(size, start + chunk))
+    return parameter.to_local(), tuple(index)

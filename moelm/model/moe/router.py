@@ -1,0 +1,192 @@
+"""Routers: which experts process a token, and with which gates. Balance losses are in `moelm.model.moe.balance`.
+
+The noisy routers of 2017 are in `moelm.model.moe.noisy_router`.
+
+Shapes: N tokens, D model width, E experts, K choices per token, A groups, C tokens per expert.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelm.config import SigmoidRouterConfig
+from moelm.model import rng
+
+
+class TokenContext(NamedTuple):
+    """What a router may read about its tokens in addition to their hidden states."""
+
+    tokens_N: Tensor
+    """Token ids."""
+    rng_keys_N: Tensor
+    """Keys of the tokens' random numbers (`moelm.model.rng`); empty if no router needs them."""
+    valid_N: Tensor | None = None
+    """False for padding, which is not counted towards an expert's capacity; None if there is none."""
+
+    def at_repeat(self, repeat: int) -> "TokenContext":
+        """The context for the n-th repeat of a layer, with random numbers and hashes of its own."""
+        if not repeat:
+            return self
+        offset = repeat << 32  # above all token ids
+        return self._replace(tokens_N=self.tokens_N + offset, rng_keys_N=self.rng_keys_N + offset)
+
+
+class SmoothLoad(NamedTuple):
+    """Probabilities of being selected under fresh noise (Shazeer et al. 2017, eqs 8-9 and 14).
+
+    A flat router has one group, which every token selects.
+    """
+
+    experts_NE: Tensor
+    """P(x, j) of an expert within its group."""
+    groups_NA: Tensor
+    """P(x, i) of each group."""
+    visited_NA: Tensor
+    """Whether the token selected the group."""
+
+
+class Routing(NamedTuple):
+    """The routing decision of one MoE layer, in float32. Balance losses and statistics are functions of it."""
+
+    gates_NK: Tensor
+    """Weights of the selected experts' outputs."""
+    experts_NK: Tensor
+    """Indices of the selected experts, best first."""
+    probs_NE: Tensor
+    """The router's distribution over all experts; each row sums to 1."""
+    logits_NE: Tensor | None = None
+    """Scores before any softmax; None for routers without a single one."""
+    smooth: SmoothLoad | None = None
+    """Noisy routers in training only."""
+    chosen_NK: Tensor | None = None
+    """False where a column holds no choice (expert choice); None if all hold one."""
+    dropped_NK: Tensor | None = None
+    """True where the expert was at capacity; None if capacity is unlimited."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.probs_NE.shape[-1]
+
+
+class Router(nn.Module, ABC):
+    """Base of all routers. They compute in float32, because a rounded logit would select other experts."""
+
+    zero_init = False
+    """Whether the weights are initialized to zero instead of randomly."""
+    needs_rng = False
+    """Whether `TokenContext.rng_keys_N` is read."""
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+
+    def forward(self, x_ND: Tensor, context: TokenContext) -> Routing:
+        """Route tokens in float32, with autocast disabled."""
+        device = x_ND.device.type
+        no_autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with no_autocast:
+            return self.route(x_ND.float(), context)
+
+    @abstractmethod
+    def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
+        """Route tokens, given their hidden states in float32."""
+
+
+class TopKRouter(Router):
+    """Softmax over the k largest logits (Mixtral 2024, section 2.1).
+
+    Args:
+        normalize: whether the softmax is over the selected experts alone; otherwise its values over all experts are used.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, normalize: bool = True) -> None:
+        super().__init__(num_experts, top_k)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.normalize = normalize
+
+    def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
+        """Select the k largest logits."""
+        logits_NE = F.linear(x_ND, self.weight.float())
+        probs_NE = logits_NE.softmax(dim=-1)
+        top_NK, experts_NK = logits_NE.topk(self.top_k, dim=-1)
+        gates_NK = top_NK.softmax(dim=-1) if self.normalize else probs_NE.gather(-1, experts_NK)
+        return Routing(gates_NK, experts_NK, probs_NE, logits_NE)
+
+
+class SigmoidRouter(Router):
+    """Sigmoid scores with a bias that affects the selection only (DeepSeek-V3 2024, eqs 13-16; Wang et al. 2024).
+
+    The bias is a buffer: `moelm.model.moe.balance.expert_bias_delta` updates it after each optimizer step.
+    """
+
+    bias: Tensor
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, config: SigmoidRouterConfig) -> None:
+        super().__init__(num_experts, top_k)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.normalize, self.scale = config.normalize, config.scale
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
+        """Select by score plus bias; gates are scores alone."""
+        logits_NE = F.linear(x_ND, self.weight.float())
+        scores_NE = logits_NE.sigmoid()
+        experts_NK = (scores_NE + self.bias).topk(self.top_k, dim=-1).indices
+        gates_NK = scores_NE.gather(-1, experts_NK)
+        if self.normalize:
+            gates_NK = gates_NK / gates_NK.sum(dim=-1, keepdim=True)
+        probs_NE = scores_NE / scores_NE.sum(dim=-1, keepdim=True)
+        return Routing(self.scale * gates_NK, experts_NK, probs_NE, logits_NE)
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert selects its C = N k / E best tokens of the forward pass (Zhou et al. 2022, section 3.2).
+
+    Whether a token is selected depends on later tokens: in a causal model this leaks the future.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__(num_experts, top_k)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+
+    def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
+        """Gates are the softmax over experts; a token may be selected by any number of experts."""
+        logits_NE = F.linear(x_ND, self.weight.float())
+        probs_NE = logits_NE.softmax(dim=-1)
+        candidates_NE = probs_NE
+        tokens = len(probs_NE)
+        if context.valid_N is not None:
+            tokens = int(context.valid_N.sum())
+            candidates_NE = probs_NE.masked_fill(~context.valid_N[:, None], -1.0)
+        capacity = min(tokens, max(1, round(tokens * self.top_k / self.num_experts)))
+        selected_CE = candidates_NE.topk(capacity, dim=0).indices
+        chosen_NE = torch.zeros_like(probs_NE, dtype=torch.bool).scatter(0, selected_CE, True)
+        experts_NE = torch.arange(self.num_experts, device=probs_NE.device).expand_as(probs_NE)
+        return Routing(probs_NE, experts_NE, probs_NE, logits_NE, chosen_NK=chosen_NE)
+
+
+class FixedRouter(Router):
+    """Experts that do not depend on the hidden states, each with gate 1/k: the controls of a routing study.
+
+    Args:
+        layer: index of the layer; each has its own table.
+        by_token: a fixed random table from token ids to experts (Roller et al. 2021, "random hash"); otherwise experts are
+            random at every step, and a function of the position in evaluation.
+    """
+
+    def __init__(self, num_experts: int, top_k: int, layer: int, by_token: bool) -> None:
+        super().__init__(num_experts, top_k)
+        self.layer, self.by_token, self.needs_rng = layer, by_token, not by_token
+
+    def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
+        """Select k distinct experts; all sets are equally likely."""
+        rng_keys_N = context.tokens_N if self.by_token else context.rng_keys_N
+        experts_NK = rng.uniform(rng_keys_N, self.num_experts, self.layer).topk(self.top_k, dim=-1).indices
+        gates_NK = torch.full(experts_NK.shape, 1 / self.top_k, device=x_ND.device)
+        probs_NE = torch.full((len(x_ND), self.num_experts), 1 / self.num_experts, device=x_ND.device)
+        return Routing(gates_NK, experts_NK, probs_NE)

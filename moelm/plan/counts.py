@@ -1,0 +1,28 @@
+"""Parameter and FLOP totals of a whole run."""
+
+from typing import Any
+
+from moelm.config import RunConfig
+from moelm.model.flops import count_flops, count_parameters
+
+
+def count_model(config: RunConfig) -> tuple[dict[str, Any], RunConfig]:
+    """Count the parameters, FLOPs and training tokens of a config.
+
+    Returns:
+        The counts as plain values, and the config with a vocabulary size: the tokenizer's, if the model has none.
+    """
+    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or config.data.tokenizer.vocab_size})
+    parameters, flops = count_parameters(model), count_flops(model, config.data.seq_len)
+    tokens = config.train.steps * config.train.batch_tokens
+    counts = {
+        "name": config.name,
+        "parameters_total": parameters.total,
+        "parameters_active": parameters.active,
+        "parameters_embedding": parameters.embedding,
+        "flops_per_token_forward": flops.forward,
+        "flops_per_token_backward": flops.backward,
+        "tokens": tokens,
+        "training_flops": tokens * flops.training,
+    }
+    return counts, config.model_copy(update={"model": model})

@@ -1,0 +1,229 @@
+"""Setting up a run, new or resumed: processes, data, config, model, optimizer, checkpoint."""
+
+import json
+from typing import Any, Literal
+
+import torch
+
+from moelm.atomic import atomic_file
+from moelm.config import (
+    MoEFFNConfig,
+    RunConfig,
+    differing,
+    dump_config,
+    flatten,
+    load_config,
+    trajectory_settings,
+)
+from moelm.console import console, log, warn
+from moelm.data.loader import PreparedData, open_data
+from moelm.data.prepare import prepare
+from moelm.distributed.launcher import is_restart
+from moelm.distributed.parallel_dims import ParallelDims, resolve_parallel_dims
+from moelm.distributed.parallelize import parallelize
+from moelm.distributed.ranks import Ranks, distributed_context
+from moelm.distributed.watchdog import Watchdog
+from moelm.errors import MoelmError
+from moelm.evaluation.losses import Evaluation
+from moelm.hardware import dtype_of, keep_memory, pick_device, pick_precision, should_compile
+from moelm.model import Transformer, build_model
+from moelm.model.init import initialize
+from moelm.runs.checkpoint import (
+    DamagedCheckpoint,
+    Progress,
+    fresh_progress,
+    list_checkpoints,
+    load_training,
+    remove_unfinished,
+)
+from moelm.runs.directory import RunDirectory
+from moelm.runs.environment import describe_code, describe_environment
+from moelm.train.init_from import check_tokenizer, load_initial_weights, resolve_init_from
+from moelm.train.optimizer import build_optimizer
+from moelm.train.trainer import Execution, Trainer, TrainState
+
+Resume = Literal["auto", "never"]
+
+
+def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto", profile: bool = False) -> Evaluation | None:
+    """Train a run from the start or from its newest intact checkpoint, on the processes of this launch.
+
+    Args:
+        profile: whether to trace a few steps into the run's directory.
+
+    Returns:
+        The last evaluation; None on all processes but rank 0.
+
+    Raises:
+        MoelmError: the name belongs to a run of another config, or unusable input; see `Trainer.fit`.
+    """
+    keep_memory()
+    with distributed_context(2 * config.parallel.timeout_s) as ranks:
+        console.quiet = not ranks.is_main
+        try:
+            with Watchdog(ranks, config.parallel.timeout_s) as watchdog:
+                evaluation = _train(config, run, resume, profile, ranks, watchdog)
+        except MoelmError as error:
+            error.reported = not ranks.first_to_report(str(error))
+            raise
+        return evaluation if ranks.is_main else None
+
+
+def _train(
+    config: RunConfig, run: RunDirectory, resume: Resume, profile: bool, ranks: Ranks, watchdog: Watchdog
+) -> Evaluation:
+    try:
+        trainer = build_trainer(config, run, resume, ranks, watchdog)
+        watchdog.heartbeat()
+        return trainer.fit(profile)
+    except RuntimeError as error:
+        # Collectives fail when another process has died; the message depends on the backend.
+        if (lost := watchdog.explain()) is None:
+            raise
+        raise lost from error
+
+
+def build_trainer(config: RunConfig, run: RunDirectory, resume: Resume, ranks: Ranks, watchdog: Watchdog) -> Trainer:
+    """A trainer at step 0 or at the newest intact checkpoint."""
+    dims = resolve_parallel_dims(config, ranks.size)
+    data = _open_data(config, ranks)
+    device = pick_device()
+    saved = ranks.broadcast(load_config(run.config) if ranks.is_main and run.config.exists() else None)
+    config = _resolve(config, data.tokenizer.vocab_size, device, saved, ranks)
+    _check_ranks_agree(config, data, ranks)
+    if saved is not None:
+        _check_same_run(config, saved, run, "auto" if is_restart() else resume)
+    dtype = dtype_of(config.train.precision, device)
+    model = build_parallel_model(config, device, dtype, dims)
+    optimizer = build_optimizer(model, config.optim)
+    progress = _resume(run, model, optimizer, ranks) if saved is not None else None
+    if isinstance(config.model.ffn, MoEFFNConfig) and config.model.ffn.router.kind == "expert_choice":
+        warn(
+            "with expert_choice the experts of a token depend on later tokens, which leaks the future: losses are too low, "
+            "and the model cannot generate text."
+        )
+    if progress is None and config.init_from is not None:
+        load_initial_weights(config.init_from, config.model, data, model, ranks)
+    if progress is None or "origin" in progress:
+        if progress is not None:
+            check_tokenizer(run, data)
+        if ranks.is_main:
+            _create_directory(run, config, data, describe_environment(config, data, device, dtype, dims))
+        progress = fresh_progress()
+    if ranks.size > 1:
+        log(f"{ranks.size} processes, {dims}.")
+    state = TrainState(model, optimizer, progress)
+    return Trainer(config, run, data, state, Execution(device, dtype, ranks, dims, watchdog))
+
+
+def build_parallel_model(config: RunConfig, device: torch.device, dtype: torch.dtype, dims: ParallelDims) -> Transformer:
+    """The initialized model; each process only ever holds its shard."""
+    torch.manual_seed(config.seed)
+    single = dims.size == 1
+    model = build_model(config.model, config.seed, "cpu" if single else "meta")
+    parallelize(model, dims, config.parallel, device, dtype, should_compile(config.parallel.compile, device))
+    if single:
+        return model.to(device)
+    model.to_empty(device=device)
+    initialize(model, config.seed)
+    return model
+
+
+def _open_data(config: RunConfig, ranks: Ranks) -> PreparedData:
+    """Open the data. Rank 0 prepares it if necessary, and other ranks do so if they do not see its files."""
+    for main_turn in (True, False):
+        if main_turn == ranks.is_main:
+            folder, worked = prepare(config.data)
+            if worked:
+                log(f"The data has been prepared in {folder}.")
+        ranks.barrier()
+    return open_data(config)
+
+
+def _resolve(config: RunConfig, vocab_size: int, device: torch.device, saved: RunConfig | None, ranks: Ranks) -> RunConfig:
+    """Fill in settings that were left open; a resumed run keeps its precision on any machine."""
+    requested = config.model.vocab_size
+    if requested is not None and requested < vocab_size:
+        raise MoelmError(
+            f"model.vocab_size is {requested}, but the tokenizer has {vocab_size} tokens; at least that is expected."
+        )
+    model = {"vocab_size": requested or vocab_size, "max_seq_len": config.max_seq_len}
+    precision = config.train.precision
+    if precision == "auto" and saved is not None:
+        precision = saved.train.precision
+    if precision == "auto":
+        precision = ranks.broadcast(pick_precision(device))
+    return config.model_copy(
+        update={
+            "init_from": ranks.broadcast(resolve_init_from(config.init_from, saved) if ranks.is_main else None),
+            "model": config.model.model_copy(update=model),
+            "train": config.train.model_copy(update={"precision": precision}),
+        }
+    )
+
+
+def _check_ranks_agree(config: RunConfig, data: PreparedData, ranks: Ranks) -> None:
+    """Refuse processes that would not train the same run."""
+    own = flatten(config) | {
+        "data": data.data_fingerprint,
+        "tokenizer": data.tokenizer_fingerprint,
+        "moelm's code": describe_code(),
+        "torch": torch.__version__,
+    }
+    main, *others = ranks.gather(own)
+    for rank, other in enumerate(others, start=1):
+        if different := differing(other, main):
+            key = different[0]
+            raise MoelmError(
+                f"Rank {rank} of {ranks.size} has another {', '.join(different[:3])} than rank 0 ({other.get(key)} "
+                f"instead of {main.get(key)}); all processes of a run must have the same."
+            )
+
+
+def _check_same_run(config: RunConfig, saved: RunConfig, run: RunDirectory, resume: Resume) -> None:
+    """Refuse to continue a run with settings that change its trajectory."""
+    if resume == "never":
+        run.require_new()
+    before, now = trajectory_settings(saved), trajectory_settings(config)
+    if saved.train.precision == "auto":  # an imported run that has never been trained
+        before["train.precision"] = now["train.precision"]
+    if different := differing(before, now):
+        raise MoelmError(
+            f"The run {run.path} exists already with another {', '.join(different[:3])}; choose another name=..., "
+            "or use its own settings to resume it."
+        )
+
+
+def _create_directory(run: RunDirectory, config: RunConfig, data: PreparedData, environment: dict[str, Any]) -> None:
+    """Create the files of a run; config.yaml is written last, because it marks a complete directory."""
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.metrics.unlink(missing_ok=True)
+        data.tokenizer.save(run.tokenizer)
+        run.environment.write_text(json.dumps(environment, indent=1), encoding="utf-8")
+        with atomic_file(run.config) as work:
+            work.write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise MoelmError(f"The run directory {run.path} cannot be written: {error.strerror}.") from error
+
+
+def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Progress | None:
+    """Load the newest intact checkpoint; None if there is none yet."""
+    if ranks.is_main:
+        remove_unfinished(run.checkpoints)
+    saved = ranks.broadcast(list_checkpoints(run.checkpoints))
+    for path in reversed(saved):
+        try:
+            progress = load_training(path, model, optimizer, ranks)
+        except DamagedCheckpoint as error:
+            warn(f"{error} Falling back to the previous one.")
+            continue
+        if "origin" in progress and path != saved[-1]:
+            break  # restarting from imported weights would be another run
+        log(f"Resuming {run.path} from step {progress['step']:,}.")
+        return progress
+    if saved:
+        raise MoelmError(
+            f"All checkpoints that {run.path} has written are damaged; choose another name=... to start over."
+        )
+    return None

@@ -1,0 +1,127 @@
+"""The benchmark: its variants, alternating rounds, and peers."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from moelm.bench import BenchVariant, Timing, list_variants
+from moelm.config import load_config
+from moelm.errors import MoelmError
+from tests.conftest import Moelm
+
+
+def test_a_ratio_compares_rounds_with_each_other(workplace: Path) -> None:
+    """A machine that becomes slower for both changes nothing."""
+    variant = BenchVariant("a", load_config(workplace / "moe.yaml"))
+    ours = Timing(variant, [{"step": 1.0}, {"step": 10.0}, {"step": 60.0, "rest": 40.0}], 8, 8, 0, 1.0)
+    theirs = Timing(variant, [{"step": 2.0}, {"step": 20.0}, {"step": 200.0}], 8, 8, 0, 1.0)
+    assert theirs.ratio_to(ours) == 2.0
+    assert ours.as_dict()["tokens_per_s"] == 0.8
+
+
+def test_one_setting_is_varied(workplace: Path) -> None:
+    variants = list_variants([workplace / "moe.yaml"], ["seed=3"], "model.ffn.num_experts=2,8", peers=False)
+    assert [(each.name, each.config.seed, each.config.model.ffn.num_experts) for each in variants] == [
+        ("tiny-moe num_experts=2", 3, 2),
+        ("tiny-moe num_experts=8", 3, 8),
+    ]
+    with pytest.raises(MoelmError, match="a setting and its values are expected"):
+        list_variants([workplace / "moe.yaml"], [], "num_experts", peers=False)
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="the extra `bench` is not installed")
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("model.sandwich_norm=true", "model.sandwich_norm is True"),
+        ("model.ffn.every=2", "no ffn.shared_experts, for which Qwen2MoeForCausalLM"),
+        ("model.ffn.router.kind=noisy_topk", "ffn.router.kind = noisy_topk"),
+        ("model.ffn.capacity_factor=1.0", "ffn.capacity_factor"),
+    ],
+)
+def test_a_model_without_a_peer_is_refused(workplace: Path, override: str, difference: str) -> None:
+    with pytest.raises(MoelmError, match=f"^--peers: tiny-moe.*{difference}"):
+        list_variants([workplace / "moe.yaml"], [override], None, peers=True)
+
+
+def test_generation_is_timed_by_phase(moelm: Moelm, workplace: Path) -> None:
+    done = moelm("bench", "moe.yaml", "model.vocab_size=260", "--generate", "2", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["variants"]
+    assert set(result["phases_s"]) == {"prefill", "decode"}
+    assert result["tokens_per_s"] == pytest.approx(2 * 64 / result["phases_s"]["decode"])
+
+
+def test_training_steps_are_timed(moelm: Moelm, workplace: Path) -> None:
+    done = moelm("bench", "dense.yaml", "moe.yaml", "train.batch_tokens=128", "--rounds", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["schema"], report["rounds"]) == (2, 2)
+    dense, sparse = report["variants"]
+    assert (dense["name"], sparse["name"]) == ("tiny-dense", "tiny-moe")
+    for result in (dense, sparse):
+        assert len(result["steps_s"]) == 2
+        assert result["tokens_per_s"] == pytest.approx(128 / result["step_s"])
+        assert 0 < result["mfu"] < 1
+        assert result["memory_peak_bytes"] > 10_000_000
+    assert sorted(path.name for path in workplace.iterdir()) == ["dense.yaml", "moe.yaml", "text.txt"]
+
+
+def test_a_failed_process_is_an_error(moelm: Moelm) -> None:
+    done = moelm("bench", "moe.yaml", "model.ffn.router.kind=expert_choice", "--rounds", "1", "--generate", "1")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("The process of a variant ended early; its error message is above.")
+
+
+def test_missing_peers_are_an_error(workplace: Path) -> None:
+    """Where transformers is installed, the program hides it."""
+    program = (
+        "import sys, moelm.bench.variants as bench\n"
+        "bench.find_spec = lambda name: None\n"
+        "from moelm.cli.app import main\n"
+        "sys.argv = ['moelm', 'bench', 'moe.yaml', '--peers']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=workplace, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("moelm's extra `bench` installs it.")
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="the extra `bench` is not installed")
+@pytest.mark.parametrize(
+    ("kind", "override"),
+    [
+        ("dense", "seed=1"),
+        ("dense", "model.window=4"),
+        ("dense", "model.qk_norm=true"),
+        ("moe", "seed=1"),
+        ("moe", "model.qk_norm=true"),
+        ("moe", "model.ffn.shared_experts=1"),
+    ],
+)
+def test_peers_have_equal_parameter_counts(workplace: Path, kind: str, override: str) -> None:
+    from moelm.bench.models import build_peer, peer_loss, random_batch
+    from moelm.model import count_parameters
+
+    config = load_config(workplace / f"{kind}.yaml", ["model.vocab_size=260", override])
+    model = build_peer(config, 32, train=True)
+    peer_loss(model, random_batch(config), torch.float32)().backward()
+    gates = sum(p.numel() for name, p in model.named_parameters() if "shared_expert_gate" in name)
+    assert sum(p.numel() for p in model.parameters()) - gates == count_parameters(config.model).total
+
+
+@pytest.mark.slow
+def test_the_gpu_table_is_printed_on_any_machine(workplace: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts/bench_gpu.py"
+    arguments = ["dense.yaml", "moe.yaml", "--rounds", "1", "--no-peers"]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=workplace, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    sparse = next(line for line in done.stdout.splitlines() if "tiny-moe" in line)
+    assert sparse.rstrip().endswith("%")

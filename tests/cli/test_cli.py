@@ -1,0 +1,103 @@
+"""The command line: quick help, one JSON object, one sentence for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moelm import __version__
+from tests.conftest import Moelm
+
+COMMANDS = [
+    "prepare",
+    "train",
+    "eval",
+    "sample",
+    "compare",
+    "sweep",
+    "analyze",
+    "plan",
+    "bench",
+    "export",
+    "import",
+    "upcycle",
+    "lm-eval",
+]
+
+
+@pytest.mark.parametrize("words", [[], *[[name] for name in COMMANDS]])
+def test_help_needs_nothing_heavy(words: list[str]) -> None:
+    program = (
+        "import sys\nfrom moelm.cli.app import app\n"
+        f"try: app({[*words, '--help']!r})\nexcept SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'datasets', 'numpy'} & sys.modules.keys()\n"
+        "sys.exit(code or len(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_version(moelm: Moelm) -> None:
+    assert moelm("--version").stdout.strip() == f"moelm {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "none.yaml"], "no config file"),
+        (["train", "moe.yaml", "model.dimm=4"], "did you mean dim"),
+        (["eval", "nobody"], "no run nobody"),
+        (["prepare", "moe.yaml", "data.sources.0.path=nothing-*.txt"], "matches no file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(moelm: Moelm, workplace: Path, words: list[str], told: str) -> None:
+    before = sorted(workplace.iterdir())
+    done = moelm(*words)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert [path for path in sorted(workplace.iterdir()) if path.name != "data"] == before
+
+
+@pytest.mark.slow
+def test_from_text_to_a_comparison(moelm: Moelm, workplace: Path) -> None:
+    for kind in ("dense", "moe"):
+        assert moelm("train", f"{kind}.yaml", "train.eval_every=2").returncode == 0
+
+    for words in (
+        ["prepare", "moe.yaml", "--json"],
+        ["plan", "moe.yaml", "--json"],
+        ["eval", "tiny-moe", "--json"],
+        ["sample", "tiny-moe", "--prompt", "the cat", "--max-new-tokens", "5", "--json"],
+        ["compare", "tiny-dense", "tiny-moe", "--out", "report", "--json"],
+    ):
+        done = moelm(*words)
+        assert done.returncode == 0, done.stderr
+        assert isinstance(json.loads(done.stdout), dict)
+    assert {path.name for path in (workplace / "report").iterdir()} >= {"report.html", "report.md", "report.json"}
+
+    for words, told in (
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "cat", "--max-new-tokens", "500"], "context of 32"),
+        (["--prompt", "cat", "--checkpoint", "7"], "no checkpoint '7'"),
+    ):
+        done = moelm("sample", "tiny-moe", *words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert told in done.stderr
+    piped = moelm("sample", "tiny-moe", "--max-new-tokens", "3", input="the cat")
+    assert piped.stdout.startswith("the cat")
+
+
+def test_load_gives_a_model_that_scores_tokens(moelm: Moelm, workplace: Path) -> None:
+    import torch
+
+    import moelm as package
+
+    assert moelm("train", "moe.yaml", "train.steps=2").returncode == 0
+    model, tokenizer, config = package.load(workplace / "runs/tiny-moe")
+    tokens = torch.tensor([tokenizer.encode_prompt("the cat")])
+    assert model(tokens).logits.shape == (1, tokens.shape[1], config.model.vocab_size)

@@ -1,0 +1,65 @@
+"""Parallel dimensions: `auto`, and combinations that are refused."""
+
+import pytest
+
+from moelm.config import RunConfig
+from moelm.distributed.parallel_dims import ParallelDims, resolve_parallel_dims
+from moelm.errors import MoelmError
+from tests.conftest import tiny_config
+
+
+def config(kind: str = "moe", **parallel: object) -> RunConfig:
+    return RunConfig.model_validate({**tiny_config(kind=kind), "parallel": parallel})
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel", "dims"),
+    [
+        (1, {}, ParallelDims(1, 1, 1)),
+        (4, {}, ParallelDims(4, 1, 1)),
+        (4, {"dp_shard": 2}, ParallelDims(2, 2, 1)),
+        (4, {"dp_shard": "auto"}, ParallelDims(1, 4, 1)),
+        (8, {"dp_shard": "auto", "ep": 4}, ParallelDims(1, 2, 4)),
+        (8, {"dp_shard": "auto", "dp_replicate": 2, "ep": 2}, ParallelDims(2, 2, 2)),
+        (2, {"ep": 2}, ParallelDims(1, 1, 2)),
+    ],
+)
+def test_auto_is_what_is_left(processes: int, parallel: dict[str, object], dims: ParallelDims) -> None:
+    assert resolve_parallel_dims(config(**parallel), processes) == dims
+    assert dims.size == processes
+    assert dims.dense_mesh[0] * dims.dense_mesh[1] == processes
+
+
+def test_the_trunk_is_whole_everywhere_unless_weights_are_shared() -> None:
+    assert ParallelDims(2, 1, 4).dense_mesh == (8, 1)
+    assert ParallelDims(2, 2, 4).dense_mesh == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "parallel", "told"),
+    [
+        ("moe", 4, {"dp_shard": 3}, "dp_shard=3 ep=1, whose product cannot be the number of processes, 4"),
+        ("moe", 1, {"ep": 2}, "cannot be the number of processes, 1"),
+        ("moe", 2, {"dp_replicate": 4}, "dp_replicate=4"),
+        ("moe", 3, {}, "8 rows of data.seq_len = 32, which 3 processes cannot divide into equal shares"),
+        ("moe", 8, {"ep": 8}, "parallel.ep is 8, which does not divide model.ffn.num_experts = 4"),
+        ("dense", 2, {"ep": 2}, "model.ffn is dense"),
+    ],
+)
+def test_what_does_not_fit_is_a_sentence(kind: str, processes: int, parallel: dict[str, object], told: str) -> None:
+    with pytest.raises(MoelmError) as caught:
+        resolve_parallel_dims(config(kind, **parallel), processes)
+    assert told in str(caught.value)
+
+
+def test_experts_are_cut_evenly() -> None:
+    # 16 wide, 3 shares: only a dimension that 3 divides could be cut.
+    wanted = RunConfig.model_validate(
+        {
+            **tiny_config(),
+            "train": {"steps": 1, "batch_tokens": 192},
+            "parallel": {"dp_shard": 3, "ep": 2},
+        }
+    )
+    with pytest.raises(MoelmError, match=r"dp_shard is 3, which does not divide model\.dim = 16"):
+        resolve_parallel_dims(wanted, 6)

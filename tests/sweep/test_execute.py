@@ -1,0 +1,99 @@
+"""A sweep from its file to its comparison, with the real command line."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import Moelm
+
+
+def write_sweep(folder: Path, steps: int) -> None:
+    sparse = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
+    tree = {
+        "name": "study",
+        "config": "dense.yaml",
+        "seeds": [0, 1],
+        "match": "flops_per_token",
+        "budget": {"tokens": 256 * steps},
+        "variants": {"dense": {"model.ffn.hidden_dim": 64}, "moe": {"model.ffn": sparse}},
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def test_a_dry_run_trains_nothing(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=4)
+    done = moelm("sweep", "sweep.yaml", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    planned = json.loads(done.stdout)
+    assert planned.keys() == {"schema", "name", "match", "variants"}
+    assert (planned["schema"], planned["name"], planned["match"]) == (2, "study", "flops_per_token")
+    dense, moe = planned["variants"]
+    assert (dense["label"], moe["label"]) == ("dense", "moe")
+    assert moe["runs"] == ["study-moe-0", "study-moe-1"]
+    assert moe["steps"] == 4
+    table = moelm("sweep", "sweep.yaml", "--dry-run").stdout.splitlines()
+    assert table[0].split()[:4] == ["variant", "hidden_dim", "active", "total"]
+    assert [line.split()[0] for line in table[1:]] == ["dense", "moe"]
+    assert not (workplace / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=60)
+    command = [sys.executable, "-m", "moelm", "sweep", "sweep.yaml"]
+    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    second = workplace / "runs/study-moe-0/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (second.exists() and second.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    log = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, log
+    assert "Stopped by SIGINT and saved at step" in log
+    assert log.splitlines()[-1] == "moelm: The sweep stopped; run the same command again to continue with study-moe-0."
+
+    done = moelm("sweep", "sweep.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "[1/4] study-dense-0 is already trained." in done.stderr
+    assert "Resuming runs/study-moe-0 from step" in done.stderr
+    report = json.loads(done.stdout)
+    assert [(each["name"], len(each["members"])) for each in report["runs"]] == [("dense", 2), ("moe", 2)]
+    assert report["pairs"][0]["paired"]["seeds"] == [2, 2]
+    assert (workplace / "reports/study/report.html").exists()
+    lines = [json.loads(text) for text in second.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 61))
+
+    again = moelm("sweep", "sweep.yaml", "train.eval_every=7", "--out", "reports/again")
+    assert again.returncode == 0, again.stderr  # it does not change the trajectory
+    for override in ("optim.lr=0.02", "model.window=8"):
+        again = moelm("sweep", "sweep.yaml", override)
+        assert again.returncode == 2
+        assert f"study-dense-0 exists already with another {override.partition('=')[0]}" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_run_with_an_additional_setting_is_another_run(moelm: Moelm, workplace: Path) -> None:
+    """A finished run with a window is not taken for one without."""
+    write_sweep(workplace, steps=2)
+    assert moelm("sweep", "sweep.yaml", "model.window=8").returncode == 0
+    done = moelm("sweep", "sweep.yaml")
+    assert done.returncode == 2
+    assert "study-dense-0 exists already with another model.window" in done.stderr
+
+
+def test_an_unusable_report_directory_is_refused_before_training(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=2)
+    (workplace / "mine").mkdir()
+    (workplace / "mine/thesis.tex").touch()
+    done = moelm("sweep", "sweep.yaml", "--out", "mine")
+    assert done.returncode == 2
+    assert "mine is not empty and holds no earlier report" in done.stderr
+    assert not (workplace / "runs").exists()
