@@ -13,7 +13,7 @@ def quantity(x: float) -> str:
     return f"{scaled:.0f}{unit}" if not unit or scaled >= 99.95 else f"{scaled:.1f}{unit}"
 
 
-def size(count: float) -> str:
+def byte_size(count: float) -> str:
     """Bytes in decimal units: `36.5 MB`, `2.1 GB`."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:

@@ -1,10 +1,9 @@
-"""No balancing, the Switch loss, and the loss-free bias on the same batches: evenness against validation loss.
+"""Load balance against validation loss, on the same batches: no balancing, the Switch loss, and the loss-free bias.
 
-    python scripts/balance_study.py
+    python scripts/balance_study.py [KEY=VALUE]...
 
-The contestants share the sigmoid router and differ in `balance` alone, as in the paper on loss-free balancing (Wang et
-al. 2024). MaxVio is the load of the fullest expert over the mean, less 1: of single batches, and of the last tenth of the
-run as a whole. Words after the options are overrides for all of them.
+All variants have the sigmoid router and differ only in `balance`, as in the paper on loss-free balancing (Wang et al.
+2024). MaxVio is the maximum load over the mean load, minus 1: of single batches, and of the last tenth of the run.
 """
 
 import argparse
@@ -20,7 +19,8 @@ BALANCE = {
 }
 
 
-def row(variant: Variant) -> list[str]:
+def table_row(variant: Variant) -> list[str]:
+    """Label, validation loss and MaxVio."""
     load = variant.load()
     overall = float((load.max(axis=1) * load.shape[1]).mean()) - 1
     batch = variant.mean("moe/load_max_over_mean") - 1
@@ -28,11 +28,14 @@ def row(variant: Variant) -> list[str]:
 
 
 def main() -> None:
+    """Train the variants, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all variants")
     shared = ["name=balance-study", "model.ffn.router.kind=sigmoid", *parser.parse_args().overrides]
-    variants = run_variants(CONFIG, {label: [word] for label, word in BALANCE.items()}, shared)
-    print(markdown_table(["balance", "val loss", "MaxVio, batch", "MaxVio, overall"], [row(each) for each in variants]))
+    variants = run_variants(CONFIG, {label: [override] for label, override in BALANCE.items()}, shared)
+    print(
+        markdown_table(["balance", "val loss", "MaxVio, batch", "MaxVio, overall"], [table_row(each) for each in variants])
+    )
 
 
 if __name__ == "__main__":

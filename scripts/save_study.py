@@ -1,9 +1,9 @@
-"""What saving costs the steps of training around it.
+"""The cost of saving a checkpoint, in duration of the training steps around it.
 
     python scripts/save_study.py CONFIG [KEY=VALUE]...
 
-Trains 301 steps, saving every 60, and prints medians as parts of an ordinary step: how long a save holds training up, the
-step with the save, and the one after it, while the checkpoint is still being written.
+Trains 301 steps with a checkpoint every 60, and prints medians relative to an ordinary step: how long a save blocks
+training, and the durations of the step with the save and of the next one, while the checkpoint is being written.
 """
 
 import itertools
@@ -21,35 +21,36 @@ from moelm.train.trainer import Trainer
 EVERY, STEPS = 60, 301
 
 
-def timed(name: str, spans: list[tuple[float, float]]) -> None:
-    """Note when a method of the trainer begins and ends."""
-    method = getattr(Trainer, name)
+def record_spans(method_name: str) -> list[tuple[float, float]]:
+    """A list that gets the start and end time of every call of a method of the trainer."""
+    spans: list[tuple[float, float]] = []
+    method = getattr(Trainer, method_name)
 
-    def noted(self: Trainer, *arguments: Any, **options: Any) -> Any:
-        begun = time.perf_counter()
-        result = method(self, *arguments, **options)
-        spans.append((begun, time.perf_counter()))
+    def recorded(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = method(self, *args, **kwargs)
+        spans.append((started, time.perf_counter()))
         return result
 
-    setattr(Trainer, name, noted)
+    setattr(Trainer, method_name, recorded)
+    return spans
 
 
 def main() -> None:
-    """Train and print."""
-    steps: list[tuple[float, float]] = []
-    saves: list[tuple[float, float]] = []
-    timed("_step", steps)
-    timed("_save", saves)
-    words = [*sys.argv[2:], f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.eval_every=1000"]
-    config = load_config(sys.argv[1], ["name=save-study", *words])
+    """Train, and print the durations."""
+    steps, saves = record_spans("_step"), record_spans("_save")
+    fixed = [f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.eval_every=1000"]
+    config = load_config(sys.argv[1], ["name=save-study", *sys.argv[2:], *fixed])
     train(config, RunDirectory(Path("runs") / config.name), resume="never")
-    took = [after[0] - before[0] for before, after in itertools.pairwise(steps)]
-    ordinary = statistics.median(seconds for step, seconds in enumerate(took) if (step + 1) % EVERY > 5)
-    held = statistics.median(end - begun for begun, end in saves[:-2])
-    print(f"ordinary step {1e3 * ordinary:.0f} ms; a save holds it up for {1e3 * held:.0f} ms, {held / ordinary:.2f} of it")
-    for place, name in enumerate(("the step with the save", "the one after it")):
-        ratio = statistics.median(took[EVERY - 1 + place : STEPS - EVERY : EVERY]) / ordinary
-        print(f"{name} takes {ratio:.2f} times as long")
+    durations = [after[0] - before[0] for before, after in itertools.pairwise(steps)]
+    ordinary = statistics.median(seconds for index, seconds in enumerate(durations) if (index + 1) % EVERY > 5)
+    blocked = statistics.median(end - start for start, end in saves[:-2])
+    print(
+        f"ordinary step: {1e3 * ordinary:.0f} ms; a save blocks for {1e3 * blocked:.0f} ms, {blocked / ordinary:.2f} steps"
+    )
+    for offset, name in enumerate(("the step with the save", "the next step")):
+        ratio = statistics.median(durations[EVERY - 1 + offset : STEPS - EVERY : EVERY]) / ordinary
+        print(f"{name}: {ratio:.2f} times an ordinary step")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What the studies share: variants of one config trained on the same batches, and their load read from the metrics."""
+"""Shared by the studies: variants of one config trained on the same batches, their losses and expert load."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +9,12 @@ from numpy.typing import NDArray
 
 from moelm.config import load_config
 from moelm.runs.directory import RunDirectory
+from moelm.runs.metrics import read_metrics
 from moelm.train.setup import train
 
 Lines = list[dict[str, Any]]
-LAST = 0.1
-"""Part of the run, at its end, over which load is averaged."""
+LAST_FRACTION = 0.1
+"""The last part of a run, over which metrics and load are averaged."""
 
 
 class Variant(NamedTuple):
@@ -30,41 +30,42 @@ class Variant(NamedTuple):
         return float(next(line["val/loss"] for line in reversed(self.lines) if "val/loss" in line))
 
     def mean(self, key: str) -> float:
-        """Mean of a figure over the end of the run, each step's batch on its own."""
-        return float(np.mean([line[key] for line in self._end()]))
+        """Mean of a metric over the last steps, each of which describes a single batch."""
+        return float(np.mean([line[key] for line in self._last_lines()]))
 
     def load(self) -> NDArray[np.float64]:
-        """Share of all assignments that each expert got over the end of the run, `(layers, experts)`."""
-        steps = [[layer["load"] for layer in line["moe/layers"]] for line in self._end()]
-        return np.asarray(steps).mean(axis=0)
+        """Each expert's share of the assignments over the last steps, `(layers, experts)`."""
+        steps = [[layer["load"] for layer in line["moe/layers"]] for line in self._last_lines()]
+        load: NDArray[np.float64] = np.asarray(steps).mean(axis=0)
+        return load
 
-    def _end(self) -> Lines:
-        return self.lines[-max(1, round(LAST * len(self.lines))) :]
+    def _last_lines(self) -> Lines:
+        return self.lines[-max(1, round(LAST_FRACTION * len(self.lines))) :]
 
 
 def run_variants(config: Path, variants: dict[str, Sequence[str]], overrides: Sequence[str]) -> list[Variant]:
-    """Train each variant, or go on with it; a finished one is only read.
+    """Train each variant, or continue it; a finished one is only read.
 
     Args:
         variants: overrides by label.
-        overrides: those that all share.
+        overrides: for all variants.
     """
-    done = []
     base = load_config(config, overrides).name
-    for label, words in variants.items():
-        wanted = load_config(config, [*overrides, *words, f"name={base}-{label}"])
-        run = RunDirectory(Path("runs") / wanted.name)
-        train(wanted, run)
-        with run.metrics.open(encoding="utf-8") as file:
-            done.append(Variant(label, [json.loads(line) for line in file]))
-    return done
+    trained = []
+    for label, own in variants.items():
+        resolved = load_config(config, [*overrides, *own, f"name={base}-{label}"])
+        run = RunDirectory(Path("runs") / resolved.name)
+        train(resolved, run)
+        trained.append(Variant(label, read_metrics(run.metrics)))
+    return trained
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its columns aligned."""
-    width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    pad: Callable[[Sequence[str]], str] = lambda row: (  # noqa: E731
-        "| " + " | ".join(cell.rjust(w) for cell, w in zip(row, width, strict=True)) + " |"
-    )
-    rule = "|" + "|".join("-" * (w + 1) + ":" for w in width) + "|"
-    return "\n".join([pad(head), rule, *map(pad, rows)])
+    """A table with aligned columns."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)])

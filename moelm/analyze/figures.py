@@ -59,12 +59,12 @@ def _repetition(report: dict[str, Any]) -> Figure:
     numbers = [layer["layer"] for layer in layers]
     lines = (
         ("all", "adjacent tokens", COLORS[1], "-"),
-        ("shuffled", "random tokens of one domain", COLORS[2], "-"),
-        ("matched", "independent, with these loads", COLORS[3], DASHED),
+        ("shuffled", "random pairs in one domain", COLORS[2], "-"),
+        ("matched", "independent tokens, same load", COLORS[3], DASHED),
         ("uniform", "uniformly random experts", MUTED, DASHED),
     )
     figure = Figure(figsize=SIZE, layout="constrained")
-    titles = {"first": "Same first expert", "any": "Any expert in common"}
+    titles = {"first": "Same first expert", "any": "An expert in common"}
     for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for key, label, color, style in lines:
             values = [layer["repetition"][kind][key] for layer in layers]
@@ -99,7 +99,7 @@ def _saturation(report: dict[str, Any]) -> Figure:
     layers = report["layers"]
     colors = mpl.colormaps["viridis"](np.linspace(0.25, 0.85, len(layers)))
     figure = Figure(figsize=SIZE, layout="constrained")
-    titles = {"first": "Same first expert", "experts": "Experts in common"}
+    titles = {"first": "Same first expert", "experts": "Same experts"}
     for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for layer, color in zip(layers, colors, strict=True):
             checkpoints = layer["saturation"]["checkpoints"]

@@ -59,9 +59,12 @@ def summary_sentences(report: Mapping[str, Any]) -> list[str]:
     layer, domains = most_specialized_layer(report), len(report["domains"])
     first, association = layer["repetition"]["first"], layer["association"].get("all")
     repeated = NO_VALUE if first["all"] is None else f"{first['all']:.1%}"
-    repetition = f"adjacent tokens share their first expert in {repeated} of cases; chance is {first['uniform']:.1%}"
+    repetition = (
+        f"adjacent tokens share their first expert in {repeated} of cases, "
+        f"compared with {first['uniform']:.1%} for uniformly random experts"
+    )
     if first["shuffled"] is not None:
-        repetition += f", or {first['shuffled']:.1%} for random pairs of tokens in the same domain"
+        repetition += f" and {first['shuffled']:.1%} for random pairs of tokens in the same domain"
     text = f"{report['tokens']:,} tokens in {report['documents']:,} documents of the {report['split']} split"
     basis = f"Based on {text}, at step {report['step']:,}."
     if association is None:

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from moelm.cli.options import AsJson, ConfigPath, Overrides, plain_table, print_json, stdout_console
-from moelm.formats import clock, size
+from moelm.formats import byte_size, clock
 
 if TYPE_CHECKING:
     from moelm.config import RunConfig
@@ -73,8 +73,8 @@ def _layout_table(candidates: list["Candidate"]) -> Table:
             *map(str, candidate.strategy.dims),
             candidate.strategy.checkpointing,
             str(candidate.strategy.micro_batch_rows),
-            size(candidate.memory.total),
-            size(sum(candidate.traffic)),
+            byte_size(candidate.memory.total),
+            byte_size(sum(candidate.traffic)),
             f"{candidate.step_s:.3g} s" if candidate.step_s >= 1 else f"{1e3 * candidate.step_s:.3g} ms",
             f"{candidate.mfu:.0%}",
         )
@@ -85,8 +85,8 @@ def _detail_table(candidate: "Candidate") -> Table:
     """Memory by purpose, next to the bytes sent by collective."""
     table = plain_table("memory", "", "sent/step", "")
     table.columns[2].justify = "left"
-    memory = ((name, size(amount)) for name, amount in candidate.memory._asdict().items())
-    traffic = ((name, size(amount)) for name, amount in candidate.traffic._asdict().items())
+    memory = ((name, byte_size(amount)) for name, amount in candidate.memory._asdict().items())
+    traffic = ((name, byte_size(amount)) for name, amount in candidate.traffic._asdict().items())
     for (use, used), (collective, sent) in zip_longest(memory, traffic, fillvalue=("", "")):
         table.add_row(use.replace("_", "-"), used, collective.replace("_", "-"), sent)
     return table

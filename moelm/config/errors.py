@@ -25,30 +25,30 @@ def describe_error(error: ValidationError, whole: type[BaseModel]) -> str:
     """
     problems = error.errors()
     first = problems[0]
-    place, section = _locate(first["loc"], whole)
+    key, section = _locate(first["loc"], whole)
     # A setting of several types has failed once for each.
-    same = [problem for problem in problems if _locate(problem["loc"], whole)[0] == place]
+    same = [problem for problem in problems if _locate(problem["loc"], whole)[0] == key]
     value = first.get("input")
     match first["type"]:
         case "extra_forbidden":
-            parent, _, key = place.rpartition(".")
-            if place in RENAMED:
-                return f"{place} has been renamed; its name is now {RENAMED[place]}."
+            parent, _, last = key.rpartition(".")
+            if key in RENAMED:
+                return f"{key} has been renamed; its name is now {RENAMED[key]}."
             known = sorted(section.model_fields) if section else []
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(last, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{parent or 'the top level'} knows {', '.join(known)}."
-            text = f"there is no setting {place}; {hint}"
+            text = f"there is no setting {key}; {hint}"
         case "missing":
-            text = f"{place} is missing."
+            text = f"{key} is missing."
         case "value_error":
-            text = f"{place}: {first['ctx']['error']}." if place else f"{first['ctx']['error']}."
+            text = f"{key}: {first['ctx']['error']}." if key else f"{first['ctx']['error']}."
         case "union_tag_not_found":
-            text = f"{place}.kind is missing; one of {first['ctx'].get('tags', 'dense, moe')} is expected."
-            text = text if isinstance(value, dict) else f"{place} is {value!r}; a section of settings is expected."
+            text = f"{key}.kind is missing; one of {first['ctx'].get('tags', 'dense, moe')} is expected."
+            text = text if isinstance(value, dict) else f"{key} is {value!r}; a section of settings is expected."
         case "union_tag_invalid":
-            text = f"{place}.kind is {value.get('kind')!r}; expected one of {first['ctx']['expected_tags']}."
+            text = f"{key}.kind is {value.get('kind')!r}; expected one of {first['ctx']['expected_tags']}."
         case _:
-            text = f"{place} is {value!r}, but it should be {' or '.join(_expected(problem) for problem in same)}."
+            text = f"{key} is {value!r}, but it should be {' or '.join(_expected(problem) for problem in same)}."
     more = len(problems) - len(same)
     return text if not more else f"{text} ({more} more problem{'s' * (more > 1)} after this one.)"
 

@@ -1,1 +1,1 @@
-"""From raw text to rows of tokens: sources, tokenizer, token store, packing and batches."""
+"""Data: sources, tokenizer, token shards, packing and batches."""

@@ -1,4 +1,4 @@
-"""Records of a Hugging Face data set, streamed; every failure to reach one is a single sentence."""
+"""Records of a Hugging Face dataset, streamed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +8,15 @@ from moelm.config import SourceConfig
 from moelm.errors import MoelmError
 
 TIMEOUT_S = 10.0
-"""How long to wait for the hub's first answer; left alone, its client retries for half a minute without a network."""
+"""Timeout of the first request; without it, the client retries for half a minute if there is no network."""
 
 
 def hub_records(source: SourceConfig) -> Iterator[tuple[Any, str]]:
-    """Stream the records of `source.hub`: a data set's name on the hub, or a local directory that holds one."""
+    """Stream the records of `source.hub`, a dataset on the hub or in a local directory, each with its origin.
+
+    Raises:
+        MoelmError: it cannot be reached or read.
+    """
     name = source.hub or ""
     if not Path(name).exists():
         _check_reachable(name)
@@ -26,8 +30,8 @@ def hub_records(source: SourceConfig) -> Iterator[tuple[Any, str]]:
     except MoelmError:
         raise
     except Exception as error:
-        # The library passes through errors of every transport and file format; all mean the same to the user.
-        raise MoelmError(f"The data set {name} (split {source.split}) cannot be streamed: {_first_line(error)}") from error
+        # The library raises the errors of every transport and file format.
+        raise MoelmError(f"The dataset {name} (split {source.split}) cannot be streamed: {_first_line(error)}") from error
 
 
 def _check_reachable(name: str) -> None:
@@ -37,7 +41,7 @@ def _check_reachable(name: str) -> None:
         HfApi().dataset_info(name, timeout=TIMEOUT_S)
     except Exception as error:
         raise MoelmError(
-            f"The data set {name} cannot be reached on the Hugging Face hub ({_first_line(error)}); check its name and "
+            f"The dataset {name} cannot be reached on the Hugging Face hub ({_first_line(error)}); check its name and "
             "the network, or use local files (path: ...) or the builtin corpus (name: builtin)."
         ) from error
 

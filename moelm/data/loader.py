@@ -1,4 +1,4 @@
-"""Batches of rows as pure functions of (seed, step): nothing to save, nothing to lose.
+"""Packed rows and batches, as pure functions of (seed, step); the loader has no state to save.
 
 Shapes: B rows, T positions.
 """
@@ -20,25 +20,25 @@ from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 
 IGNORE = -100
-"""Target of a padding position; it takes part in no loss."""
+"""Target of a padding position, which has no loss."""
 
 
 class Batch(NamedTuple):
-    """Rows of fragments; every fragment opens with the start token, and every token of the data is a target once."""
+    """Rows of document fragments. Each fragment starts with the start token; every token of the data is a target once."""
 
     tokens_BT: Tensor
     targets_BT: Tensor
     fragments_BT: Tensor
-    """Number of each position's fragment within the split's packing; -1 is padding."""
+    """Index of each position's fragment in the split's packing; -1 is padding."""
 
     @property
     def valid_BT(self) -> Tensor:
-        """Positions that count; the others are padding."""
+        """False for padding."""
         return self.targets_BT != IGNORE
 
     @property
     def valid_N(self) -> Tensor:
-        """Positions that count, flattened."""
+        """`valid_BT`, flattened."""
         return self.valid_BT.flatten()
 
     def to(self, device: torch.device) -> "Batch":
@@ -53,44 +53,44 @@ class Rows:
         self.split, self.row_len, self.tokenizer = split, row_len, tokenizer
         lengths = split.documents["tokens"].astype(np.int64)
         starts = np.cumsum(lengths) - lengths
-        kept = np.repeat(np.arange(len(lengths)), _repeats(split, weights))
-        packing = pack(lengths[kept], row_len)
-        self.packing: Packing = packing._replace(document=kept[packing.document])
-        self._places: Ints = starts[self.packing.document] + packing.start
+        documents = np.repeat(np.arange(len(lengths)), _repeats(split, weights))
+        packing = pack(lengths[documents], row_len)
+        self.packing: Packing = packing._replace(document=documents[packing.document])
+        self._offsets: Ints = starts[self.packing.document] + packing.start
         self._tokens_before: Ints = np.concatenate(([0], np.cumsum(packing.length)))[packing.row_starts]
 
     def __len__(self) -> int:
         return self.packing.num_rows
 
     def count_tokens(self, rows: Ints) -> int:
-        """Valid tokens of the given rows, without reading them."""
+        """Valid tokens of these rows, without reading them."""
         return int((self._tokens_before[rows + 1] - self._tokens_before[rows]).sum())
 
     def batch(self, rows: Ints) -> Batch:
-        """The given rows as one batch."""
+        """These rows as one batch."""
         first, end = self.packing.row_starts[rows], self.packing.row_starts[rows + 1]
         fragments, row_of_fragment = _ranges(first, end - first)
         lengths = self.packing.length[fragments]
-        places, fragment_of_token = _ranges(self._places[fragments], lengths)
+        offsets, fragment_of_token = _ranges(self._offsets[fragments], lengths)
         before = np.cumsum(lengths) - lengths
         row_starts = before[np.searchsorted(row_of_fragment, np.arange(len(rows)))]
         row_of_token = row_of_fragment[fragment_of_token]
-        columns = np.arange(len(places)) - row_starts[row_of_token]
+        columns = np.arange(len(offsets)) - row_starts[row_of_token]
         shape = (len(rows), self.row_len)
         tokens = np.full(shape, self.tokenizer.eos_id, dtype=np.int64)
         targets = np.full(shape, IGNORE, dtype=np.int64)
-        numbers = np.full(shape, -1, dtype=np.int64)
-        taken = self.split.take(places)
-        targets[row_of_token, columns] = taken
-        inputs = np.roll(taken, 1)
+        fragment_ids = np.full(shape, -1, dtype=np.int64)
+        ids = self.split.take(offsets)
+        targets[row_of_token, columns] = ids
+        inputs = np.roll(ids, 1)
         inputs[before] = self.tokenizer.bos_id
         tokens[row_of_token, columns] = inputs
-        numbers[row_of_token, columns] = fragments[fragment_of_token]
-        return Batch(*map(torch.from_numpy, (tokens, targets, numbers)))
+        fragment_ids[row_of_token, columns] = fragments[fragment_of_token]
+        return Batch(*map(torch.from_numpy, (tokens, targets, fragment_ids)))
 
 
 class TrainOrder:
-    """Which rows each step sees: a fresh seeded permutation per epoch, read from front to back."""
+    """The rows of each step: a seeded permutation per epoch, in order."""
 
     def __init__(self, num_rows: int, batch_rows: int, seed: int) -> None:
         self.num_rows, self.batch_rows, self.seed = num_rows, batch_rows, seed
@@ -98,14 +98,14 @@ class TrainOrder:
 
     def rows(self, step: int) -> Ints:
         """Rows of one step, counted from 0."""
-        places = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows)
+        positions = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows)
         parts = []
-        for epoch in np.unique(places // self.num_rows).tolist():
-            inside = places[places // self.num_rows == epoch] % self.num_rows
-            parts.append(self._permuted(epoch)[inside])
+        for epoch in np.unique(positions // self.num_rows).tolist():
+            in_epoch = positions[positions // self.num_rows == epoch] % self.num_rows
+            parts.append(self._epoch_order(epoch)[in_epoch])
         return np.concatenate(parts)
 
-    def _permuted(self, epoch: int) -> Ints:
+    def _epoch_order(self, epoch: int) -> Ints:
         if epoch != self._epoch:
             self._epoch = epoch
             self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
@@ -113,7 +113,7 @@ class TrainOrder:
 
 
 class PreparedData(NamedTuple):
-    """A prepared data set, opened for one run."""
+    """A prepared dataset, opened for one run."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -124,16 +124,16 @@ class PreparedData(NamedTuple):
 
     @property
     def eval_fingerprint(self) -> str:
-        """What two runs must share for their validation losses to be comparable."""
+        """Fingerprint that two runs must share for their validation losses to be comparable."""
         parts = [self.data_fingerprint, self.tokenizer_fingerprint, str(self.val.row_len)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def open_data(config: RunConfig) -> PreparedData:
-    """Open the data set that `prepare` made for this config.
+    """Open the prepared dataset of this config.
 
     Raises:
-        MoelmError: it is not prepared, or has too little text for one row of training and one of validation.
+        MoelmError: it is not prepared, or one of its splits is empty.
     """
     folder = prepared_folder(config.data)
     manifest = read_manifest(folder)
@@ -143,10 +143,10 @@ def open_data(config: RunConfig) -> PreparedData:
     weights = [source.weight for source in config.data.sources]
     train = Rows(Split(folder, "train", manifest), config.data.seq_len, tokenizer, weights)
     val = Rows(Split(folder, "val", manifest), config.data.seq_len, tokenizer, [None] * len(weights))
-    for rows, side in ((train, "training"), (val, "validation")):
+    for rows, name in ((train, "training"), (val, "validation")):
         if not len(rows):
             raise MoelmError(
-                f"The {side} side of the data is empty: {len(train.split.documents)} training and "
+                f"The {name} split of the data is empty: {len(train.split.documents)} training and "
                 f"{len(val.split.documents)} validation documents; add text, change data.val_fraction = "
                 f"{config.data.val_fraction}, or set data.holdout=tail to hold out the end of each document."
             )
@@ -154,10 +154,10 @@ def open_data(config: RunConfig) -> PreparedData:
 
 
 def _repeats(split: Split, weights: list[float | None]) -> Ints:
-    """How often each document appears in an epoch, so that sources have their shares of the tokens.
+    """How often each document appears in an epoch, so that sources have their configured shares of the tokens.
 
-    The source shortest of its share is repeated until the one with most text appears once; a fraction of a repeat goes
-    to the documents with the smallest hashes.
+    The source with the most tokens relative to its share appears once, and the others are repeated. A fractional repeat is
+    applied to the documents with the largest hashes.
     """
     table = split.documents
     if all(weight is None for weight in weights):
@@ -171,7 +171,7 @@ def _repeats(split: Split, weights: list[float | None]) -> Ints:
 
 
 def _ranges(starts: Ints, lengths: Ints) -> tuple[Ints, NDArray[np.int64]]:
-    """Concatenated `range(start, start + length)`s, and which range each element came from."""
+    """Concatenated `range(start, start + length)`s, and the index of each element's range."""
     owner = np.repeat(np.arange(len(starts)), lengths)
     offset = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return starts[owner] + offset, owner

@@ -1,6 +1,6 @@
-"""Documents into rows of equal length: fragment long ones, then fit what is left, longest first, where it fits best.
+"""Packing of documents into rows of equal length: documents are split into fragments, which are packed best-fit decreasing.
 
-Every token of a split lands in exactly one row, and padding stays under a percent (Ding et al. 2024, best-fit packing).
+Every token of a split is in exactly one row, and padding is below one percent (Ding et al. 2024, best-fit packing).
 """
 
 from typing import NamedTuple
@@ -23,25 +23,25 @@ class Packing(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self.row_starts) - 1
 
 
 def pack(lengths: Ints, row_len: int) -> Packing:
     """Pack documents of these lengths in tokens into rows of `row_len`.
 
-    Whole rows come first, in document order; the loader shuffles rows anyway.
+    Full rows come first, in document order; the loader shuffles rows.
     """
-    whole = lengths // row_len
-    document = np.repeat(np.arange(len(lengths)), whole)
-    start = (np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)) * row_len
-    rest = lengths % row_len
-    left = np.flatnonzero(rest)
-    left = left[np.argsort(-rest[left], kind="stable")]
-    row = np.concatenate((np.arange(len(document)), len(document) + _best_fit(rest[left], row_len)))
-    document = np.concatenate((document, left))
-    start = np.concatenate((start, lengths[left] - rest[left]))
-    length = np.concatenate((np.full(len(row) - len(left), row_len), rest[left]))
+    full_rows = lengths // row_len
+    document = np.repeat(np.arange(len(lengths)), full_rows)
+    start = (np.arange(len(document)) - np.repeat(np.cumsum(full_rows) - full_rows, full_rows)) * row_len
+    remainder = lengths % row_len
+    partial = np.flatnonzero(remainder)
+    partial = partial[np.argsort(-remainder[partial], kind="stable")]
+    row = np.concatenate((np.arange(len(document)), len(document) + _best_fit(remainder[partial], row_len)))
+    document = np.concatenate((document, partial))
+    start = np.concatenate((start, lengths[partial] - remainder[partial]))
+    length = np.concatenate((np.full(len(row) - len(partial), row_len), remainder[partial]))
     order = np.argsort(row, kind="stable")
     num_rows = int(row.max()) + 1 if len(row) else 0
     row_starts = np.searchsorted(row[order], np.arange(num_rows + 1))
@@ -49,14 +49,14 @@ def pack(lengths: Ints, row_len: int) -> Packing:
 
 
 def _best_fit(lengths: Ints, row_len: int) -> Ints:
-    """Row of each length, given longest first: the fullest row with enough room, else a new one.
+    """The row of each fragment, given longest first: the fullest row with enough space, or a new one.
 
-    Rows wait in a stack per free space; an integer with one bit per non-empty stack finds the tightest fit at once.
+    Rows are held in one stack per free space; an integer with one bit per non-empty stack finds the tightest fit.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
     stacks: list[list[int]] = [[] for _ in range(row_len + 1)]
     spaces = 0
-    opened = 0
+    num_rows = 0
     for index, length in enumerate(lengths.tolist()):
         fitting = spaces >> length
         if fitting:
@@ -65,8 +65,8 @@ def _best_fit(lengths: Ints, row_len: int) -> Ints:
             if not stacks[space]:
                 spaces &= ~(1 << space)
         else:
-            space, row = row_len, opened
-            opened += 1
+            space, row = row_len, num_rows
+            num_rows += 1
         rows[index] = row
         free = space - length
         if free:

@@ -1,7 +1,7 @@
-"""`prepare`: documents in, a versioned folder of tokens out. Idempotent, constant in memory, all or nothing.
+"""Preparation of a dataset: documents are deduplicated, split, tokenized and written to a folder, in constant memory.
 
-The folder's name is a hash of the recipe and of the state of the inputs, so changed input makes a new version; work
-happens under a temporary name, and only a finished folder gets the real one.
+The folder's name is a hash of the settings and of the state of the sources, so changed sources make a new folder. It is
+complete or does not exist.
 """
 
 import hashlib
@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moelm import __version__
+from moelm.atomic import atomic_directory
 from moelm.config import DataConfig
-from moelm.console import ProgressLine, log
-from moelm.formats import quantity
+from moelm.console import ProgressLine, warn
 from moelm.data.document import Document
-from moelm.data.sources import read_source, source_fingerprint
 from moelm.data.shards import FORMAT, SplitWriter, read_manifest
+from moelm.data.sources import read_source, source_fingerprint
 from moelm.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_content
 from moelm.errors import MoelmError
-from moelm.atomic import atomic_directory
+from moelm.formats import byte_size
 
 BATCH_CHARS = 1 << 21
-"""Text handed to the tokenizer at once: enough to keep all cores busy, little enough to forget."""
+"""Characters that are tokenized at once; enough to use all cores."""
 
 
-class Piece(NamedTuple):
-    """A document, or the part of one, that belongs to one side of the split."""
+class SplitText(NamedTuple):
+    """A document, or the part of one that belongs to a split."""
 
     text: str
     domain: str
@@ -40,19 +40,19 @@ class Piece(NamedTuple):
 
 
 def prepared_folder(data: DataConfig) -> Path:
-    """Where the data set of this config is, or will be once prepared."""
+    """The folder of this config's dataset, whether it is prepared or not."""
     recipe = json.dumps(_recipe(data), sort_keys=True)
     return Path(data.dir) / hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
 
 def prepare(data: DataConfig) -> tuple[Path, bool]:
-    """Prepare a data set unless it is there already.
+    """Prepare a dataset, unless it is prepared already.
 
     Returns:
         Its folder, and whether any work was done.
 
     Raises:
-        MoelmError: unusable input; nothing is left behind.
+        MoelmError: unusable input; no folder is created.
     """
     folder = prepared_folder(data)
     if read_manifest(folder) is not None:
@@ -61,13 +61,13 @@ def prepare(data: DataConfig) -> tuple[Path, bool]:
         with atomic_directory(folder) as work:
             _write(data, work)
     except OSError as error:
-        if read_manifest(folder) is None:  # else another process was faster; the content is the same
+        if read_manifest(folder) is None:  # otherwise another process has prepared the same content
             raise MoelmError(f"The data cannot be written under {folder.parent}: {error.strerror}.") from error
     return folder, True
 
 
 def _recipe(data: DataConfig) -> dict[str, Any]:
-    """Everything that the prepared tokens depend on; rows, weights and masks are made from them later."""
+    """Everything that the prepared tokens depend on; rows, weights and masks are computed from them later."""
     recipe = data.model_dump(mode="json", include={"tokenizer", "val_fraction", "holdout", "max_document_mb"})
     recipe["format"] = FORMAT
     recipe["sources"] = [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources]
@@ -81,9 +81,8 @@ def _write(data: DataConfig, work: Path) -> None:
     seen: set[int] = set()
     duplicates = [0]
     with ProgressLine("Reading documents …") as progress_line:
-        streams = [
-            _pieces(read_source(source, int(data.max_document_mb * 1e6)), data, seen, duplicates) for source in data.sources
-        ]
+        max_bytes = int(data.max_document_mb * 1e6)
+        streams = [_split_texts(read_source(source, max_bytes), data, seen, duplicates) for source in data.sources]
         tokenizer, streams = _train_tokenizer(data, streams, progress_line)
         tokenizer.save(work / "tokenizer.json")
         domains: dict[str, int] = {}
@@ -92,19 +91,19 @@ def _write(data: DataConfig, work: Path) -> None:
         started = time.monotonic()
         for number, (source, stream) in enumerate(zip(data.sources, streams, strict=True)):
             tokens = 0
-            for piece, ids in _encoded(stream, tokenizer):
+            for part, ids in _encoded(stream, tokenizer):
                 tokens += len(ids)
                 if source.max_tokens is not None and tokens > source.max_tokens:
                     break
-                domain = domains.setdefault(piece.domain, len(domains))
-                writers[piece.split].add(ids, piece.size, domain, number, piece.hash)
-                if piece.split == "val":
-                    held_out.add(piece.domain)
-                if writers[piece.split].documents % 64 == 0:
+                domain = domains.setdefault(part.domain, len(domains))
+                writers[part.split].add(ids, part.size, domain, number, part.hash)
+                if part.split == "val":
+                    held_out.add(part.domain)
+                if writers[part.split].documents % 64 == 0:
                     progress_line.update(_progress(source.label, writers, started))
         if unseen := sorted(domains.keys() - held_out):
-            log(
-                f"Warning: no document of {', '.join(unseen)} fell into validation, so its loss will not be told; "
+            warn(
+                f"no document of {', '.join(unseen)} is in the validation split, so it will have no validation loss; "
                 f"a larger data.val_fraction than {data.val_fraction} would include some."
             )
     splits = {split: writer.close() for split, writer in writers.items()}
@@ -124,8 +123,10 @@ def _write(data: DataConfig, work: Path) -> None:
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _pieces(documents: Iterable[Document], data: DataConfig, seen: set[int], duplicates: list[int]) -> Iterator[Piece]:
-    """Drop exact duplicates and choose sides, by the hash of the text alone: the rest of the data has no say in it."""
+def _split_texts(
+    documents: Iterable[Document], data: DataConfig, seen: set[int], duplicates: list[int]
+) -> Iterator[SplitText]:
+    """Skip exact duplicates and assign splits by the hash of the text, independently of other documents."""
     threshold = int(data.val_fraction * 2**64)
     for document in documents:
         text, digest, size = document.text, *_digest(document.text)
@@ -134,12 +135,12 @@ def _pieces(documents: Iterable[Document], data: DataConfig, seen: set[int], dup
             continue
         seen.add(digest)
         if data.holdout == "documents":
-            yield Piece(text, document.domain, "val" if digest < threshold else "train", digest, size)
+            yield SplitText(text, document.domain, "val" if digest < threshold else "train", digest, size)
             continue
         cut = round(len(text) * (1 - data.val_fraction))
         for part, split in ((text[:cut], "train"), (text[cut:], "val")):
             if part:
-                yield Piece(part, document.domain, split, digest, len(part.encode()))
+                yield SplitText(part, document.domain, split, digest, len(part.encode()))
 
 
 def _digest(text: str) -> tuple[int, int]:
@@ -148,47 +149,51 @@ def _digest(text: str) -> tuple[int, int]:
 
 
 def _train_tokenizer(
-    data: DataConfig, streams: list[Iterator[Piece]], progress_line: ProgressLine
-) -> tuple[Tokenizer, list[Iterator[Piece]]]:
-    """Train on the opening of every source and give it back: documents are read, and generated, once."""
+    data: DataConfig, streams: list[Iterator[SplitText]], progress_line: ProgressLine
+) -> tuple[Tokenizer, list[Iterator[SplitText]]]:
+    """Train the tokenizer on the first documents of every source.
+
+    Returns:
+        The tokenizer, and streams that begin with the documents already read.
+    """
     if data.tokenizer.kind in ("byte", "file"):
         return build_tokenizer(data.tokenizer, ()), streams
     share = data.tokenizer.train_bytes // len(streams)
-    heads: list[list[Piece]] = []
+    heads: list[list[SplitText]] = []
     for stream in streams:
-        head: list[Piece] = []
+        head: list[SplitText] = []
         size = 0
-        for piece in stream:
-            head.append(piece)
-            size += piece.size
+        for part in stream:
+            head.append(part)
+            size += part.size
             if size >= share:
                 break
             if len(head) % 64 == 0:
-                progress_line.update(f"Reading documents for the tokenizer: {quantity(size)}B")
+                progress_line.update(f"Reading documents for the tokenizer: {byte_size(size)}")
         heads.append(head)
     progress_line.update("Training the tokenizer …")
-    texts = (piece.text for head in heads for piece in head if piece.split == "train")
+    texts = (part.text for head in heads for part in head if part.split == "train")
     tokenizer = build_tokenizer(data.tokenizer, texts)
     return tokenizer, [itertools.chain(_drain(head), stream) for head, stream in zip(heads, streams, strict=True)]
 
 
-def _drain(pieces: list[Piece]) -> Iterator[Piece]:
-    """Yield and forget."""
-    pieces.reverse()
-    while pieces:
-        yield pieces.pop()
+def _drain(parts: list[SplitText]) -> Iterator[SplitText]:
+    """Yield items and free them."""
+    parts.reverse()
+    while parts:
+        yield parts.pop()
 
 
-def _encoded(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, list[int]]]:
-    """Token ids of each piece, the end token included; the next batch is read and encoded while the last is written."""
+def _encoded(parts: Iterator[SplitText], tokenizer: Tokenizer) -> Iterator[tuple[SplitText, list[int]]]:
+    """Token ids of each text with the end token; the next batch is read and encoded while the last one is written."""
 
-    def encode(batch: list[Piece]) -> list[tuple[Piece, list[int]]]:
-        every = tokenizer.encode_batch([piece.text for piece in batch])
-        return [(piece, [*ids, tokenizer.eos_id]) for piece, ids in zip(batch, every, strict=True)]
+    def encode(batch: list[SplitText]) -> list[tuple[SplitText, list[int]]]:
+        every = tokenizer.encode_batch([part.text for part in batch])
+        return [(part, [*ids, tokenizer.eos_id]) for part, ids in zip(batch, every, strict=True)]
 
-    waiting: Future[list[tuple[Piece, list[int]]]] | None = None
+    waiting: Future[list[tuple[SplitText, list[int]]]] | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:
-        for batch in _batches(pieces):
+        for batch in _batches(parts):
             done, waiting = waiting, pool.submit(encode, batch)
             if done is not None:
                 yield from done.result()
@@ -196,12 +201,12 @@ def _encoded(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Pi
             yield from waiting.result()
 
 
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(parts: Iterator[SplitText]) -> Iterator[list[SplitText]]:
+    batch: list[SplitText] = []
     chars = 0
-    for piece in pieces:
-        batch.append(piece)
-        chars += len(piece.text)
+    for part in parts:
+        batch.append(part)
+        chars += len(part.text)
         if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
@@ -213,4 +218,4 @@ def _progress(label: str, writers: dict[str, SplitWriter], started: float) -> st
     documents = sum(writer.documents for writer in writers.values())
     size = sum(writer.bytes for writer in writers.values())
     rate = size / max(time.monotonic() - started, 1e-9)
-    return f"Encoding {label}: {documents:,} documents, {quantity(size)}B of text, {quantity(rate)}B/s"
+    return f"Encoding {label}: {documents:,} documents, {byte_size(size)} of text, {byte_size(rate)}/s"

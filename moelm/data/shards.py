@@ -1,6 +1,6 @@
-"""Prepared data on disk: token shards, a table of documents and a manifest, written once and memory-mapped after.
+"""Prepared data on disk: memory-mapped token shards, a table of documents and a manifest.
 
-A split is a stream of documents, each its tokens followed by the end token. Documents never straddle shards.
+A split is a sequence of documents, each its tokens followed by the end token. A document is in one shard.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("domain", "<u2"), ("s
 
 
 class SplitWriter:
-    """Writes one split; `close` returns its part of the manifest."""
+    """Writes one split."""
 
     def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
@@ -46,7 +46,7 @@ class SplitWriter:
         self.bytes += size
 
     def close(self) -> dict[str, Any]:
-        """Finish the files and describe them."""
+        """Close the files; returns the split's part of the manifest."""
         self._end_shard()
         self._table.close()
         tokens = sum(shard["tokens"] for shard in self.shards)
@@ -66,7 +66,7 @@ class SplitWriter:
 
 
 class Split:
-    """One split, memory-mapped: `documents` is its table, `take` gathers tokens by their place in the stream."""
+    """One split, memory-mapped."""
 
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
         described = manifest["splits"][split]
@@ -80,21 +80,21 @@ class Split:
         if [len(shard) for shard in self._shards] != sizes or len(self.documents) != described["documents"]:
             raise MoelmError(f"{folder} is damaged: the files of {split} are not as long as its manifest says; delete it.")
 
-    def take(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Token ids at these places of the stream."""
+    def take(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Token ids at these offsets in the split."""
         if len(self._shards) == 1:
-            return self._shards[0][places].astype(np.int64)
-        taken = np.empty(len(places), dtype=np.int64)
-        owners = np.searchsorted(self._ends, places, side="right")
-        for number in np.unique(owners):
-            mine = owners == number
+            return self._shards[0][offsets].astype(np.int64)
+        ids = np.empty(len(offsets), dtype=np.int64)
+        shard_of = np.searchsorted(self._ends, offsets, side="right")
+        for number in np.unique(shard_of):
+            selected = shard_of == number
             first = self._ends[number] - len(self._shards[number])
-            taken[mine] = self._shards[number][places[mine] - first]
-        return taken
+            ids[selected] = self._shards[number][offsets[selected] - first]
+        return ids
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished data set, or None where there is none; the last file written, it vouches for the rest."""
+    """The manifest of a finished dataset; None if there is none. It is the last file that is written."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

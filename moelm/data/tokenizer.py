@@ -1,4 +1,4 @@
-"""Text to token ids and back: train one, load one, and the two special tokens that mark a document's start and end."""
+"""The tokenizer: training, loading, encoding and decoding, and the start and end tokens of documents."""
 
 import json
 from collections.abc import Iterable
@@ -16,17 +16,17 @@ EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with known start and end tokens; text never turns into special tokens.
+    """A `tokenizers.Tokenizer` with known start and end tokens; text is never encoded as special tokens.
 
-    An existing tokenizer without such tokens gets `<|bos|>` and `<|eos|>` added.
+    `<|bos|>` and `<|eos|>` are added to a tokenizer without such tokens.
     """
 
     def __init__(self, raw: RawTokenizer) -> None:
         self.raw = raw
         self.added: list[str] = []
-        """Start and end tokens that it did not have."""
-        self.bos_id = self._special(BOS_NAMES)
-        self.eos_id = self._special(EOS_NAMES)
+        """Start and end tokens that were added."""
+        self.bos_id = self._special_id(BOS_NAMES)
+        self.eos_id = self._special_id(EOS_NAMES)
         self.vocab_size: int = raw.get_vocab_size()
         self._unknown_id: int | None = raw.token_to_id(UNKNOWN)
         raw.encode_special_tokens = True
@@ -44,12 +44,12 @@ class Tokenizer:
             raise MoelmError(f"{path} cannot be read as a tokenizer.json.") from None
         try:
             return cls(RawTokenizer.from_str(text))
-        except Exception as error:  # the library raises plain Exception for every malformed file
+        except Exception as error:  # the library raises Exception for every malformed file
             raise MoelmError(f"{path} is not a tokenizer.json: {error}.") from None
 
     @property
     def content(self) -> str:
-        """All of it as JSON; equal for equal tokenizers."""
+        """The whole tokenizer as JSON; equal for equal tokenizers."""
         text: str = self.raw.to_str()
         return text
 
@@ -58,42 +58,42 @@ class Tokenizer:
         path.write_text(self.raw.to_str(pretty=True), encoding="utf-8")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of many texts at once, on all cores, without special tokens."""
+        """Token ids of several texts, on all cores, without special tokens."""
         return [encoding.ids for encoding in self.raw.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, opened like a document.
+        """Token ids of a prompt, starting with the start token.
 
         Raises:
-            MoelmError: characters the tokenizer has never seen.
+            MoelmError: characters that are not in the vocabulary.
         """
         ids: list[int] = self.raw.encode(text, add_special_tokens=False).ids
         if self._unknown_id in ids:
-            strange = sorted({character for character in text if self.raw.token_to_id(character) is None})
+            unknown = sorted({character for character in text if self.raw.token_to_id(character) is None})
             raise MoelmError(
-                f"The prompt holds {', '.join(map(repr, strange))}, which the character tokenizer never saw in training."
+                f"The prompt contains {', '.join(map(repr, unknown))}, which the character tokenizer never saw in training."
             )
         return [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; special tokens leave no trace."""
+        """The text of token ids, without special tokens."""
         text: str = self.raw.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def _special(self, names: tuple[str, ...]) -> int:
+    def _special_id(self, names: tuple[str, ...]) -> int:
         for name in names:
             if (token_id := self.raw.token_to_id(name)) is not None:
                 return int(token_id)
         self.raw.add_special_tokens([names[0]])
         self.added.append(names[0])
-        return self._special(names)
+        return self._special_id(names)
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Train, or for kind `file` load, the tokenizer that a config asks for.
+    """Train the tokenizer of a config or, for kind `file`, load it.
 
     Args:
-        texts: training documents; read for `bpe` and `char` alone.
+        texts: training documents; read for `bpe` and `char` only.
     """
     match config.kind:
         case "file":
@@ -109,8 +109,8 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             )
             raw.train_from_iterator(texts, trainer)
         case "byte":
-            letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-            raw = RawTokenizer(models.BPE(vocab={letter: i for i, letter in enumerate([BOS, EOS, *letters])}, merges=[]))
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+            raw = RawTokenizer(models.BPE(vocab={token: i for i, token in enumerate([BOS, EOS, *alphabet])}, merges=[]))
             raw.add_special_tokens([BOS, EOS])
             _make_byte_level(raw, use_regex=False)
         case "char":
@@ -126,13 +126,13 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def _make_byte_level(raw: RawTokenizer, use_regex: bool) -> None:
-    """Every byte has a letter, so any Unicode text goes in and comes out unchanged."""
+    """Map every byte to a character, so that any Unicode text is encoded without loss."""
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     raw.decoder = decoders.ByteLevel()
 
 
 def tokenizer_content(path: Path) -> str:
-    """A tokenizer.json in canonical form, for fingerprints that ignore its layout."""
+    """A tokenizer.json in canonical form, for fingerprints independent of its formatting."""
     try:
         return json.dumps(json.loads(path.read_text(encoding="utf-8")), sort_keys=True)
     except FileNotFoundError:

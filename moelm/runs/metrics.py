@@ -61,10 +61,7 @@ def read_metrics(path: Path) -> list[Line]:
     """
     steps: dict[int, Line] = {}
     for number, text in _lines(path):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise MoelmError(f"{path}, line {number} is not JSON: {error.msg}.") from None
+        line = _parse(path, number, text)
         if not isinstance(line, dict):
             raise MoelmError(f"{path}, line {number} is not a JSON object.")
         for key in (*TOTALS, "val/loss", "val/bpb") if "val/loss" in line else TOTALS:
@@ -91,7 +88,18 @@ def is_finite(value: Any) -> bool:
 
 
 def _evaluations(path: Path) -> list[Line]:
-    return [line for line in read_metrics(path) if "val/loss" in line] if path.exists() else []
+    """The lines with a validation loss; a line that a kill has cut off is ignored, because its step will be repeated."""
+    if not path.exists():
+        return []
+    lines = [(number, text) for number, text in _lines(path) if '"val/loss"' in text and text.rstrip().endswith("}")]
+    return [_parse(path, number, text) for number, text in lines]
+
+
+def _parse(path: Path, number: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MoelmError(f"{path}, line {number} is not JSON: {error.msg}.") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

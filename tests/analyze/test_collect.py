@@ -1,4 +1,4 @@
-"""Counting: against a naive loop over positions, with planted routers, and without disturbing the model."""
+"""Routing counts: equal to those of a loop over positions, with planted routers, and without changing the model."""
 
 import contextlib
 import copy
@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moelm.analyze.collect import Sample, collect, draw_rows
+from moelm.analyze.collect import RoutingSample, collect_routing, sample_rows
 from moelm.analyze.counts import UNIT
-from moelm.analyze.summary import summarise
-from moelm.analyze.weight_similarity import expert_similarity
+from moelm.analyze.summary import summarize
 from moelm.config import RunConfig, check_config
 from moelm.data.loader import PreparedData, open_data
 from moelm.data.prepare import prepare
@@ -24,7 +23,6 @@ from moelm.errors import MoelmError
 from moelm.model import Transformer, build_model
 from moelm.model.moe.router import Routing, TokenContext
 
-CPU = torch.device("cpu")
 ALPHABETS = {"alpha": "abcdefg", "omega": "tuvwxyz"}
 
 
@@ -49,7 +47,7 @@ def config_of(top_k: int) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    """Two domains without a letter in common."""
+    """Two domains that have no letter in common."""
     folder = tmp_path_factory.mktemp("domains")
     rng = np.random.default_rng(0)
     with contextlib.chdir(folder):
@@ -62,18 +60,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
         return opened
 
 
-def look(model: Transformer, data: PreparedData, tokens: int = 10**6, seed: int = 0) -> Sample:
-    return collect(model, data.val, tokens, seed, CPU, torch.float32, mask=True)
+def collect(model: Transformer, data: PreparedData, tokens: int = 10**6, seed: int = 0) -> RoutingSample:
+    return collect_routing(model, data.val, tokens, seed, torch.float32, document_mask=True)
 
 
-def told(model: Transformer, sample: Sample) -> dict[str, Any]:
-    return summarise(sample, model.config.ffn.top_k, str, expert_similarity(model), 99, 0)  # type: ignore[union-attr]
+def report_layers(model: Transformer, data: PreparedData) -> list[dict[str, Any]]:
+    layers: list[dict[str, Any]] = summarize(collect(model, data), model, str, 99, 0)["layers"]
+    return layers
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_counts_are_those_of_a_loop_over_positions(data: PreparedData, top_k: int) -> None:
     model = build_model(config_of(top_k).model, seed=0).eval()
-    counts = look(model, data).counts
+    counts = collect(model, data).counts
     rows = data.val
     expected: Counter[Any] = Counter()
     entropy = margin = 0.0
@@ -94,12 +93,12 @@ def test_counts_are_those_of_a_loop_over_positions(data: PreparedData, top_k: in
                     expected["predicted", layer, expert, int(output.logits[0, t].argmax())] += 1
                 for a in chosen:
                     for b in chosen:
-                        expected["together", layer, a, b] += a != b
+                        expected["coactivation", layer, a, b] += a != b
                 if t and int(batch.fragments_BT[0, t - 1]) == fragment:
-                    before = routing.experts_NK[t - 1].tolist()
-                    expected["neighbours", domain] += layer == 0
-                    expected["same first", layer, domain] += before[0] == chosen[0]
-                    expected["same any", layer, domain] += bool(set(before) & set(chosen))
+                    previous = routing.experts_NK[t - 1].tolist()
+                    expected["adjacent", domain] += layer == 0
+                    expected["same first", layer, domain] += previous[0] == chosen[0]
+                    expected["same any", layer, domain] += bool(set(previous) & set(chosen))
                 probs = routing.probs_NE[t].double()
                 entropy -= float((probs * probs.log()).sum())
                 margin += float(min(probs[chosen]) - max(probs[e] for e in range(6) if e not in chosen))
@@ -107,16 +106,16 @@ def test_counts_are_those_of_a_loop_over_positions(data: PreparedData, top_k: in
         for expert in range(6):
             assert counts.load[layer, expert] == expected["load", layer, expert]
             for domain in range(2):
-                assert counts.first[domain, layer, expert] == expected["first", layer, domain, expert]
+                assert counts.first_experts[domain, layer, expert] == expected["first", layer, domain, expert]
             for token in range(258):
                 assert counts.by_input[layer, expert, token] == expected["input", layer, expert, token]
                 assert counts.by_prediction[layer, expert, token] == expected["predicted", layer, expert, token]
             for other in range(6):
-                assert counts.together[layer, expert, other] == expected["together", layer, expert, other]
+                assert counts.coactivation[layer, expert, other] == expected["coactivation", layer, expert, other]
         for domain in range(2):
             assert counts.tokens[domain] == expected["tokens", domain] > 0
-            assert counts.neighbours[domain] == expected["neighbours", domain]
-            assert counts.repeated[domain, layer].tolist() == [
+            assert counts.adjacent_pairs[domain] == expected["adjacent", domain]
+            assert counts.adjacent_matches[domain, layer].tolist() == [
                 expected["same first", layer, domain],
                 expected["same any", layer, domain],
             ]
@@ -125,28 +124,28 @@ def test_counts_are_those_of_a_loop_over_positions(data: PreparedData, top_k: in
 
 
 class PlantedRouter(nn.Module):
-    """Sends each domain, told by its letters, to experts of its own; the start token goes with what follows it."""
+    """Routes each domain, recognized by its letters, to its own experts; the start token is routed like the next token."""
 
-    draws = False
+    needs_rng = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.bos = tokenizer.bos_id
-        self.late = torch.tensor(tokenizer.encode_batch([ALPHABETS["omega"]])[0])
+        self.omega = torch.tensor(tokenizer.encode_batch([ALPHABETS["omega"]])[0])
 
     def forward(self, x_ND: Tensor, context: TokenContext) -> Routing:
         tokens_N = context.tokens_N
         letters_N = torch.where(tokens_N == self.bos, tokens_N.roll(-1), tokens_N)
-        late_N = torch.isin(letters_N, self.late).long()
-        experts_NK = torch.stack((3 * late_N, 3 * late_N + 1 + letters_N % 2), dim=1)
+        omega_N = torch.isin(letters_N, self.omega).long()
+        experts_NK = torch.stack((3 * omega_N, 3 * omega_N + 1 + letters_N % 2), dim=1)
         probs_NE = torch.zeros(len(x_ND), 6).scatter(1, experts_NK, 0.5)
         return Routing(torch.full(experts_NK.shape, 0.5), experts_NK, probs_NE)
 
 
 class RandomRouter(nn.Module):
-    """Experts by lot, whatever the token."""
+    """Uniformly random experts, whatever the token."""
 
-    draws = False
+    needs_rng = False
 
     def forward(self, x_ND: Tensor, context: TokenContext) -> Routing:
         probs_NE = torch.rand(len(x_ND), 6).softmax(dim=1)
@@ -162,10 +161,10 @@ def with_router(router: nn.Module) -> Transformer:
 
 def test_a_planted_router_is_found(data: PreparedData) -> None:
     model = with_router(PlantedRouter(data.tokenizer))
-    for layer in told(model, look(model, data))["layers"]:
+    for layer in report_layers(model, data):
         assert layer["association"]["all"] == {
             "cramers_v": pytest.approx(1),
-            "shuffled": pytest.approx(0.08, abs=0.08),
+            "permuted": pytest.approx(0.08, abs=0.08),
             "mutual_information": pytest.approx(np.log(2), abs=0.01),
             "p": 0.01,
         }
@@ -173,38 +172,38 @@ def test_a_planted_router_is_found(data: PreparedData) -> None:
         assert sum(layer["shares"]["omega"][3:]) == pytest.approx(1)
         assert layer["repetition"]["first"]["all"] == 1
         assert layer["repetition"]["first"]["matched"] == pytest.approx(0.5, abs=0.02)
-        assert layer["repetition"]["first"]["shuffled"] == 1  # inside a domain everything shares its first expert
+        assert layer["repetition"]["first"]["shuffled"] == 1  # all tokens of a domain share their first expert
         assert layer["entropy"]["all"] == pytest.approx(np.log(2))
 
 
-def test_a_random_router_is_not_found_and_meets_its_nulls(data: PreparedData) -> None:
+def test_a_random_router_is_not_found_and_matches_the_chance_levels(data: PreparedData) -> None:
     torch.manual_seed(0)
     model = with_router(RandomRouter())
-    for layer in told(model, look(model, data))["layers"]:
+    for layer in report_layers(model, data):
         assert layer["association"]["all"]["cramers_v"] < 0.1
         assert layer["association"]["all"]["p"] > 0.05
         for kind in ("first", "any"):
             repetition = layer["repetition"][kind]
-            for null in ("uniform", "matched", "shuffled"):
-                assert repetition["all"] == pytest.approx(repetition[null], abs=0.05), (kind, null)
+            for baseline in ("uniform", "matched", "shuffled"):
+                assert repetition["all"] == pytest.approx(repetition[baseline], abs=0.05), (kind, baseline)
 
 
-def test_the_model_is_left_as_it_was(data: PreparedData) -> None:
+def test_the_model_is_not_changed(data: PreparedData) -> None:
     model = build_model(config_of(2).model, seed=0)
     model.train()
     before = copy.deepcopy(model.state_dict())
-    look(model, data)
+    collect(model, data)
     assert model.training
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name])
 
 
-def test_a_sample_is_drawn_by_its_seed(data: PreparedData) -> None:
+def test_a_sample_depends_on_its_seed(data: PreparedData) -> None:
     model = build_model(config_of(2).model, seed=0)
-    one, same, other = (look(model, data, tokens=200, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (collect(model, data, tokens=200, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(one.counts.by_input, same.counts.by_input)
     assert not np.array_equal(one.counts.by_input, other.counts.by_input)
-    assert len(draw_rows(data.val, 200, 0)) == 7
+    assert len(sample_rows(data.val, 200, 0)) == 7
     assert 100 < one.counts.tokens.sum() <= 224
 
 
@@ -218,8 +217,8 @@ def test_a_sample_is_drawn_by_its_seed(data: PreparedData) -> None:
         ),
     ],
 )
-def test_models_without_choices_are_refused(data: PreparedData, ffn: dict[str, Any], sentence: str) -> None:
+def test_models_whose_tokens_select_no_experts_are_refused(data: PreparedData, ffn: dict[str, Any], sentence: str) -> None:
     config = config_of(2)
     tree = {**config.model.model_dump(exclude_none=True), "ffn": ffn}
     with pytest.raises(MoelmError, match=sentence):
-        look(build_model(type(config.model).model_validate(tree), seed=0), data)
+        collect(build_model(type(config.model).model_validate(tree), seed=0), data)

@@ -1,4 +1,4 @@
-"""routing.html: whole in itself, escaped, its tokens the passages, every layer in it; and the passages are of the text."""
+"""routing.html: self-contained, escaped, with the passages' experts in every layer; passages are parts of the text."""
 
 import base64
 import contextlib
@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from moelm.analyze.collect import draw_rows
-from moelm.analyze.page import routing_page, sentences
-from moelm.analyze.passages import Passage, read_passages
+from moelm.analyze.collect import sample_rows
+from moelm.analyze.page import routing_page, summary_sentences
+from moelm.analyze.passages import Passage, sample_passages
 from moelm.analyze.report import analyze_run
-from moelm.runs.directory import open_run
+from moelm.runs.load import open_run
 
-NASTY = ["<b>", " &amp;", "\n", "\r", "</script>", '"é🙂', ""]
+SPECIAL_TEXTS = ["<b>", " &amp;", "\n", "\r", "</script>", '"é🙂', ""]
 
 
 class Page(HTMLParser):
-    """What a page holds: every tag with its attributes, texts of the passages' tokens, the script's data."""
+    """The contents of a page: tags and attributes, classes and texts of the passages' tokens, and the script's data."""
 
     VOID = ("meta", "img", "source")
 
@@ -49,38 +49,38 @@ class Page(HTMLParser):
         assert self.opened.pop()[0] == tag
 
     def handle_data(self, data: str) -> None:
-        if self.opened and self.opened[-1] == ("script", {"type": "application/json", "id": "visits"}):
+        if self.opened and self.opened[-1] == ("script", {"type": "application/json", "id": "token-experts"}):
             self.data += data
         elif self.opened and self.opened[-1][0] == "span" and ("div", {"class": "passage"}) in self.opened:
             self.passages[-1][-1][1] += data
 
 
 @pytest.fixture(scope="module")
-def told(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with contextlib.chdir(trained):
-        found = analyze_run("tiny-moe", tmp_path_factory.mktemp("page") / "out", "val", "last", 10_000, 9, 0)
-    assert found is not None
-    return found
+        result = analyze_run("tiny-moe", tmp_path_factory.mktemp("page") / "out", "val", "last", 10_000, 9, 0)
+    assert result is not None
+    return result
 
 
 def passages(num_experts: int = 4) -> list[Passage]:
     def experts(layer: int) -> list[list[int]]:
-        return [[(number * (layer + 1)) % num_experts, (number + 1) % num_experts] for number in range(len(NASTY))]
+        return [[(number * (layer + 1)) % num_experts, (number + 1) % num_experts] for number in range(len(SPECIAL_TEXTS))]
 
     return [
-        Passage("<domain>", NASTY, {0: experts(0), 1: experts(1)}),
+        Passage("<domain>", SPECIAL_TEXTS, {0: experts(0), 1: experts(1)}),
         Passage("<domain>", ["x"], {0: [[3, 2]], 1: [[1, 0]]}),
     ]
 
 
 @pytest.mark.parametrize("num_experts", [4, 300])
-def test_tokens_are_the_passages_in_every_layer(told: dict[str, Any], num_experts: int) -> None:
+def test_tokens_are_the_passages_in_every_layer(report: dict[str, Any], num_experts: int) -> None:
     given = passages(num_experts)
-    page = Page(routing_page({**told, "num_experts": num_experts}, given, ()))
+    page = Page(routing_page({**report, "num_experts": num_experts}, given, ()))
     assert [[text for _, text in shown] for shown in page.passages] == [passage.texts for passage in given]
     assert [layer["value"] for tag, layer in page.tags if tag == "option"] == ["0", "1"]
     data = json.loads(page.data)
-    packed = np.frombuffer(base64.b64decode(data["experts"]), dtype="<u2" if data["wide"] else "u1")
+    packed = np.frombuffer(base64.b64decode(data["experts"]), dtype="<u2" if data["uint16"] else "u1")
     for experts, layer in zip(packed.reshape(2, -1, data["top_k"]), (0, 1), strict=True):
         assert experts.tolist() == [one for passage in given for one in passage.experts[layer]]
     selected = next(int(str(layer["value"])) for tag, layer in page.tags if tag == "option" and "selected" in layer)
@@ -88,7 +88,7 @@ def test_tokens_are_the_passages_in_every_layer(told: dict[str, Any], num_expert
     assert [name for shown in page.passages for name, _ in shown] == first
 
 
-def test_the_written_page_needs_nothing_else(trained: Path, tmp_path: Path) -> None:
+def test_the_written_page_is_self_contained(trained: Path, tmp_path: Path) -> None:
     with contextlib.chdir(trained):
         analyze_run("tiny-moe", tmp_path / "out", "val", "last", 10_000, 9, 0)
     text = (tmp_path / "out/routing.html").read_text(encoding="utf-8")
@@ -100,15 +100,15 @@ def test_the_written_page_needs_nothing_else(trained: Path, tmp_path: Path) -> N
         assert tag != "link"
         for name in ("src", "srcset"):
             assert str(attributes.get(name, "data:")).startswith("data:")
-    pictures = [str(about["src"]) for tag, about in page.tags if tag == "img"]
-    assert [base64.b64decode(source.partition(",")[2]) for source in pictures] == [
+    images = [str(about["src"]) for tag, about in page.tags if tag == "img"]
+    assert [base64.b64decode(source.partition(",")[2]) for source in images] == [
         (tmp_path / "out" / name).read_bytes() for name in ("shares.png", "repetition.png", "experts.png", "saturation.png")
     ]
     assert all("".join(text for _, text in shown) for shown in page.passages)
 
 
-def test_what_comes_from_outside_is_escaped(told: dict[str, Any]) -> None:
-    text = routing_page({**told, "run": "<i>run</i>"}, passages(), ())
+def test_text_of_the_run_and_the_data_is_escaped(report: dict[str, Any]) -> None:
+    text = routing_page({**report, "run": "<i>run</i>"}, passages(), ())
     assert "<i>" not in text
     assert "<b>" not in text
     assert "<domain>" not in text
@@ -116,28 +116,28 @@ def test_what_comes_from_outside_is_escaped(told: dict[str, Any]) -> None:
     Page(text)
 
 
-def test_it_opens_with_the_answer(told: dict[str, Any]) -> None:
-    assert sentences(told)[0].startswith("The text is of one domain")
+def test_the_answer_comes_first(report: dict[str, Any]) -> None:
+    assert summary_sentences(report)[0].startswith("The text has only one domain")
 
     def answer(p: float) -> str:
         layers = [
-            {**layer, "association": {"all": {"cramers_v": strength, "shuffled": 0.05, "p": p}}}
-            for layer, strength in zip(told["layers"], (0.4, 0.3), strict=True)
+            {**layer, "association": {"all": {"cramers_v": strength, "permuted": 0.05, "p": p}}}
+            for layer, strength in zip(report["layers"], (0.4, 0.3), strict=True)
         ]
-        return sentences({**told, "domains": {"a": {}, "b": {}}, "layers": layers})[0]
+        return summary_sentences({**report, "domains": {"a": {}, "b": {}}, "layers": layers})[0]
 
-    wanted = r"most of all in layer 0: Cramér's V 0.40, against 0.05 if documents had their domains by lot \(p = 0.01\)"
+    wanted = r"most of all in layer 0: Cramér's V is 0.40, compared with 0.05 for randomly permuted domains \(p = 0.01\)"
     assert re.search(wanted, answer(0.01))
-    assert answer(0.3).startswith("Experts do not tell the 2 domains apart: even layer 0")
+    assert answer(0.3).startswith("Experts do not specialize significantly in the 2 domains, not even in layer 0: ")
 
 
-def test_passages_are_parts_of_documents_that_were_read(trained: Path) -> None:
+def test_passages_are_parts_of_the_sampled_documents(trained: Path) -> None:
     with contextlib.chdir(trained):
         run = open_run("tiny-moe", "last", "val")
-        found = read_passages(run, 200, 0)
-        again, other = read_passages(run, 200, 0), read_passages(run, 10_000, 1)
+        found = sample_passages(run, 200, 0)
+        again, other = sample_passages(run, 200, 0), sample_passages(run, 10_000, 1)
         documents = Path("text.txt").read_text().splitlines(keepends=True)
-        rows = draw_rows(run.rows, 200, 0)
+        rows = sample_rows(run.rows, 200, 0)
         batch = run.rows.batch(rows)
     assert found == again
     assert found != other

@@ -1,4 +1,4 @@
-"""Saturation: a naive loop over tokens, the identity, and experts by lot."""
+"""Saturation: a loop over tokens, a model compared with itself, and uniformly random experts."""
 
 import contextlib
 from pathlib import Path
@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moelm.analyze.collect import draw_rows
+from moelm.analyze.collect import sample_rows
 from moelm.analyze.layers import sparse_ffn
-from moelm.analyze.saturation import Agreement, count_agreement, tell_saturation
+from moelm.analyze.saturation import Agreement, count_agreement, layer_saturation
 from moelm.config import RunConfig, load_config
 from moelm.data.loader import Rows, open_data
 from moelm.model import Transformer, build_model
 from moelm.model.moe.router import Routing, TokenContext
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +32,16 @@ def built(config: RunConfig, seed: int, top_k: int = 2) -> Transformer:
 
 
 def agreement(model: Transformer, other: Transformer, rows: Rows, tokens: int = 10**6, mask: bool = True) -> Agreement:
-    return count_agreement(model, other, rows, tokens, 0, CPU, torch.float32, mask)
+    return count_agreement(model, other, rows, tokens, 0, torch.float32, mask)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_it_is_what_a_loop_over_tokens_counts(opened: tuple[RunConfig, Rows], top_k: int) -> None:
+def test_agreement_is_that_of_a_loop_over_tokens(opened: tuple[RunConfig, Rows], top_k: int) -> None:
     config, rows = opened
     one, two = built(config, 1, top_k), built(config, 2, top_k)
     found = agreement(one, two, rows, tokens=300)
     common, first, tokens = [0, 0], [0, 0], 0
-    for row in draw_rows(rows, 300, 0):
+    for row in sample_rows(rows, 300, 0):
         batch = rows.batch(np.array([row]))
         with torch.no_grad():
             routings = [
@@ -58,9 +56,9 @@ def test_it_is_what_a_loop_over_tokens_counts(opened: tuple[RunConfig, Rows], to
     assert found.tokens == tokens <= 320
     assert found.experts_L.tolist() == common
     assert found.first_L.tolist() == first
-    told = tell_saturation({5: found}, 1, sparse_ffn(one.config))
-    assert told["checkpoints"] == [{"step": 5, "experts": common[1] / tokens / top_k, "first": first[1] / tokens}]
-    assert told["uniform"] == {"experts": top_k / 4, "first": 1 / 4}
+    saturation = layer_saturation({5: found}, 1, sparse_ffn(one.config))
+    assert saturation["checkpoints"] == [{"step": 5, "experts": common[1] / tokens / top_k, "first": first[1] / tokens}]
+    assert saturation["uniform"] == {"experts": top_k / 4, "first": 1 / 4}
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -69,26 +67,26 @@ def test_a_model_agrees_with_itself_exactly(opened: tuple[RunConfig, Rows], mask
     found = agreement(built(config, 1), built(config, 1), rows, mask=mask)
     assert found.tokens == rows.count_tokens(np.arange(len(rows)))
     for at in (0, 1):
-        same = tell_saturation({0: found}, at, sparse_ffn(config.model))["checkpoints"][0]
+        same = layer_saturation({0: found}, at, sparse_ffn(config.model))["checkpoints"][0]
         assert (same["experts"], same["first"]) == (1.0, 1.0)
 
 
-class Lots(nn.Module):
-    """Experts by lot, whatever the token."""
+class RandomRouter(nn.Module):
+    """Uniformly random experts, whatever the token."""
 
-    draws = False
+    needs_rng = False
 
     def forward(self, x_ND: Tensor, context: TokenContext) -> Routing:
         probs_NE = torch.rand(len(x_ND), 4).softmax(dim=1)
         return Routing(torch.full((len(x_ND), 2), 0.5), probs_NE.topk(2, dim=1).indices, probs_NE)
 
 
-def test_models_that_know_nothing_of_each_other_agree_by_lot(opened: tuple[RunConfig, Rows]) -> None:
+def test_independent_models_agree_as_uniformly_random_ones(opened: tuple[RunConfig, Rows]) -> None:
     config, rows = opened
     model = built(config, 1)
     for block in model.blocks:
-        block.ffn.router = Lots()  # type: ignore[assignment]
+        block.ffn.router = RandomRouter()  # type: ignore[assignment]
     torch.manual_seed(0)
-    told = tell_saturation({0: agreement(model, model, rows)}, 0, sparse_ffn(config.model))
-    same = told["checkpoints"][0]
-    assert {kind: same[kind] for kind in told["uniform"]} == pytest.approx(told["uniform"], abs=0.04)
+    saturation = layer_saturation({0: agreement(model, model, rows)}, 0, sparse_ffn(config.model))
+    same = saturation["checkpoints"][0]
+    assert {kind: same[kind] for kind in saturation["uniform"]} == pytest.approx(saturation["uniform"], abs=0.04)

@@ -107,12 +107,12 @@ def test_no_tests_installers_or_copies_are_read() -> None:
         "_vendor",
         "site-packages",
     }
-    places = [file.place for file in builtin._files_below(Path(sysconfig.get_path("stdlib")), ".py", "stdlib")]
+    names = [file.name for file in builtin._files_below(Path(sysconfig.get_path("stdlib")), ".py", "stdlib")]
     for package in builtin._PACKAGES:
         files = builtin._package_files(package.distribution, package.modules, (".py",))
-        places += [file.place for file in files]
-    assert len(places) > 1000
-    assert [place for place in places if banned & set(Path(place).parts)] == []
+        names += [file.name for file in files]
+    assert len(names) > 1000
+    assert [place for place in names if banned & set(Path(place).parts)] == []
 
 
 def test_one_missing_distribution_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +124,9 @@ def test_one_missing_distribution_is_left_out(monkeypatch: pytest.MonkeyPatch) -
         return find(name)
 
     monkeypatch.setattr(builtin, "_PACKAGES", tuple(p for p in builtin._PACKAGES if p.distribution in ("rich", "click")))
-    assert {d.place.split("/")[0] for d in builtin._package_modules()} == {"click", "rich"}
+    assert {d.origin.split("/")[0] for d in builtin._package_modules()} == {"click", "rich"}
     monkeypatch.setattr(metadata, "distribution", without_rich)
-    assert {d.place.split("/")[0] for d in builtin._package_modules()} == {"click"}
+    assert {d.origin.split("/")[0] for d in builtin._package_modules()} == {"click"}
 
 
 def test_the_standard_library_alone_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: 
     assert "[1/4] study-dense-0 is already trained." in done.stderr
     assert "Resuming runs/study-moe-0 from step" in done.stderr
     report = json.loads(done.stdout)
-    assert [(each["name"], len(each["members"])) for each in report["runs"]] == [("dense", 2), ("moe", 2)]
+    assert [(each["name"], len(each["runs"])) for each in report["variants"]] == [("dense", 2), ("moe", 2)]
     assert report["pairs"][0]["paired"]["seeds"] == [2, 2]
     assert (workplace / "reports/study/report.html").exists()
     lines = [json.loads(text) for text in second.read_text().splitlines()]

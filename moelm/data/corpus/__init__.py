@@ -1,0 +1,1 @@
+"""The builtin corpus: text of installed packages, and generated text."""

@@ -1,7 +1,6 @@
-"""Worked arithmetic at four levels, for the synthetic domains: questions, steps of a solution, the answer.
+"""Generated arithmetic worksheets at four levels: questions, solution steps and answers.
 
-Every `a = b` between plain numbers is true, also inside the steps. Stories, records and the seeding of all
-three live in `moelm.data.corpus.synthetic`.
+Every `a = b` between plain numbers is true, including those in the steps.
 """
 
 import itertools
@@ -178,7 +177,7 @@ _PROBLEMS: tuple[Callable[[Random, int], _Problem], ...] = (
 
 
 def write_worksheet(rng: Random) -> str:
-    """Writes a sheet of problems of one level: mixed kinds, or many of one kind as a drill."""
+    """A worksheet with problems of one level, of one or several kinds."""
     level = rng.randint(1, 4)
     kinds = rng.sample(_PROBLEMS, rng.choice((1, 3, 6)))
     ask = rng.choice(("{n}. {q}", "Problem {n}: {q}", "Q{n}) {q}", "Exercise {n}. {q}"))

@@ -1,7 +1,6 @@
-"""The builtin corpus: text of what is installed, read file by file and labelled with its domain, offline.
+"""The builtin corpus: text of the standard library and of an allowlist of installed packages, labeled by domain.
 
-The standard library and an allowlist of moelm's own dependencies are read, never a walk over site-packages;
-what is not installed makes the corpus smaller. The synthetic domains are written in `moelm.data.corpus.synthetic`.
+Packages that are not installed are left out. The synthetic domains are generated in `moelm.data.corpus.synthetic`.
 """
 
 import ast
@@ -15,27 +14,27 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from moelm.data.document import Document
 from moelm.data.corpus.synthetic import GENERATOR_VERSION, SYNTHETIC_DOMAINS, synthetic_documents
+from moelm.data.document import Document
 
 CORPUS_VERSION = 1
-"""Raised with every change of the rules in this file that changes the documents."""
+"""Incremented whenever a rule in this file changes the documents."""
 
 SYNTHETIC_BYTES = 3_000_000
 """UTF-8 bytes of each synthetic domain."""
 
 MIN_CHARS = 64
-"""Shorter documents teach nothing: empty `__init__.py` files, one-line docstrings."""
+"""Minimum length of a document; shorter ones are empty `__init__.py` files and one-line docstrings."""
 
-# A longer file is a generated table or an amalgamation, and would be a large part of its domain on its own.
+# A larger file is a generated table or an amalgamation, and would dominate its domain.
 _MAX_FILE_BYTES = 400_000
-# Ordinary code has 1 to 5 digits in a hundred bytes; a file above this is a table of code points or numbers.
+# Code has 1 to 5 digits per hundred bytes; a file above this limit is a table of code points or numbers.
 _MAX_DIGIT_SHARE = 0.12
-# A module with more documentation than this serves the documentation domain, any other the code domain. So no
-# text is in the corpus twice, and a held-out docstring was not seen in training as a part of its module.
+# A module with a larger share of docstrings belongs to the documentation domain, any other to the code domain. So no
+# text is in the corpus twice, and a held-out docstring is not in the training split as a part of its module.
 _DOCS_SHARE = 0.2
 
-# Tests are long and repetitive, vendored copies would be duplicates, and the rest are generated tables.
+# Tests are long and repetitive, vendored copies are duplicates, and the others are generated tables.
 _TESTS = {"test", "tests", "testing", "_testing", "idle_test", "benchmarks"}
 _COPIES = {"_vendor", "vendor", "vendored", "third_party", "_bundled", "site-packages", "dist-packages"}
 _GENERATED = {"__pycache__", "_generated", "proto", "encodings"}
@@ -46,14 +45,14 @@ _LICENCES = ("LICEN", "COPYING", "NOTICE", "AUTHORS", "CITATION")
 
 
 class _Package(NamedTuple):
-    """What is read of one distribution: path prefixes below its install folder."""
+    """The path prefixes that are read of one distribution."""
 
     distribution: str
     modules: tuple[str, ...]
     headers: tuple[str, ...] = ()
 
 
-# Large packages give only some folders, so that no style of code dominates the others.
+# Only some folders of large packages are read, so that no package dominates.
 _SYMPY = (
     "sympy/calculus/", "sympy/combinatorics/", "sympy/core/", "sympy/functions/", "sympy/geometry/",
     "sympy/logic/", "sympy/ntheory/", "sympy/series/", "sympy/sets/", "sympy/solvers/", "sympy/stats/",
@@ -106,15 +105,15 @@ _PACKAGES = (
 
 
 def builtin_documents() -> Iterator[Document]:
-    """Yields the corpus in a fixed order, taking turns among its parts so that its beginning is mixed too.
+    """The documents of the corpus in a fixed order, alternating between its parts.
 
-    Files that are missing, unreadable, not UTF-8, or tables by the rules above are left out, and so are
-    second copies of a text and texts of fewer than `MIN_CHARS` characters.
+    Files that are missing, unreadable, not UTF-8, or tables by the rules above are left out, as are duplicates and
+    texts of fewer than `MIN_CHARS` characters.
     """
     parts = [_stdlib_modules(), _topics(), _package_modules(), _package_texts(), _headers()]
     parts += [synthetic_documents(domain, SYNTHETIC_BYTES) for domain in SYNTHETIC_DOMAINS]
     seen: set[bytes] = set()
-    for document in _take_turns(parts):
+    for document in _alternate(parts):
         key = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
         if len(document.text) >= MIN_CHARS and key not in seen:
             seen.add(key)
@@ -122,7 +121,7 @@ def builtin_documents() -> Iterator[Document]:
 
 
 def builtin_fingerprint() -> str:
-    """A short name of the corpus on this machine: another Python, package or rule gives another name."""
+    """A hash of everything the corpus on this machine depends on: Python, packages, rules."""
     versions = [f"{package.distribution} {_version(package.distribution)}" for package in _PACKAGES]
     own = f"corpus {CORPUS_VERSION}, generator {GENERATOR_VERSION}, {SYNTHETIC_BYTES} bytes"
     facts = [own, f"python {platform.python_version()} {sys.platform}", *versions]
@@ -136,7 +135,7 @@ def _version(distribution: str) -> str:
         return "missing"
 
 
-def _take_turns(parts: Iterable[Iterator[Document]]) -> Iterator[Document]:
+def _alternate(parts: Iterable[Iterator[Document]]) -> Iterator[Document]:
     waiting = list(parts)
     while waiting:
         for part in list(waiting):
@@ -149,23 +148,23 @@ def _take_turns(parts: Iterable[Iterator[Document]]) -> Iterator[Document]:
 
 class _File(NamedTuple):
     path: Path
-    place: str
-    """The name that is shown and sorted by: relative, hence the same on every machine."""
+    name: str
+    """Relative path, the same on every machine."""
 
 
 def _stdlib_modules() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     for file in _files_below(root, ".py", "stdlib"):
-        # The build's own configuration, and the topics, which `_topics` gives one by one.
+        # The build configuration, and the topics, which `_topics` yields one by one.
         if not file.path.name.startswith("_sysconfigdata") and file.path.parent.name != "pydoc_data":
             yield from _module(file, "stdlib")
 
 
 def _topics() -> Iterator[Document]:
-    """The language reference as `help()` shows it; sections that a longer topic contains are left out."""
+    """The language reference as shown by `help()`, without sections that a longer topic contains."""
     try:
         from pydoc_data.topics import topics
-    except ModuleNotFoundError:  # some systems ship it apart from the interpreter
+    except ModuleNotFoundError:  # some systems package it separately
         return
     for name, text in sorted(topics.items()):
         body = text.partition("\n\n")[2].strip()
@@ -180,26 +179,26 @@ def _package_modules() -> Iterator[Document]:
 
 
 def _module(file: _File, origin: str) -> Iterator[Document]:
-    """A module as it stands, or its docstrings when they are a large part of it."""
+    """A module as code, or its docstrings if they are a large part of it."""
     text = _read(file.path)
     if text is None:
         return
     enough = _DOCS_SHARE * len(text)
-    # Parsing takes most of the time; a module with little in triple quotes is code without it.
+    # Parsing takes most of the time; a module with few characters in triple quotes is code without parsing it.
     quoted = sum(map(len, text.split('"""')[1::2]))
     docs = _docstrings(text) if quoted >= enough else []
     if sum(len(doc) for _, doc in docs) < enough:
-        yield Document(text, f"{origin}-code", file.place)
+        yield Document(text, f"{origin}-code", file.name)
         return
     sections = [f"{name}\n\n{doc}" if name else doc for name, doc in docs]
-    yield Document("\n\n\n".join(sections) + "\n", f"{origin}-docs", f"{file.place}, docstrings")
+    yield Document("\n\n\n".join(sections) + "\n", f"{origin}-docs", f"{file.name}, docstrings")
 
 
 def _docstrings(source: str) -> list[tuple[str, str]]:
-    """Qualified names and docstrings of a module in the order of its text; none where it does not parse."""
+    """Qualified names and docstrings of a module in source order; none if it does not parse."""
     try:
         with warnings.catch_warnings():
-            # Old escapes in other people's strings are none of the user's business.
+            # Invalid escapes in packages' strings are not the user's problem.
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -219,7 +218,7 @@ def _docstrings_below(
 
 
 def _package_texts() -> Iterator[Document]:
-    """Long descriptions, guides and licences; of licences that differ only in who holds them, one is kept."""
+    """Long descriptions, guides and licenses; of licenses that differ only in the copyright line, the first one."""
     licences: set[str] = set()
     for package in _PACKAGES:
         for file in _package_files(package.distribution, ("",), ("", ".md", ".rst", ".txt")):
@@ -233,7 +232,7 @@ def _package_texts() -> Iterator[Document]:
                 if terms in licences:
                     continue
                 licences.add(terms)
-            yield Document(text, "package-docs", file.place)
+            yield Document(text, "package-docs", file.name)
 
 
 def _terms(licence: str) -> str:
@@ -255,24 +254,24 @@ def _headers() -> Iterator[Document]:
     for file in files:
         text = _read(file.path)
         if text is not None:
-            yield Document(text, "headers", file.place)
+            yield Document(text, "headers", file.name)
 
 
 def _files_below(root: Path, ending: str, name: str) -> list[_File]:
     below = (path.relative_to(root) for path in root.rglob(f"*{ending}"))
     files = [_File(root / path, f"{name}/{path.as_posix()}") for path in below if not _is_skipped(path)]
-    return sorted(files, key=lambda file: file.place)
+    return sorted(files, key=lambda file: file.name)
 
 
 def _package_files(distribution: str, prefixes: tuple[str, ...], endings: tuple[str, ...]) -> list[_File]:
-    """The wanted files among those that a distribution's own record lists; none where it is not installed."""
+    """The matching files in a distribution's record; none if it is not installed."""
     try:
         listed = metadata.distribution(distribution).files or []
     except metadata.PackageNotFoundError:
         return []
     wanted = (path for path in listed if path.suffix in endings and path.as_posix().startswith(prefixes))
     files = [_File(Path(str(path.locate())), path.as_posix()) for path in wanted if not _is_skipped(path)]
-    return sorted(files, key=lambda file: file.place)
+    return sorted(files, key=lambda file: file.name)
 
 
 def _is_skipped(path: PurePath) -> bool:
@@ -283,7 +282,7 @@ def _is_skipped(path: PurePath) -> bool:
 
 
 def _read(path: Path) -> str | None:
-    """The text of a file, or None for one that is unreadable, not UTF-8, too long or a table of numbers."""
+    """The text of a file; None if it is unreadable, not UTF-8, too long or a table of numbers."""
     try:
         data = path.read_bytes()
         digits = len(data) - len(data.translate(None, b"0123456789"))

@@ -1,7 +1,6 @@
-"""The seeded generator behind the synthetic domains: small stories, structured records and worksheets.
+"""Generated documents of the synthetic domains: stories, structured records and worksheets.
 
-All of it is this project's own writing and needs no files, so it is there on any machine. The problems
-on the worksheets live in `moelm.data.corpus.arithmetic`; how much goes into the corpus, in `moelm.data.corpus.builtin`.
+The text is deterministic and needs no files. Worksheets are in `moelm.data.corpus.arithmetic`.
 """
 
 import csv
@@ -15,7 +14,7 @@ from moelm.data.corpus.arithmetic import write_worksheet
 from moelm.data.document import Document
 
 GENERATOR_VERSION = 1
-"""Raised with every change of the text that a seed gives."""
+"""Incremented whenever the text of a seed changes."""
 
 _WORDS: dict[str, tuple[str, ...]] = {
     kind: tuple(words.split("|"))
@@ -95,7 +94,7 @@ _PLACES: dict[str, tuple[str, ...]] = {
 
 
 class _Slots(dict[str, str]):
-    """Values for `str.format_map`; a slot that is not given gets a random word of that kind."""
+    """Values for `str.format_map`; a slot without a given value gets a random word of its kind."""
 
     def __init__(self, rng: Random, given: Mapping[str, str]):
         super().__init__(given)
@@ -109,7 +108,7 @@ def _say(rng: Random, templates: tuple[str, ...], **given: str) -> str:
     return rng.choice(templates).format_map(_Slots(rng, given))
 
 
-# --- stories: who holds what is tracked, so that the questions at the end have exactly one answer ---
+# --- stories: the holder of each item is tracked, so that every question at the end has one answer ---
 
 _TITLES = (
     "{hero} at the {place}",
@@ -161,7 +160,7 @@ _CLOSINGS = (
 
 
 class _Story:
-    """The telling of one story: who is there, where they are, and who holds which thing."""
+    """The state of one story: the characters, their place, and who holds which item."""
 
     def __init__(self, rng: Random):
         names = rng.sample(_WORDS["woman"] + _WORDS["man"], 3)
@@ -220,7 +219,7 @@ def _write_story(rng: Random) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-# --- records: one table in one notation, and questions that can be answered from it ---
+# --- records: one table in one notation, and questions that it answers ---
 
 _Row = dict[str, Any]
 
@@ -240,7 +239,7 @@ def _one(words: str) -> _Cell:
     return lambda rng: rng.choice(words.split())
 
 
-# The first column of a table is its key, the second the category, the third the number asked about.
+# The first column of a table is its key, the second the category, the third the number in the questions.
 _TABLES: dict[str, dict[str, _Cell]] = {
     "orders": {
         "order": lambda rng: _key(rng, "A"),
@@ -343,7 +342,7 @@ def _ask(rng: Random, rows: list[_Row]) -> list[str]:
 def _write_records(rng: Random) -> str:
     name = rng.choice(tuple(_TABLES))
     columns = list(_TABLES[name].items())
-    # The key, the category and the number are always there; the columns after them come and go.
+    # The key, the category and the number are always included, the other columns at random.
     kept = columns[:3] + sorted(rng.sample(columns[3:], rng.randint(1, len(columns) - 3)), key=columns.index)
     rows = [{column: cell(rng) for column, cell in kept} for _ in range(rng.randint(3, 16))]
     shown = rng.choice(_NOTATIONS)(name, rows)
@@ -359,12 +358,12 @@ SYNTHETIC_DOMAINS = tuple(_WRITERS)
 
 
 def synthetic_documents(domain: str, size_bytes: int, seed: int = 0) -> Iterator[Document]:
-    """Writes documents of one synthetic domain until they fill a size.
+    """Generate documents of one synthetic domain up to a total size.
 
     Args:
-        domain: One of `SYNTHETIC_DOMAINS`.
-        size_bytes: UTF-8 bytes to reach; the last document may go past it.
-        seed: The same seed always gives the same documents, and a larger size only adds to them.
+        domain: one of `SYNTHETIC_DOMAINS`.
+        size_bytes: UTF-8 bytes to reach; the last document may exceed it.
+        seed: the same seed gives the same documents, and a larger size only adds to them.
     """
     rng, written, number = Random(f"{domain}/{seed}"), 0, 0
     while written < size_bytes:
