@@ -49,8 +49,8 @@ Precision = Literal["fp32", "bf16"]
 def keep_memory() -> None:
     """Configure glibc to keep freed memory instead of returning it to the system.
 
-    A training step repeatedly frees and allocates the same large buffers; by default each allocation is a new mapping with a
-    page fault for every page. A step of the demo models becomes 1.2 to 1.4 times as fast. No effect with other C libraries.
+    A training step repeatedly frees and allocates the same large buffers; by default each allocation is a new mapping with
+    a page fault for every page. A step of the demo models becomes 1.2 to 1.4 times as fast. No effect with other C libraries.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,8 +1,8 @@
-"""How fast and how small `moelm prepare` is on a large file, beside `tokenizers` encoding the same text alone.
+"""Speed and memory of `moelm prepare` on a large file, compared with `tokenizers` encoding the same text.
 
     python scripts/bench_prepare.py --megabytes 1000
 
-The file is the builtin corpus over and over, each copy of a document with a line of its own so that none is a duplicate.
+The file repeats the builtin corpus; each copy of a document has a line of its own, so that none is a duplicate.
 """
 
 import argparse

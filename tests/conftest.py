@@ -1,20 +1,22 @@
-"""A tiny run for the tests: a small text, a byte tokenizer, a model that trains in a second."""
+"""Fixtures: a small text, configs of models that train in a second, trained runs and the command line."""
 
 import contextlib
+import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-# The models here are so small that a second thread costs more than it brings; torch reads this at its import.
+# The models of the tests are so small that a second thread makes them slower; torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-WORDS = [
+VOCABULARY = [
     "the",
     "a",
     "red",
@@ -41,7 +43,7 @@ Moelm = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def tiny_config(name: str = "tiny", kind: str = "moe") -> dict[str, object]:
-    """A config as a mapping; everything is as small as it can be."""
+    """The config of a minimal model as a mapping."""
     moe = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
     return {
         "name": name,
@@ -63,9 +65,9 @@ def tiny_config(name: str = "tiny", kind: str = "moe") -> dict[str, object]:
 
 
 def fill(folder: Path) -> Path:
-    """Put a text and a config for a dense and a sparse run in a folder."""
-    random_words = random.Random(0)
-    lines = [" ".join(random_words.choices(WORDS, k=12)) for _ in range(200)]
+    """Write a text and the configs of a dense and a sparse run into a folder."""
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(VOCABULARY, k=12)) for _ in range(200)]
     (folder / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for kind in ("moe", "dense"):
         (folder / f"{kind}.yaml").write_text(yaml.safe_dump(tiny_config(f"tiny-{kind}", kind)))
@@ -74,12 +76,12 @@ def fill(folder: Path) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder with a text and a config for a dense and a sparse run."""
+    """A folder with a text and the configs of a dense and a sparse run."""
     return fill(tmp_path)
 
 
 def train_here(folder: Path, kind: str, *overrides: str) -> Path:
-    """Train in this process, which is quicker than the command line; returns the run's directory."""
+    """Train in this process, which is faster than the command line; returns the run's directory."""
     from moelm.config import load_config
     from moelm.runs.directory import RunDirectory
     from moelm.train.setup import train
@@ -90,9 +92,19 @@ def train_here(folder: Path, kind: str, *overrides: str) -> Path:
     return folder / "runs" / config.name
 
 
+def metrics_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl as they are in the file."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses_by_step(run: Path) -> list[tuple[int, float]]:
+    """Step and training loss of every line of a run's metrics.jsonl."""
+    return [(line["step"], line["train/loss"]) for line in metrics_lines(run)]
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished dense and a finished sparse run; look, do not touch."""
+    """A folder with a finished dense and a finished sparse run; tests must not change it."""
     folder = fill(tmp_path_factory.mktemp("trained"))
     for kind in ("moe", "dense"):
         train_here(folder, kind)
@@ -101,11 +113,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def moelm(workplace: Path) -> Moelm:
-    """Run the real command line in the folder."""
+    """Run the command line in the folder `workplace`."""
 
-    def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(  # type: ignore[call-overload, no-any-return]
-            [sys.executable, "-m", "moelm", *words],
+            [sys.executable, "-m", "moelm", *arguments],
             cwd=options.pop("cwd", workplace),
             capture_output=True,
             text=True,

@@ -22,7 +22,7 @@ def analyze(
     checkpoint: Checkpoint = "last",
     as_json: AsJson = False,
 ) -> None:
-    """Report a run's routing: which experts serve which domains and tokens, compared with chance."""
+    """Report the routing of a run. Shows which experts serve which domains and tokens, compared with chance."""
     from moelm.analyze.report import analyze_run
 
     report = analyze_run(run, out, split, checkpoint, tokens, permutations, seed)

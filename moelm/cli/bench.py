@@ -20,7 +20,7 @@ def bench(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Time training steps (or generation) of several configs in alternating rounds; nothing is saved."""
+    """Time training steps or generation. Several configs take turns; nothing is saved."""
     from moelm.bench import list_variants, run_rounds
     from moelm.bench.workloads import Workload
     from moelm.console import ProgressLine

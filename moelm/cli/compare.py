@@ -27,7 +27,7 @@ def compare(
     force: Annotated[bool, typer.Option("--force", help="Compare runs on different data, with a warning.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs at equal tokens, FLOPs and seconds, with confidence intervals; write a report."""
+    """Compare runs and write a report. The comparison is at equal tokens, FLOPs and seconds, with confidence intervals."""
     from moelm.compare.report import compare_runs
 
     comparison = compare_runs(runs, out, force, group, price or (), command_line())

@@ -13,7 +13,7 @@ def evaluate(
     checkpoint: Checkpoint = "last",
     as_json: AsJson = False,
 ) -> None:
-    """Score a run on a whole split: loss, perplexity and bits per byte, overall and by domain."""
+    """Score a run on a whole split. Prints loss, perplexity and bits per byte, overall and by domain."""
     from moelm.distributed.ranks import distributed_context
     from moelm.evaluation.losses import evaluate as evaluate_split
     from moelm.runs.load import open_run

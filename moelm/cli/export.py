@@ -18,7 +18,7 @@ def export(
     ] = "stored",
     shard_gb: Annotated[float, typer.Option(min=1e-6, help="Maximum gigabytes in one file of weights.")] = 5.0,
 ) -> None:
-    """Write a run in the Hugging Face format: weights, config, tokenizer and model card."""
+    """Write a run in the Hugging Face format. Weights, config, tokenizer and model card."""
     from moelm.huggingface.export import export_run
 
     architecture = export_run(run, out, checkpoint, dtype, shard_gb)

@@ -20,7 +20,7 @@ def lm_eval(
     checkpoint: Checkpoint = "last",
     as_json: AsJson = False,
 ) -> None:
-    """Score a run on tasks of the lm-evaluation-harness."""
+    """Score a run with lm-evaluation-harness."""
     if find_spec("lm_eval") is None:
         raise MoelmError("lm-eval needs the library lm_eval, which is not installed; moelm's extra `lm-eval` installs it.")
     from rich.table import Table

@@ -26,7 +26,7 @@ def plan(
     show_all: Annotated[bool, typer.Option("--all", help="Show every layout, not only the ten best.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate parameters, FLOPs, memory, communication, time and the best layout of a config, without building it."""
+    """Estimate memory, time and layout. Counts parameters and FLOPs of a config without building it."""
     from moelm.config import load_config
     from moelm.plan import count_model, make_plan
 

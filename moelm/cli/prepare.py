@@ -6,7 +6,7 @@ from moelm.cli.options import AsJson, ConfigPath, Overrides, print_json
 
 
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Tokenize a config's documents; does nothing if that is already done."""
+    """Tokenize a config's documents. Does nothing if that is already done."""
     from moelm.config import load_config
     from moelm.data.prepare import prepare as prepare_data
     from moelm.data.shards import read_manifest

@@ -23,7 +23,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train the runs that one file describes and compare them; an interrupted sweep continues."""
+    """Train the variants of a sweep. Ends in their comparison; an interrupted sweep continues."""
     from moelm.compare.comparison import compare
     from moelm.compare.report import check_report_directory, write_report
     from moelm.compare.variants import make_variant

@@ -12,14 +12,12 @@ from moelm.errors import MoelmError
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[
-        Literal["auto", "never"], typer.Option(help="Continue a run of this name, or refuse to.")
-    ] = "auto",
-    profile: Annotated[bool, typer.Option("--profile", help="Trace a few steps: a table, and trace.json in the run.")] = False,
+    resume: Annotated[Literal["auto", "never"], typer.Option(help="Continue a run of this name, or refuse to.")] = "auto",
+    profile: Annotated[bool, typer.Option("--profile", help="Trace a few steps: a table and trace.json.")] = False,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
     max_restarts: Annotated[int, typer.Option(min=0, help="How often all processes are restarted when one fails.")] = 0,
 ) -> None:
-    """Train a run; an interrupted one continues from its newest checkpoint."""
+    """Train a run. An interrupted one continues from its newest checkpoint."""
     from moelm.config import load_config
     from moelm.runs.directory import RunDirectory
 

@@ -21,7 +21,7 @@ def upcycle(
     ] = 0.0,
     checkpoint: Checkpoint = "last",
 ) -> None:
-    """Turn a dense run into a mixture of experts whose experts are copies of its feed-forward blocks."""
+    """Turn a dense run into a mixture of experts. The experts start as copies of its feed-forward blocks."""
     from moelm.upcycle import upcycle_run
 
     new = upcycle_run(run, new_run, num_experts, top_k, noise, reinit, checkpoint, overrides or ())

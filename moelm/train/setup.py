@@ -223,7 +223,5 @@ def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimi
         log(f"Resuming {run.path} from step {progress['step']:,}.")
         return progress
     if saved:
-        raise MoelmError(
-            f"All checkpoints that {run.path} has written are damaged; choose another name=... to start over."
-        )
+        raise MoelmError(f"All checkpoints that {run.path} has written are damaged; choose another name=... to start over.")
     return None

@@ -20,8 +20,8 @@ import pytest
 
 from moelm.data.corpus import builtin
 from moelm.data.corpus.builtin import MIN_CHARS, builtin_documents, builtin_fingerprint
-from moelm.data.document import Document
 from moelm.data.corpus.synthetic import SYNTHETIC_DOMAINS, synthetic_documents
+from moelm.data.document import Document
 
 REAL_DOMAINS = ("stdlib-code", "stdlib-docs", "package-code", "package-docs", "headers")
 
@@ -112,7 +112,7 @@ def test_no_tests_installers_or_copies_are_read() -> None:
         files = builtin._package_files(package.distribution, package.modules, (".py",))
         names += [file.name for file in files]
     assert len(names) > 1000
-    assert [place for place in names if banned & set(Path(place).parts)] == []
+    assert [name for name in names if banned & set(Path(name).parts)] == []
 
 
 def test_one_missing_distribution_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

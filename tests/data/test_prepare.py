@@ -116,7 +116,7 @@ LONG = "x" * 50_000_000
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.txt", None, "does not exist"),
         ("a.txt", b"", "empty"),
@@ -133,13 +133,15 @@ LONG = "x" * 50_000_000
         ("a.jsonl.gz", b"not gzip", "gzip"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     wanted = {"path": str(tmp_path / name), "column": "body"}
     with pytest.raises(MoelmError) as caught:
         prepare(config(tmp_path, wanted))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
 
@@ -193,12 +195,12 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path: Path) -> None:
 @given(lengths=st.lists(st.integers(1, 70), max_size=40), row_len=st.integers(1, 20))
 def test_packing_places_every_token_once(lengths: list[int], row_len: int) -> None:
     packing = pack(np.array(lengths, dtype=np.int64), row_len)
-    places = sorted(
+    positions = sorted(
         (int(d), int(s) + i)
         for d, s, n in zip(packing.document, packing.start, packing.length, strict=True)
         for i in range(n)
     )
-    assert places == [(d, i) for d, n in enumerate(lengths) for i in range(n)]
+    assert positions == [(d, i) for d, n in enumerate(lengths) for i in range(n)]
     for row in range(packing.num_rows):
         inside = packing.length[packing.row_starts[row] : packing.row_starts[row + 1]].sum()
         assert 0 < inside <= row_len

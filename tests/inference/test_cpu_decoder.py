@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from moelm.model import KVCache, build_model
 from moelm.inference.cpu_decoder import build_decoder
+from moelm.model import KVCache, build_model
 from tests.model.test_transformer import MOE, SHAPES, shape
 
 CASES: list[dict[str, Any]] = [

@@ -1,0 +1,28 @@
+"""Comparison of tensors that may differ by rounding, on any CPU."""
+
+import torch
+from torch import Tensor
+
+
+def assert_close(
+    found: Tensor, expected: Tensor, epsilons: float = 16, scale: float | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Every element differs by at most `epsilons` machine epsilons, times the scale.
+
+    An element can be a small difference of large summands, and CPUs with other vector widths add those in another order. So
+    the tolerance is relative to the summands, of which the largest expected element is an estimate, not to each element.
+
+    Args:
+        epsilons: about ten times what was measured; one rounding is half an epsilon.
+        scale: magnitude of the summands; default: the largest expected magnitude.
+        dtype: the coarsest of the computation; default: the coarser of the two tensors'.
+    """
+    epsilon = max(torch.finfo(each).eps for each in (dtype or found.dtype, expected.dtype))
+    largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    tolerance = epsilons * epsilon * (largest if scale is None else scale)
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, check_dtype=False)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, relative to the expected norm."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
