@@ -50,7 +50,7 @@ def keep_memory() -> None:
     """Configure glibc to keep freed memory instead of returning it to the system.
 
     A training step repeatedly frees and allocates the same large buffers; by default each allocation is a new mapping with
-    a page fault for every page. A step of the demo models becomes 1.2 to 1.4 times as fast. No effect with other C libraries.
+    a page fault for every page. Steps of the demo models become 1.2 to 1.4 times as fast. Other C libraries: no effect.
     """
     if not sys.platform.startswith("linux"):
         return

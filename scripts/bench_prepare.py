@@ -34,7 +34,7 @@ CONFIG = {
 }
 
 
-def generate(path: Path, size: int) -> None:
+def write_corpus(path: Path, size: int) -> None:
     """Write about `size` bytes of text."""
     documents = list(builtin_documents())
     written = 0
@@ -55,17 +55,17 @@ def prepare(folder: Path, *overrides: str) -> float:
 
 def encode_alone(path: Path, tokenizer: Tokenizer) -> float:
     """Seconds of `encode_batch_fast` over the same documents in the same batches; reading them is not counted."""
-    took = 0.0
+    seconds = 0.0
     documents = read_source(SourceConfig(path=str(path)), 16_000_000)
-    while batch := take(documents, BATCH_CHARS):
+    while batch := next_batch(documents, BATCH_CHARS):
         started = time.monotonic()
         tokenizer.raw.encode_batch_fast(batch, add_special_tokens=False)
-        took += time.monotonic() - started
-    return took
+        seconds += time.monotonic() - started
+    return seconds
 
 
-def take(documents: Iterator[Document], chars: int) -> list[str]:
-    """The next texts, until they hold so many characters."""
+def next_batch(documents: Iterator[Document], chars: int) -> list[str]:
+    """The next texts, with at least `chars` characters in total unless the documents end."""
     batch: list[str] = []
     for document in documents:
         batch.append(document.text)
@@ -77,10 +77,10 @@ def take(documents: Iterator[Document], chars: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000)
-    wanted = parser.parse_args().megabytes
+    target_megabytes = parser.parse_args().megabytes
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        generate(folder / "text.txt", wanted * 1_000_000)
+        write_corpus(folder / "text.txt", target_megabytes * 1_000_000)
         (folder / "bench.yaml").write_text(yaml.safe_dump(CONFIG))
         megabytes = (folder / "text.txt").stat().st_size / 1e6
         whole = prepare(folder)
@@ -88,7 +88,7 @@ def main() -> None:
         (tokenizer,) = (folder / "data").glob("*/tokenizer.json")
         encoding = prepare(folder, "data.tokenizer.kind=file", f"data.tokenizer.path={tokenizer}")
         alone = encode_alone(folder / "text.txt", Tokenizer.load(tokenizer))
-    figures = {
+    results = {
         "megabytes": round(megabytes),
         "peak_memory_mb": round(peak),
         "prepare_mb_per_s": round(megabytes / whole, 2),
@@ -96,7 +96,7 @@ def main() -> None:
         "tokenizers_alone_mb_per_s": round(megabytes / alone, 2),
         "known_tokenizer_over_alone": round(alone / encoding, 3),
     }
-    print(json.dumps(figures, indent=1))
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo script itself, on the real corpus, with a few steps."""
+"""The demo script on the real corpus, with a few steps."""
 
 import json
 import os
@@ -13,24 +13,24 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_demo_ends_in_a_report(tmp_path: Path) -> None:
+def test_the_demo_writes_a_report(tmp_path: Path) -> None:
     for folder in ("configs", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    # With all threads that a user has: the models are larger than those of other tests.
-    own = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    # With all threads, because the models are larger than those of other tests.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run(
         ["bash", "scripts/demo.sh", "train.steps=10", "optim.warmup_steps=5"],
         cwd=tmp_path,
-        env={**own, "BIN": str(Path(sys.executable).parent)},
+        env={**environment, "BIN": str(Path(sys.executable).parent)},
         capture_output=True,
         text=True,
         timeout=590,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "reports/demo/report.json").read_text())
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     for name in ("report.html", "report.md", "comparison.png", "load.png"):
         assert (tmp_path / "reports/demo" / name).stat().st_size > 1000
-    shared = [json.loads((tmp_path / f"runs/demo-{kind}/environment.json").read_text()) for kind in ("dense", "moe")]
-    assert shared[0]["eval_fingerprint"] == shared[1]["eval_fingerprint"]
+    dense, moe = (json.loads((tmp_path / f"runs/demo-{kind}/environment.json").read_text()) for kind in ("dense", "moe"))
+    assert dense["eval_fingerprint"] == moe["eval_fingerprint"]
     assert "The demo took" in done.stdout

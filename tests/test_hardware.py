@@ -1,4 +1,4 @@
-"""Precision by what the machine is good at."""
+"""The choice of precision for a CPU."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
     ("flags", "gain", "expected"),
     [({"avx2"}, 9.0, "fp32"), ({"avx512_bf16"}, 0.5, "fp32"), ({"amx_bf16"}, 4.0, "bf16")],
 )
-def test_bfloat16_is_chosen_where_it_is_listed_and_faster(
+def test_bfloat16_is_chosen_if_supported_and_faster(
     flags: set[str], gain: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "_cpu_flags", lambda: flags)
@@ -21,6 +21,6 @@ def test_bfloat16_is_chosen_where_it_is_listed_and_faster(
     assert hardware.dtype_of("auto", CPU) == (torch.bfloat16 if expected == "bf16" else torch.float32)
 
 
-def test_a_named_precision_is_not_questioned() -> None:
+def test_a_named_precision_is_used() -> None:
     assert hardware.dtype_of("bf16", CPU) == torch.bfloat16
-    assert hardware.dtype_of("float32", CPU) == torch.float32
+    assert hardware.dtype_of("fp32", CPU) == torch.float32

@@ -1,4 +1,4 @@
-"""The layers of the package: imports point to lower layers only, at the top of a file or inside a function."""
+"""The layers of the package: imports point to lower layers only. Also the maximum lengths of files and functions."""
 
 import ast
 from pathlib import Path
@@ -29,8 +29,8 @@ LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in name
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """Full names of moelm's own modules that a file imports anywhere."""
+def imported_names(path: Path) -> set[str]:
+    """Full names of everything of this package that a file imports anywhere."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -48,33 +48,33 @@ def test_every_folder_and_file_has_a_layer() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own == "__init__":
+    folder = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if folder == "__init__":
         return
-    for name in imported(path):
+    for name in imported_names(path):
         other = name.split(".")[1]
-        if other not in (own, "__version__"):
-            assert LAYER_OF[other] < LAYER_OF[own], f"{path.name} imports {name}"
+        if other not in (folder, "__version__"):
+            assert LAYER_OF[other] < LAYER_OF[folder], f"{path.name} imports {name}"
 
 
 def test_no_circular_imports() -> None:
-    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
     graph = {
-        name: {wanted.rpartition(".")[0] if wanted not in names else wanted for wanted in imported(path)} & names.keys()
-        for name, path in names.items()
+        module: {name if name in modules else name.rpartition(".")[0] for name in imported_names(path)} & modules.keys()
+        for module, path in modules.items()
         if path.name != "__init__.py"
     }
-    done: set[str] = set()
+    visited: set[str] = set()
 
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, " -> ".join([*trail, name])
-        if name not in done:
-            for wanted in sorted(graph.get(name, ())):
-                visit(wanted, (*trail, name))
-            done.add(name)
+    def visit(module: str, chain: tuple[str, ...]) -> None:
+        assert module not in chain, " -> ".join([*chain, module])
+        if module not in visited:
+            for imported in sorted(graph.get(module, ())):
+                visit(imported, (*chain, module))
+            visited.add(module)
 
-    for name in graph:
-        visit(name, ())
+    for module in graph:
+        visit(module, ())
 
 
 def test_files_and_functions_stay_short() -> None:

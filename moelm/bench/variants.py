@@ -20,7 +20,7 @@ class BenchVariant(NamedTuple):
     peer: bool = False
     """Whether it is Hugging Face's model."""
     keeps_memory: bool = True
-    """Whether the allocator keeps freed memory, as in moelm; by default, peers run with and without."""
+    """Whether the allocator keeps freed memory, as moelm's training does; on a CPU, peers are timed with and without."""
 
 
 def list_variants(paths: Sequence[Path], overrides: Sequence[str], vary: str | None, peers: bool) -> list[BenchVariant]:

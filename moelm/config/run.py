@@ -25,11 +25,11 @@ class SourceConfig(Config):
     path: str | None = None
     """A file or a glob: text, .jsonl, .csv or .parquet; text and .jsonl may be compressed as .gz or .zst."""
     hub: str | None = None
-    """A Hugging Face data set, streamed."""
+    """A Hugging Face dataset, streamed."""
     config: str | None = None
-    """The hub data set's configuration."""
+    """The hub dataset's configuration."""
     split: str = "train"
-    """The hub data set's split."""
+    """The hub dataset's split."""
     column: str = "text"
     """The column that holds the text in .jsonl, .csv, .parquet and hub records."""
     documents: Literal["auto", "file", "paragraph", "line"] = "auto"
@@ -95,7 +95,7 @@ class DataConfig(Config):
     max_document_mb: float = Field(default=16.0, gt=0)
     """Longest accepted document in megabytes; a longer one is usually a misread file."""
     dir: str = "data"
-    """Folder of prepared data sets."""
+    """Folder of prepared datasets."""
 
 
 class TrainConfig(Config):

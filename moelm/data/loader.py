@@ -53,7 +53,7 @@ class Rows:
         self.split, self.row_len, self.tokenizer = split, row_len, tokenizer
         lengths = split.documents["tokens"].astype(np.int64)
         starts = np.cumsum(lengths) - lengths
-        documents = np.repeat(np.arange(len(lengths)), _repeats(split, weights))
+        documents = np.repeat(np.arange(len(lengths)), _document_repeats(split, weights))
         packing = pack(lengths[documents], row_len)
         self.packing: Packing = packing._replace(document=documents[packing.document])
         self._offsets: Ints = starts[self.packing.document] + packing.start
@@ -69,9 +69,9 @@ class Rows:
     def batch(self, rows: Ints) -> Batch:
         """These rows as one batch."""
         first, end = self.packing.row_starts[rows], self.packing.row_starts[rows + 1]
-        fragments, row_of_fragment = _ranges(first, end - first)
+        fragments, row_of_fragment = _concatenate_ranges(first, end - first)
         lengths = self.packing.length[fragments]
-        offsets, fragment_of_token = _ranges(self._offsets[fragments], lengths)
+        offsets, fragment_of_token = _concatenate_ranges(self._offsets[fragments], lengths)
         before = np.cumsum(lengths) - lengths
         row_starts = before[np.searchsorted(row_of_fragment, np.arange(len(rows)))]
         row_of_token = row_of_fragment[fragment_of_token]
@@ -153,7 +153,7 @@ def open_data(config: RunConfig) -> PreparedData:
     return PreparedData(folder, tokenizer, train, val, manifest["data_sha256"], manifest["tokenizer_sha256"])
 
 
-def _repeats(split: Split, weights: list[float | None]) -> Ints:
+def _document_repeats(split: Split, weights: list[float | None]) -> Ints:
     """How often each document appears in an epoch, so that sources have their configured shares of the tokens.
 
     The source with the most tokens relative to its share appears once, and the others are repeated. A fractional repeat is
@@ -170,8 +170,8 @@ def _repeats(split: Split, weights: list[float | None]) -> Ints:
     return repeated
 
 
-def _ranges(starts: Ints, lengths: Ints) -> tuple[Ints, NDArray[np.int64]]:
+def _concatenate_ranges(starts: Ints, lengths: Ints) -> tuple[Ints, NDArray[np.int64]]:
     """Concatenated `range(start, start + length)`s, and the index of each element's range."""
-    owner = np.repeat(np.arange(len(starts)), lengths)
-    offset = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return starts[owner] + offset, owner
+    range_index = np.repeat(np.arange(len(starts)), lengths)
+    offset = np.arange(len(range_index)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return starts[range_index] + offset, range_index

@@ -59,7 +59,7 @@ def prepare(data: DataConfig) -> tuple[Path, bool]:
         return folder, False
     try:
         with atomic_directory(folder) as work:
-            _write(data, work)
+            _write_dataset(data, work)
     except OSError as error:
         if read_manifest(folder) is None:  # otherwise another process has prepared the same content
             raise MoelmError(f"The data cannot be written under {folder.parent}: {error.strerror}.") from error
@@ -77,7 +77,8 @@ def _recipe(data: DataConfig) -> dict[str, Any]:
     return recipe
 
 
-def _write(data: DataConfig, work: Path) -> None:
+def _write_dataset(data: DataConfig, work: Path) -> None:
+    """Write the files of a dataset to an empty folder; the manifest is the last one."""
     seen: set[int] = set()
     duplicates = [0]
     with ProgressLine("Reading documents …") as progress_line:
@@ -89,18 +90,18 @@ def _write(data: DataConfig, work: Path) -> None:
         held_out: set[str] = set()
         writers = {split: SplitWriter(work, split, tokenizer.vocab_size) for split in ("train", "val")}
         started = time.monotonic()
-        for number, (source, stream) in enumerate(zip(data.sources, streams, strict=True)):
+        for source_index, (source, stream) in enumerate(zip(data.sources, streams, strict=True)):
             tokens = 0
-            for part, ids in _encoded(stream, tokenizer):
+            for part, ids in _encode(stream, tokenizer):
                 tokens += len(ids)
                 if source.max_tokens is not None and tokens > source.max_tokens:
                     break
                 domain = domains.setdefault(part.domain, len(domains))
-                writers[part.split].add(ids, part.size, domain, number, part.hash)
+                writers[part.split].add(ids, part.size, domain, source_index, part.hash)
                 if part.split == "val":
                     held_out.add(part.domain)
                 if writers[part.split].documents % 64 == 0:
-                    progress_line.update(_progress(source.label, writers, started))
+                    progress_line.update(_progress_message(source.label, writers, started))
         if unseen := sorted(domains.keys() - held_out):
             warn(
                 f"no document of {', '.join(unseen)} is in the validation split, so it will have no validation loss; "
@@ -137,13 +138,14 @@ def _split_texts(
         if data.holdout == "documents":
             yield SplitText(text, document.domain, "val" if digest < threshold else "train", digest, size)
             continue
-        cut = round(len(text) * (1 - data.val_fraction))
-        for part, split in ((text[:cut], "train"), (text[cut:], "val")):
+        boundary = round(len(text) * (1 - data.val_fraction))
+        for part, split in ((text[:boundary], "train"), (text[boundary:], "val")):
             if part:
                 yield SplitText(part, document.domain, split, digest, len(part.encode()))
 
 
 def _digest(text: str) -> tuple[int, int]:
+    """A 64-bit hash of a text, and its UTF-8 bytes."""
     raw = text.encode()
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big"), len(raw)
 
@@ -184,21 +186,21 @@ def _drain(parts: list[SplitText]) -> Iterator[SplitText]:
         yield parts.pop()
 
 
-def _encoded(parts: Iterator[SplitText], tokenizer: Tokenizer) -> Iterator[tuple[SplitText, list[int]]]:
+def _encode(parts: Iterator[SplitText], tokenizer: Tokenizer) -> Iterator[tuple[SplitText, list[int]]]:
     """Token ids of each text with the end token; the next batch is read and encoded while the last one is written."""
 
     def encode(batch: list[SplitText]) -> list[tuple[SplitText, list[int]]]:
-        every = tokenizer.encode_batch([part.text for part in batch])
-        return [(part, [*ids, tokenizer.eos_id]) for part, ids in zip(batch, every, strict=True)]
+        batch_ids = tokenizer.encode_batch([part.text for part in batch])
+        return [(part, [*ids, tokenizer.eos_id]) for part, ids in zip(batch, batch_ids, strict=True)]
 
-    waiting: Future[list[tuple[SplitText, list[int]]]] | None = None
+    pending: Future[list[tuple[SplitText, list[int]]]] | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:
         for batch in _batches(parts):
-            done, waiting = waiting, pool.submit(encode, batch)
+            done, pending = pending, pool.submit(encode, batch)
             if done is not None:
                 yield from done.result()
-        if waiting is not None:
-            yield from waiting.result()
+        if pending is not None:
+            yield from pending.result()
 
 
 def _batches(parts: Iterator[SplitText]) -> Iterator[list[SplitText]]:
@@ -214,7 +216,7 @@ def _batches(parts: Iterator[SplitText]) -> Iterator[list[SplitText]]:
         yield batch
 
 
-def _progress(label: str, writers: dict[str, SplitWriter], started: float) -> str:
+def _progress_message(label: str, writers: dict[str, SplitWriter], started: float) -> str:
     documents = sum(writer.documents for writer in writers.values())
     size = sum(writer.bytes for writer in writers.values())
     rate = size / max(time.monotonic() - started, 1e-9)

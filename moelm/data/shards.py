@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from moelm.errors import MoelmError
 
 FORMAT = 1
+"""Version of the files; a part of the hash in the folder's name."""
 SHARD_TOKENS = 100_000_000
+"""Maximum tokens of a shard, unless a single document is longer."""
 DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("domain", "<u2"), ("source", "<u2"), ("hash", "<u8")])
 """One row of a split's document table; `tokens` counts the end token, `bytes` the UTF-8 text."""
 
@@ -35,7 +37,7 @@ class SplitWriter:
     def add(self, ids: Sequence[int], size: int, domain: int, source: int, digest: int) -> None:
         """Append one document: its tokens (with the end token), UTF-8 size, domain, source and content hash."""
         if self._shard is None or self.shards[-1]["tokens"] + len(ids) > self.shard_tokens:
-            self._next_shard()
+            self._open_next_shard()
         data = np.asarray(ids, dtype=self.dtype).tobytes()
         assert self._shard is not None
         self._shard.write(data)
@@ -47,18 +49,18 @@ class SplitWriter:
 
     def close(self) -> dict[str, Any]:
         """Close the files; returns the split's part of the manifest."""
-        self._end_shard()
+        self._close_shard()
         self._table.close()
         tokens = sum(shard["tokens"] for shard in self.shards)
         return {"shards": self.shards, "documents": self.documents, "tokens": tokens, "bytes": self.bytes}
 
-    def _next_shard(self) -> None:
-        self._end_shard()
+    def _open_next_shard(self) -> None:
+        self._close_shard()
         name = f"{self.split}-{len(self.shards):05}.bin"
         self.shards.append({"file": name, "tokens": 0, "sha256": ""})
         self._shard = (self.folder / name).open("wb")
 
-    def _end_shard(self) -> None:
+    def _close_shard(self) -> None:
         if self._shard is not None:
             self._shard.close()
             self.shards[-1]["sha256"] = self._digest.hexdigest()
@@ -69,15 +71,15 @@ class Split:
     """One split, memory-mapped."""
 
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
-        described = manifest["splits"][split]
+        split_manifest = manifest["splits"][split]
         dtype = np.dtype(manifest["dtype"])
         self.name = split
         self.domains: list[str] = manifest["domains"]
         self.documents: NDArray[Any] = np.fromfile(folder / f"{split}.documents.bin", dtype=DOCUMENT)
-        self._shards = [np.memmap(folder / shard["file"], dtype=dtype, mode="r") for shard in described["shards"]]
+        self._shards = [np.memmap(folder / shard["file"], dtype=dtype, mode="r") for shard in split_manifest["shards"]]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
-        sizes = [shard["tokens"] for shard in described["shards"]]
-        if [len(shard) for shard in self._shards] != sizes or len(self.documents) != described["documents"]:
+        sizes = [shard["tokens"] for shard in split_manifest["shards"]]
+        if [len(shard) for shard in self._shards] != sizes or len(self.documents) != split_manifest["documents"]:
             raise MoelmError(f"{folder} is damaged: the files of {split} are not as long as its manifest says; delete it.")
 
     def take(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -38,7 +38,7 @@ def read_source(source: SourceConfig, max_document_bytes: int) -> Iterator[Docum
         if source.max_documents is not None and count >= source.max_documents:
             return
     if not count:
-        raise MoelmError(f"{source.path or source.label} is empty: it holds no text to learn from.")
+        raise MoelmError(f"{source.path or source.label} is empty: it contains no text.")
 
 
 def source_fingerprint(source: SourceConfig) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: quick help, one JSON object, one sentence for each mistake."""
+"""The command line: fast help, one JSON object, one sentence for each error."""
 
 import json
 import subprocess
@@ -27,11 +27,11 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("words", [[], *[[name] for name in COMMANDS]])
-def test_help_needs_nothing_heavy(words: list[str]) -> None:
+@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
+def test_help_imports_no_heavy_package(command: list[str]) -> None:
     program = (
         "import sys\nfrom moelm.cli.app import app\n"
-        f"try: app({[*words, '--help']!r})\nexcept SystemExit as end: code = end.code\n"
+        f"try: app({[*command, '--help']!r})\nexcept SystemExit as end: code = end.code\n"
         "heavy = {'torch', 'datasets', 'numpy'} & sys.modules.keys()\n"
         "sys.exit(code or len(heavy))"
     )
@@ -45,49 +45,49 @@ def test_version(moelm: Moelm) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["train", "none.yaml"], "no config file"),
         (["train", "moe.yaml", "model.dimm=4"], "did you mean dim"),
-        (["eval", "nobody"], "no run nobody"),
+        (["eval", "unknown"], "no run unknown"),
         (["prepare", "moe.yaml", "data.sources.0.path=nothing-*.txt"], "matches no file"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(moelm: Moelm, workplace: Path, words: list[str], told: str) -> None:
+def test_an_error_is_one_line_and_exit_code_2(moelm: Moelm, workplace: Path, arguments: list[str], message: str) -> None:
     before = sorted(workplace.iterdir())
-    done = moelm(*words)
+    done = moelm(*arguments)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
     assert [path for path in sorted(workplace.iterdir()) if path.name != "data"] == before
 
 
 @pytest.mark.slow
-def test_from_text_to_a_comparison(moelm: Moelm, workplace: Path) -> None:
+def test_every_step_from_text_to_comparison(moelm: Moelm, workplace: Path) -> None:
     for kind in ("dense", "moe"):
         assert moelm("train", f"{kind}.yaml", "train.eval_every=2").returncode == 0
 
-    for words in (
+    for arguments in (
         ["prepare", "moe.yaml", "--json"],
         ["plan", "moe.yaml", "--json"],
         ["eval", "tiny-moe", "--json"],
         ["sample", "tiny-moe", "--prompt", "the cat", "--max-new-tokens", "5", "--json"],
         ["compare", "tiny-dense", "tiny-moe", "--out", "report", "--json"],
     ):
-        done = moelm(*words)
+        done = moelm(*arguments)
         assert done.returncode == 0, done.stderr
         assert isinstance(json.loads(done.stdout), dict)
     assert {path.name for path in (workplace / "report").iterdir()} >= {"report.html", "report.md", "report.json"}
 
-    for words, told in (
+    for options, message in (
         (["--prompt", ""], "prompt is empty"),
         (["--prompt", "cat", "--max-new-tokens", "500"], "context of 32"),
         (["--prompt", "cat", "--checkpoint", "7"], "no checkpoint '7'"),
     ):
-        done = moelm("sample", "tiny-moe", *words)
+        done = moelm("sample", "tiny-moe", *options)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert told in done.stderr
+        assert message in done.stderr
     piped = moelm("sample", "tiny-moe", "--max-new-tokens", "3", input="the cat")
     assert piped.stdout.startswith("the cat")
 

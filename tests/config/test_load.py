@@ -1,4 +1,4 @@
-"""Reading a run's YAML: inheritance, overrides, and a sentence for each mistake."""
+"""Loading of configs: inheritance, overrides, and one sentence for each error."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("override", "message"),
     [
         ("model.ffn.num_expert=4", "did you mean num_experts"),
         ("trian.steps=3", "did you mean train"),
@@ -42,16 +42,26 @@ MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
         (f"model.ffn={{{TINY}, router: {{kind: hash}}, balance: {{aux: 1}}}}", "kind hash"),
         (f"model.ffn={{{TINY}, capacity_factor: 1, router: {{kind: expert_choice}}}}", "exactly full"),
         ("steps", "key.sub=value is expected"),
+        ("start={run: other}", "start has been renamed; its name is now init_from"),
+        ("train.compile=true", "train.compile has been renamed; its name is now parallel.compile"),
+        ("train.precision=fp16", "train.precision is 'fp16', but it should be 'fp32' or 'bf16' or 'auto'"),
     ],
 )
-def test_mistakes_are_sentences(word: str, told: str) -> None:
+def test_an_invalid_setting_is_described_in_one_sentence(override: str, message: str) -> None:
     with pytest.raises(MoelmError) as caught:
-        load_config(MOE, [word])
-    assert told in str(caught.value)
+        load_config(MOE, [override])
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_another_kind_drops_the_old_keys_in_any_order() -> None:
+@pytest.mark.parametrize(
+    ("name", "precision"), [("fp32", "fp32"), ("bf16", "bf16"), ("float32", "fp32"), ("bfloat16", "bf16"), ("auto", "auto")]
+)
+def test_names_of_precisions(name: str, precision: str) -> None:
+    assert load_config(MOE, [f"train.precision={name}"]).train.precision == precision
+
+
+def test_a_new_kind_drops_the_keys_of_the_old_one() -> None:
     config = load_config(MOE, ["model.ffn.hidden_dim=64", "model.ffn.kind=dense"])
     assert config.model.ffn == DenseFFNConfig(kind="dense", hidden_dim=64)
 
@@ -65,7 +75,7 @@ def test_another_kind_drops_the_old_keys_in_any_order() -> None:
         ("random", {}),
     ],
 )
-def test_balance_follows_the_router(tmp_path: Path, kind: str, weights: dict[str, float]) -> None:
+def test_default_balance_losses_depend_on_the_router(tmp_path: Path, kind: str, weights: dict[str, float]) -> None:
     config = load_config(MOE, [f"model.ffn.router.kind={kind}"])
     balance = config.model.ffn.balance.model_dump(exclude={"scope"})
     assert {name: value for name, value in balance.items() if value} == weights
@@ -73,7 +83,7 @@ def test_balance_follows_the_router(tmp_path: Path, kind: str, weights: dict[str
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_a_named_weight_leaves_the_others_as_they_are() -> None:
+def test_an_override_of_one_weight_does_not_change_the_others() -> None:
     config = load_config(MOE, ["model.ffn.balance.aux=0.1"])
     assert (config.model.ffn.balance.aux, config.model.ffn.balance.z) == (0.1, 0.001)
 
@@ -82,13 +92,13 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
     assert load_config(MOE, ["optim.lr=3e-4"]).optim.lr == 3e-4
 
 
-def test_a_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
+def test_a_dumped_config_loads_as_an_equal_config(tmp_path: Path) -> None:
     config = load_config(MOE)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_the_demo_pair_differs_in_its_ffn_alone() -> None:
+def test_the_demo_configs_differ_only_in_the_ffn() -> None:
     sparse, dense = (load_config(MOE.with_name(f"demo-{kind}.yaml")).model_dump() for kind in ("moe", "dense"))
     for tree in (sparse, dense):
         tree["model"].pop("ffn")
@@ -103,14 +113,14 @@ def test_unusable_files_are_refused(tmp_path: Path, text: str) -> None:
         load_config(tmp_path / "config.yaml")
 
 
-def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("name: a\noptim:\n  lr: 0.1\n  lr: 0.2\n")
     with pytest.raises(MoelmError, match=r"twice\.yaml is not valid YAML at line 3: the key lr appears twice"):
         load_config(path)
 
 
-def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
+def test_a_circular_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml")
     (tmp_path / "b.yaml").write_text("base: a.yaml")
     with pytest.raises(MoelmError, match="leads back"):
@@ -119,4 +129,4 @@ def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
 
 def test_missing_sections_are_named() -> None:
     with pytest.raises(MoelmError, match="model is missing"):
-        check_config({"name": "x"}, "here")
+        check_config({"name": "x"}, "config.yaml")

@@ -1,4 +1,4 @@
-"""The builtin corpus: what it holds and leaves out, and whether its synthetic answers are right."""
+"""The builtin corpus: which documents it contains, and the correctness of its generated answers."""
 
 import csv
 import io
@@ -59,7 +59,7 @@ def test_fingerprint_is_stable_and_quick() -> None:
         (metadata, "version", lambda name: "0.0.0" if name == "numpy" else "1"),
     ],
 )
-def test_fingerprint_follows_what_the_corpus_is_built_from(
+def test_fingerprint_depends_on_versions_and_packages(
     monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: object
 ) -> None:
     if name == "version":
@@ -69,7 +69,7 @@ def test_fingerprint_follows_what_the_corpus_is_built_from(
     assert builtin_fingerprint() != before
 
 
-def test_beginning_is_the_same_every_time_and_mixed(beginning: list[Document]) -> None:
+def test_the_first_documents_are_deterministic_and_of_all_domains(beginning: list[Document]) -> None:
     assert head(160) == beginning
     assert {document.domain for document in beginning} == {*REAL_DOMAINS, *SYNTHETIC_DOMAINS}
 
@@ -148,15 +148,15 @@ def test_unreadable_files_and_tables_are_left_out(tmp_path: Path) -> None:
     cases = {"latin.py": b"name = '\xe9'\n", "table.py": b"0x1f, 0x2e, " * 99, "long.py": b"pass\n" * 99_999}
     for name, data in {**cases, "windows.py": b"one = two\r\n"}.items():
         (tmp_path / name).write_bytes(data)
-    assert [builtin._read(tmp_path / name) for name in [*cases, "absent.py"]] == [None] * 4
-    assert builtin._read(tmp_path / "windows.py") == "one = two\n"
+    assert [builtin._read_text_file(tmp_path / name) for name in [*cases, "absent.py"]] == [None] * 4
+    assert builtin._read_text_file(tmp_path / "windows.py") == "one = two\n"
 
 
 @pytest.mark.parametrize(("body", "domain"), [("value = other_value\n" * 60, "x-code"), ("", "x-docs")])
 def test_a_module_is_code_or_its_docstrings_never_both(tmp_path: Path, body: str, domain: str) -> None:
     source = '"""About it."""\nclass A:\n    """What A is."""\n    def b(self):\n        """What b does."""\n' + body
     (tmp_path / "m.py").write_text(source)
-    (document,) = builtin._module(builtin._File(tmp_path / "m.py", "m.py"), "x")
+    (document,) = builtin._module_document(builtin._File(tmp_path / "m.py", "m.py"), "x")
     docs = "About it.\n\n\nA\n\nWhat A is.\n\n\nA.b\n\nWhat b does.\n"
     assert (document.domain, document.text) == (domain, source if body else docs)
 
@@ -183,7 +183,7 @@ def test_the_domains_are_balanced() -> None:
 
 
 def value(expression: str) -> Fraction | None:
-    """The exact value of plain arithmetic, or None for text that is something else."""
+    """The exact value of plain arithmetic, or None for other text."""
     text = expression.strip()
     if not re.fullmatch(r"[-+*/(). \d]+", text) or not re.search(r"\d", text):
         return None
@@ -222,7 +222,7 @@ def solve(a: str, b: str, c: str) -> str:
     return str(Fraction(int(c) - int(b), int(a)))
 
 
-def continue_(terms: str) -> str:
+def next_term(terms: str) -> str:
     numbers = [int(term) for term in terms.split(", ")]
     return str(2 * numbers[-1] - numbers[-2])
 
@@ -240,22 +240,22 @@ ORACLES: dict[str, Callable[..., str]] = {
     r"What is (\d+)% of (\d+)": lambda p, base: str(Fraction(int(p) * int(base), 100)),
     r"common divisor of (\d+) and (\d+)": euclid,
     r"Write (\d+) in binary": lambda n: format(int(n), "b"),
-    r"Continue: (.+), \.\.\.": continue_,
+    r"Continue: (.+), \.\.\.": next_term,
     r"(.*coin.*)": shop,
 }
 
 
 def test_the_answers_of_the_arithmetic_are_right() -> None:
-    met = set()
+    covered = set()
     for question, _, answer in worksheet_blocks():
         pattern, found = next((p, m) for p in ORACLES if (m := re.search(p, question)))
-        met.add(pattern)
+        covered.add(pattern)
         assert answer == ORACLES[pattern](*found.groups()), question
-    assert met == set(ORACLES)
+    assert covered == set(ORACLES)
 
 
 def result(question: str, steps: list[str]) -> str:
-    """What the steps alone arrive at, read as their method says."""
+    """The answer that the steps alone give, by the method of the question."""
     if re.fullmatch(r"What is \d+ \+ \d+\?", question):
         digits = [step.split("write ")[1][0] for step in steps]
         return (steps[-1].partition("carry ")[2] + "".join(reversed(digits))).lstrip("0")
@@ -268,12 +268,12 @@ def result(question: str, steps: list[str]) -> str:
     return steps[-1].split("= ")[-1].removesuffix("/1")
 
 
-def test_the_steps_of_the_arithmetic_lead_to_the_answer() -> None:
+def test_the_steps_of_the_arithmetic_give_the_answer() -> None:
     for question, steps, answer in worksheet_blocks():
         assert result(question, steps) == answer, (question, steps)
 
 
-def test_stories_keep_track_of_who_holds_what() -> None:
+def test_the_answers_about_stories_are_right() -> None:
     checked = 0
     for document in synthetic_documents("synthetic-stories", 300_000):
         story, _, questions = document.text.rstrip("\n").rpartition("\n\n")
@@ -293,11 +293,11 @@ def test_stories_keep_track_of_who_holds_what() -> None:
 def tables() -> Iterator[tuple[list[dict[str, str]], list[str]]]:
     """Rows and questions of the documents in JSON and CSV, with all cells as text."""
     for document in synthetic_documents("synthetic-data", 250_000):
-        shown, questions = document.text.split("\n\n", 1)[1].split("\n\nQuestions\n\n")
-        if shown.startswith('{\n  "'):
-            (rows,) = json.loads(shown).values()
-        elif re.match(r"\w+(,\w+)+\n", shown):
-            rows = list(csv.DictReader(io.StringIO(shown)))
+        table, questions = document.text.split("\n\n", 1)[1].split("\n\nQuestions\n\n")
+        if table.startswith('{\n  "'):
+            (rows,) = json.loads(table).values()
+        elif re.match(r"\w+(,\w+)+\n", table):
+            rows = list(csv.DictReader(io.StringIO(table)))
         else:
             continue
         yield [{key: str(cell) for key, cell in row.items()} for row in rows], questions.strip().split("\n")
@@ -326,12 +326,12 @@ def record_oracles(rows: list[dict[str, str]]) -> Oracles:
 
 
 def test_the_answers_about_records_are_right() -> None:
-    met = set()
+    covered = set()
     for rows, questions in tables():
         oracles = record_oracles(rows)
         for line in questions:
             question, answer = line.split("? ")
             ((pattern, found),) = [(p, m) for p in oracles if (m := re.fullmatch(p, question))]
-            met.add(pattern)
+            covered.add(pattern)
             assert answer == oracles[pattern](*found.groups()), line
-    assert len(met) == 8
+    assert len(covered) == 8

@@ -1,4 +1,4 @@
-"""From files to rows of tokens: every kind of file, every kind of mistake, and nothing half-done."""
+"""Prepared data, from files to rows of tokens: file formats, errors, interruption, packing and order."""
 
 import csv
 import gzip
@@ -35,15 +35,19 @@ def config(folder: Path, *sources: dict[str, Any], **changes: Any) -> DataConfig
     return DataConfig.model_validate({**plain, **changes, "sources": list(sources)})
 
 
-def texts_of(folder: Path, split: str) -> list[str]:
+def manifest_of(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     assert manifest is not None
+    return manifest
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    part = Split(folder, split, manifest)
-    ids = part.take(np.arange(int(part.documents["tokens"].sum())))
-    ends = np.cumsum(part.documents["tokens"].astype(np.int64))
+    opened = Split(folder, split, manifest_of(folder))
+    ids = opened.take(np.arange(int(opened.documents["tokens"].sum())))
+    ends = np.cumsum(opened.documents["tokens"].astype(np.int64))
     assert (ids[ends - 1] == tokenizer.eos_id).all()
-    return [tokenizer.decode(piece[:-1].tolist()) for piece in np.split(ids, ends[:-1])]
+    return [tokenizer.decode(document[:-1].tolist()) for document in np.split(ids, ends[:-1])]
 
 
 def write(path: Path, texts: list[str]) -> dict[str, Any]:
@@ -67,16 +71,16 @@ def write(path: Path, texts: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.parquet"])
-def test_text_comes_through_unchanged(tmp_path: Path, name: str) -> None:
+def test_text_is_not_modified(tmp_path: Path, name: str) -> None:
     folder, worked = prepare(config(tmp_path, write(tmp_path / name, TEXTS)))
     assert worked
     train, val = texts_of(folder, "train"), texts_of(folder, "val")
     assert sorted(train + val) == sorted(TEXTS)
     assert val
-    assert sorted(read_manifest(folder)["domains"]) == ["k0", "k1"]
+    assert sorted(manifest_of(folder)["domains"]) == ["k0", "k1"]
 
 
-def test_a_second_call_has_nothing_to_do_and_changed_input_makes_a_new_version(tmp_path: Path) -> None:
+def test_a_second_call_does_nothing_and_changed_input_makes_a_new_folder(tmp_path: Path) -> None:
     wanted = config(tmp_path, write(tmp_path / "a.jsonl", TEXTS))
     folder, _ = prepare(wanted)
     assert prepare(wanted) == (folder, False)
@@ -84,22 +88,22 @@ def test_a_second_call_has_nothing_to_do_and_changed_input_makes_a_new_version(t
     other, worked = prepare(wanted)
     assert worked
     assert other != folder
-    assert set(texts_of(folder, "val")) <= set(texts_of(other, "val"))  # nobody changed sides
+    assert set(texts_of(folder, "val")) <= set(texts_of(other, "val"))  # no document changed its split
     assert prepare(wanted.model_copy(update={"val_fraction": 0.3}))[0] not in (folder, other)
 
 
 def test_duplicates_are_dropped(tmp_path: Path) -> None:
     folder, _ = prepare(config(tmp_path, write(tmp_path / "a.jsonl", TEXTS + TEXTS)))
-    assert read_manifest(folder)["duplicates"] == len(TEXTS)
+    assert manifest_of(folder)["duplicates"] == len(TEXTS)
 
 
 def test_the_tail_is_held_out(tmp_path: Path) -> None:
     text = "".join(f"line {i}\n" for i in range(500))
     (tmp_path / "a.txt").write_text(text)
     folder, _ = prepare(config(tmp_path, {"path": str(tmp_path / "a.txt")}, holdout="tail", val_fraction=0.1))
-    cut = round(len(text) * 0.9)
-    assert texts_of(folder, "train") == [text[:cut]]
-    assert texts_of(folder, "val") == [text[cut:]]
+    boundary = round(len(text) * 0.9)
+    assert texts_of(folder, "train") == [text[:boundary]]
+    assert texts_of(folder, "val") == [text[boundary:]]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
@@ -133,7 +137,7 @@ LONG = "x" * 50_000_000
         ("a.jsonl.gz", b"not gzip", "gzip"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
+def test_bad_input_is_one_sentence_and_leaves_no_folder(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
@@ -153,7 +157,7 @@ def test_a_hub_name_without_a_network_is_one_sentence(tmp_path: Path) -> None:
         "c = DataConfig.model_validate({'sources': [{'hub': 'nobody/nothing'}], 'seq_len': 8})\n"
         "try: prepare(c)\nexcept MoelmError as e: print(e)"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -161,8 +165,8 @@ def test_a_hub_name_without_a_network_is_one_sentence(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert "nobody/nothing cannot be reached" in done.stdout
-    assert done.stdout.count("\n") == 1
+    assert "nobody/nothing cannot be reached" in completed.stdout
+    assert completed.stdout.count("\n") == 1
 
 
 def test_a_local_directory_streams_like_the_hub(tmp_path: Path) -> None:
@@ -172,7 +176,7 @@ def test_a_local_directory_streams_like_the_hub(tmp_path: Path) -> None:
     assert sorted(texts_of(folder, "train") + texts_of(folder, "val")) == sorted(TEXTS[:40])
 
 
-def test_a_killed_run_leaves_nothing_that_counts(tmp_path: Path) -> None:
+def test_a_killed_preparation_leaves_no_dataset(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [f"{i} " * 400 for i in range(20_000)])
     wanted = config(tmp_path, {"path": str(tmp_path / "a.jsonl"), "column": "body"})
     program = (
@@ -180,8 +184,8 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path: Path) -> None:
         "prepare(DataConfig.model_validate_json(sys.argv[1]))"
     )
     process = subprocess.Popen([sys.executable, "-c", program, wanted.model_dump_json()], stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while not list((tmp_path / "data").glob(".*.writing-*/train-*.bin")) and time.monotonic() < until:
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "data").glob(".*.writing-*/train-*.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -209,16 +213,16 @@ def test_packing_places_every_token_once(lengths: list[int], row_len: int) -> No
 def test_rows_predict_every_token_once_after_a_start_token(tmp_path: Path) -> None:
     folder, _ = prepare(config(tmp_path, write(tmp_path / "a.jsonl", TEXTS)))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    split = Split(folder, "train", read_manifest(folder))
+    split = Split(folder, "train", manifest_of(folder))
     rows = Rows(split, 16, tokenizer, [None])
     batch = rows.batch(np.arange(len(rows)))
     targets = batch.targets_BT[batch.targets_BT != IGNORE]
     assert sorted(targets.tolist()) == sorted(split.take(np.arange(int(split.documents["tokens"].sum()))).tolist())
     for tokens, targets, fragments in zip(*batch, strict=True):
         new = fragments.diff(prepend=fragments.new_tensor([-2])) != 0
-        real = fragments >= 0
-        assert (tokens[new & real] == tokenizer.bos_id).all()
-        follows = (~new & real).nonzero().flatten()
+        valid = fragments >= 0
+        assert (tokens[new & valid] == tokenizer.bos_id).all()
+        follows = (~new & valid).nonzero().flatten()
         assert (tokens[follows] == targets[follows - 1]).all()
 
 
@@ -227,7 +231,7 @@ def test_weights_are_shares_of_the_tokens(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("".join(f"{'b' * 20} {i}\n" for i in range(300)))
     sources = [{"path": str(tmp_path / f"{n}.txt"), "documents": "line", "weight": 1.0} for n in "ab"]
     folder, _ = prepare(config(tmp_path, *sources))
-    split = Split(folder, "train", read_manifest(folder))
+    split = Split(folder, "train", manifest_of(folder))
     rows = Rows(split, 16, Tokenizer.load(folder / "tokenizer.json"), [1.0, 1.0])
     share = np.bincount(split.documents["source"][rows.packing.document], weights=rows.packing.length)
     assert abs(share[0] / share.sum() - 0.5) < 0.02

@@ -1,4 +1,4 @@
-"""Decoding on the host against the model's own forward pass."""
+"""The CPU decoder against the model's forward pass."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch
 
 from moelm.inference.cpu_decoder import build_decoder
 from moelm.model import KVCache, build_model
-from tests.model.test_transformer import MOE, SHAPES, shape
+from tests.model.test_transformer import MODELS, MOE, model_config
+from tests.tolerance import assert_close
 
 CASES: list[dict[str, Any]] = [
     {"window": 4},
@@ -16,9 +17,9 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("config", [*SHAPES, *(shape(**case) for case in CASES)])
+@pytest.mark.parametrize("config", [*MODELS, *(model_config(**case) for case in CASES)])
 @pytest.mark.parametrize("starts", [None, [0, 2, 5]])
-def test_steps_on_the_host_are_the_full_forward(config: Any, starts: list[int] | None) -> None:
+def test_steps_equal_the_forward_pass(config: Any, starts: list[int] | None) -> None:
     model = build_model(config, seed=0).eval()
     tokens = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(0))
     caches = [KVCache(config, 3, 12, tokens.device, None if starts is None else torch.tensor(starts)) for _ in range(2)]
@@ -26,13 +27,13 @@ def test_steps_on_the_host_are_the_full_forward(config: Any, starts: list[int] |
         for cache in caches:
             model(tokens[:, :8], cache=cache)
         step = build_decoder(model, caches[0])
-        for place in range(8, 12):
-            meant = model(tokens[:, place : place + 1], cache=caches[1]).logits[:, -1]
-            torch.testing.assert_close(step(tokens[:, place]), meant, rtol=1e-4, atol=1e-5)
+        for position in range(8, 12):
+            expected = model(tokens[:, position : position + 1], cache=caches[1]).logits[:, -1]
+            assert_close(step(tokens[:, position]), expected)
 
 
-def test_an_expert_nobody_chose_is_not_read() -> None:
-    config = shape(num_layers=1)
+def test_an_unselected_expert_is_not_read() -> None:
+    config = model_config(num_layers=1)
     model = build_model(config, seed=0).eval()
     cache = KVCache(config, 1, 4, torch.device("cpu"))
     token = torch.tensor([7])

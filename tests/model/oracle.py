@@ -1,6 +1,6 @@
-"""Routers, mixtures and losses as their papers write them: loops over tokens and experts, float64, nothing of the package.
+"""Routers, mixtures and losses written from their papers: loops over tokens and experts in float64, without the package.
 
-Gates are rows of scalars, one per expert, zero where an expert was not chosen.
+Gates are rows of scalars, one for each expert, zero where an expert was not chosen.
 """
 
 import math
@@ -28,9 +28,8 @@ def softmax(values: list[Tensor]) -> list[Tensor]:
 def keep_top_k(values: list[Tensor], k: int) -> list[Tensor]:
     """Softmax(KeepTopK(v, k)): everything else is minus infinity."""
     chosen = largest(values, k)
-    kept = softmax([values[i] for i in chosen])
     gates = scalars(len(values))
-    for i, gate in zip(chosen, kept, strict=True):
+    for i, gate in zip(chosen, softmax([values[i] for i in chosen]), strict=True):
         gates[i] = gate
     return gates
 
@@ -68,29 +67,29 @@ def normal_cdf(value: Tensor) -> Tensor:
     return (1 + torch.erf(value / math.sqrt(2))) / 2
 
 
-def chance(clean: list[Tensor], noisy: list[Tensor], deviation: list[Tensor], i: int, k: int) -> Tensor:
-    """P(x, i), eq. 9: the k-th largest noisy logit of the others is what i has to beat."""
+def selection_probability(clean: list[Tensor], noisy: list[Tensor], std: list[Tensor], i: int, k: int) -> Tensor:
+    """P(x, i), eq. 9: i is chosen if it exceeds the k-th largest noisy logit of the others."""
     others = sorted((noisy[j] for j in range(len(noisy)) if j != i), key=lambda value: -value.item())
     if len(others) < k:
         return torch.ones((), dtype=torch.float64)
-    return normal_cdf((clean[i] - others[k - 1]) / deviation[i])
+    return normal_cdf((clean[i] - others[k - 1]) / std[i])
 
 
-def noisy_gate(token: Tensor, w: Tensor, w_noise: Tensor, draws: Tensor, k: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Gates of eqs 3-5 and chances of eq. 9 of one token."""
+def noisy_gate(token: Tensor, w: Tensor, w_noise: Tensor, noise: Tensor, k: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Gates of eqs 3-5 and probabilities of eq. 9 of one token."""
     clean = [token @ row for row in w]
-    deviation = [softplus(token @ row) for row in w_noise]
-    noisy = [c + d * s for c, d, s in zip(clean, draws, deviation, strict=True)]
-    return keep_top_k(noisy, k), [chance(clean, noisy, deviation, i, k) for i in range(len(w))]
+    std = [softplus(token @ row) for row in w_noise]
+    noisy = [c + n * s for c, n, s in zip(clean, noise, std, strict=True)]
+    return keep_top_k(noisy, k), [selection_probability(clean, noisy, std, i, k) for i in range(len(w))]
 
 
-def noisy_topk(x: Tensor, w: Tensor, w_noise: Tensor, draws: Tensor, k: int) -> tuple[Gates, list[Tensor]]:
+def noisy_topk(x: Tensor, w: Tensor, w_noise: Tensor, noise: Tensor, k: int) -> tuple[Gates, list[Tensor]]:
     """Gates, and Load(X) of eq. 10."""
     rows, load = [], scalars(len(w))
-    for token, drawn in zip(x, draws, strict=True):
-        gates, chances = noisy_gate(token, w, w_noise, drawn, k)
+    for token, own_noise in zip(x, noise, strict=True):
+        gates, probabilities = noisy_gate(token, w, w_noise, own_noise, k)
         rows.append(gates)
-        load = [total + p for total, p in zip(load, chances, strict=True)]
+        load = [total + p for total, p in zip(load, probabilities, strict=True)]
     return rows, load
 
 
@@ -101,22 +100,22 @@ def hierarchical(
     group_k: int,
     inner_k: int,
 ) -> tuple[Gates, list[Tensor]]:
-    """Gates of eq. 12 and Load_H of eq. 14; each level is (weights, noise weights, draws)."""
+    """Gates of eq. 12 and Load_H of eq. 14; each level is (weights, noise weights, noise)."""
     groups, experts = len(primary[0]), len(inner[0])
     size = experts // groups
     rows, load_primary, members = [], scalars(groups), [0] * groups
     inside = [scalars(size) for _ in range(groups)]
     for n, token in enumerate(x):
-        outer_gates, chances = noisy_gate(token, primary[0], primary[1], primary[2][n], group_k)
-        load_primary = [total + p for total, p in zip(load_primary, chances, strict=True)]
+        outer_gates, probabilities = noisy_gate(token, primary[0], primary[1], primary[2][n], group_k)
+        load_primary = [total + p for total, p in zip(load_primary, probabilities, strict=True)]
         gates = []
         for i in range(groups):
             own = slice(i * size, (i + 1) * size)
-            inner_gates, inner_chances = noisy_gate(token, inner[0][own], inner[1][own], inner[2][n][own], inner_k)
+            inner_gates, inner_probabilities = noisy_gate(token, inner[0][own], inner[1][own], inner[2][n][own], inner_k)
             gates += [outer_gates[i] * gate for gate in inner_gates]
             if outer_gates[i] > 0:
                 members[i] += 1
-                inside[i] = [total + p for total, p in zip(inside[i], inner_chances, strict=True)]
+                inside[i] = [total + p for total, p in zip(inside[i], inner_probabilities, strict=True)]
         rows.append(gates)
     load = [load_primary[i] * value / max(members[i], 1) for i in range(groups) for value in inside[i]]
     return rows, load

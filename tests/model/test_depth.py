@@ -49,7 +49,7 @@ def test_deep_experts_equal_a_loop_over_tokens(depth: int, shared: int) -> None:
     upstream = torch.randn_like(expected)
     found, wanted = (torch.autograd.grad(output, inputs, upstream, retain_graph=True) for output in (y[0], expected))
     for grad, expected_grad in zip(found, wanted, strict=True):
-        assert_close(grad, expected_grad, dtype=torch.float32)  # the router computes in float32
+        assert_close(grad, expected_grad)
 
 
 def test_a_deep_block_differs_from_a_wide_one() -> None:
@@ -86,7 +86,7 @@ def test_repeated_layers_equal_copies_whose_gradients_are_summed(ffn: dict[str, 
         if weight.grad is None:
             assert copies == [None] * 3
         else:
-            assert_close(weight.grad, sum(copies), scale=float(max(grad.abs().max() for grad in copies)))
+            assert_close(weight.grad, sum(copies))
 
 
 def test_a_bias_is_updated_by_the_load_of_all_repeats() -> None:

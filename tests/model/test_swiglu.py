@@ -107,7 +107,7 @@ def test_a_whole_sparse_step_compiles_without_a_graph_break(monkeypatch: pytest.
     total, counts = torch.compile(step, fullgraph=True, backend="aot_eager")()
     total.backward()
     eager_total, eager_counts = step()
-    assert relative_error(total, eager_total) < torch.finfo(torch.bfloat16).eps / 16
+    assert_close(total, eager_total, dtype=torch.float32)
     assert counts.sum() == eager_counts.sum() == 32
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

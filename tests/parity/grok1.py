@@ -1,4 +1,4 @@
-"""Grok-1's released parameter layout, read into moelm's model."""
+"""Loading of parameters in Grok-1's released layout into moelm's model."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from moelm.config import ModelConfig
 from moelm.model import Transformer, build_model
 
 HEAD_DIM = 8
-"""The one size that no array's shape tells."""
+"""Width of one attention head, which no array's shape determines."""
 BLOCK = {
     "rms_norm.scale": "attention_norm.weight",
     "rms_norm_1.scale": "attention_out_norm.weight",
@@ -40,13 +40,13 @@ def load_grok1_reference(path: str | Path, head_dim: int = HEAD_DIM) -> tuple[Tr
     tokens, logits = arrays.pop("tokens").long(), arrays.pop("logits")
     state = {}
     for name, array in arrays.items():
-        state[_our_name(name)] = array.transpose(-1, -2).contiguous() if name.endswith(".w") else array
-    model = build_model(_shape(state, head_dim), seed=0)
+        state[_parameter_name(name)] = array.transpose(-1, -2).contiguous() if name.endswith(".w") else array
+    model = build_model(_infer_config(state, head_dim), seed=0)
     model.load_state_dict(state)
     return model.eval(), tokens, logits
 
 
-def _our_name(name: str) -> str:
+def _parameter_name(name: str) -> str:
     match name.split("/", 2):
         case ["language_model", "in_out_embed.embeddings"]:
             return "embedding.weight"
@@ -58,7 +58,7 @@ def _our_name(name: str) -> str:
             raise KeyError(name)
 
 
-def _shape(state: dict[str, Tensor], head_dim: int) -> ModelConfig:
+def _infer_config(state: dict[str, Tensor], head_dim: int) -> ModelConfig:
     vocab_size, dim = state["embedding.weight"].shape
     experts, hidden_dim, _ = state["layers.0.ffn.experts.w1"].shape
     return ModelConfig.model_validate(

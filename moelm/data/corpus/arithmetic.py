@@ -16,12 +16,12 @@ class _Problem(NamedTuple):
     answer: str
 
 
-def _number(rng: Random, level: int) -> int:
+def _random_number(rng: Random, level: int) -> int:
     return rng.randint(10 ** (level - 1) + 1, 10**level * 2)
 
 
 def _addition(rng: Random, level: int) -> _Problem:
-    a, b, carry, steps = _number(rng, level), _number(rng, level), 0, []
+    a, b, carry, steps = _random_number(rng, level), _random_number(rng, level), 0, []
     for place in range(len(str(max(a, b)))):
         digits = [a // 10**place % 10, b // 10**place % 10] + [carry] * (carry > 0)
         column = sum(digits)
@@ -32,7 +32,7 @@ def _addition(rng: Random, level: int) -> _Problem:
 
 
 def _subtraction(rng: Random, level: int) -> _Problem:
-    a, b, steps = _number(rng, level), _number(rng, level), []
+    a, b, steps = _random_number(rng, level), _random_number(rng, level), []
     rest = a
     for place in reversed(range(len(str(b)))):
         part = b // 10**place % 10 * 10**place
@@ -43,7 +43,7 @@ def _subtraction(rng: Random, level: int) -> _Problem:
 
 
 def _multiplication(rng: Random, level: int) -> _Problem:
-    a, b = _number(rng, level), _number(rng, min(level, 3))
+    a, b = _random_number(rng, level), _random_number(rng, min(level, 3))
     parts = [b // 10**p % 10 * 10**p for p in reversed(range(len(str(b)))) if b // 10**p % 10]
     steps = [f"{a} * {part} = {a * part}" for part in parts]
     steps.append(f"{' + '.join(str(a * part) for part in parts)} = {a * b}")
@@ -51,7 +51,7 @@ def _multiplication(rng: Random, level: int) -> _Problem:
 
 
 def _division(rng: Random, level: int) -> _Problem:
-    a, b, rest, steps = _number(rng, level + 1), rng.randint(2, 6 * level + 3), 0, []
+    a, b, rest, steps = _random_number(rng, level + 1), rng.randint(2, 6 * level + 3), 0, []
     for digit in str(a):
         now = 10 * rest + int(digit)
         if now >= b:
@@ -65,43 +65,43 @@ _Tree = int | tuple[str, "_Tree", "_Tree"]
 _RANK = {"+": 1, "-": 1, "*": 2}
 
 
-def _tree(rng: Random, leaves: int, level: int) -> _Tree:
+def _random_tree(rng: Random, leaves: int, level: int) -> _Tree:
     if leaves == 1:
         return rng.randint(2, 5 * 3**level)
     left = rng.randint(1, leaves - 1)
-    return rng.choice("++--*"), _tree(rng, left, level), _tree(rng, leaves - left, level)
+    return rng.choice("++--*"), _random_tree(rng, left, level), _random_tree(rng, leaves - left, level)
 
 
-def _show(tree: _Tree, outer: int = 0) -> str:
+def _format_tree(tree: _Tree, outer: int = 0) -> str:
     if isinstance(tree, int):
         return str(tree) if tree >= 0 or not outer else f"({tree})"
     op, left, right = tree
     rank = _RANK[op]
-    shown = f"{_show(left, rank)} {op} {_show(right, rank + 1)}"
-    return f"({shown})" if rank < outer else shown
+    text = f"{_format_tree(left, rank)} {op} {_format_tree(right, rank + 1)}"
+    return f"({text})" if rank < outer else text
 
 
-def _reduce(tree: _Tree) -> _Tree:
+def _evaluate_leftmost(tree: _Tree) -> _Tree:
     if isinstance(tree, int):
         return tree
     op, left, right = tree
     if isinstance(left, int) and isinstance(right, int):
         return {"+": left + right, "-": left - right, "*": left * right}[op]
-    return (op, _reduce(left), right) if not isinstance(left, int) else (op, left, _reduce(right))
+    return (op, _evaluate_leftmost(left), right) if not isinstance(left, int) else (op, left, _evaluate_leftmost(right))
 
 
 def _expression(rng: Random, level: int) -> _Problem:
-    tree = _tree(rng, rng.randint(3, 3 + level), level)
-    question, steps = f"Compute {_show(tree)}.", []
+    tree = _random_tree(rng, rng.randint(3, 3 + level), level)
+    question, steps = f"Compute {_format_tree(tree)}.", []
     while not isinstance(tree, int):
-        smaller = _reduce(tree)
-        steps.append(f"{_show(tree)} = {_show(smaller)}")
+        smaller = _evaluate_leftmost(tree)
+        steps.append(f"{_format_tree(tree)} = {_format_tree(smaller)}")
         tree = smaller
     return _Problem(question, steps, str(tree))
 
 
 def _equation(rng: Random, level: int) -> _Problem:
-    x, a, b = rng.randint(-3 * level, 9 * level), rng.randint(2, 4 + 3 * level), _number(rng, level)
+    x, a, b = rng.randint(-3 * level, 9 * level), rng.randint(2, 4 + 3 * level), _random_number(rng, level)
     c = a * x + b
     steps = [f"{a}x = {c} - {b} = {c - b}", f"x = {c - b} / {a} = {x}"]
     return _Problem(f"Solve {a}x + {b} = {c} for x.", steps, str(x))
@@ -111,8 +111,8 @@ def _fractions(rng: Random, level: int) -> _Problem:
     b, d = rng.randint(2, 4 + 3 * level), rng.randint(2, 4 + 3 * level)
     a, c, common = rng.randint(1, b), rng.randint(1, d), math.lcm(b, d)
     e, f = a * common // b, c * common // d
-    shared = math.gcd(e + f, common)
-    top, bottom = (e + f) // shared, common // shared
+    divisor = math.gcd(e + f, common)
+    top, bottom = (e + f) // divisor, common // divisor
     steps = [f"Common denominator: {common}", f"{a}/{b} = {e}/{common}, {c}/{d} = {f}/{common}"]
     steps.append(f"{e}/{common} + {f}/{common} = {e + f}/{common} = {top}/{bottom}")
     return _Problem(f"What is {a}/{b} + {c}/{d}?", steps, f"{top}/{bottom}" if bottom > 1 else str(top))
@@ -127,7 +127,7 @@ def _percentage(rng: Random, level: int) -> _Problem:
 
 def _divisor(rng: Random, level: int) -> _Problem:
     factor = rng.randint(1, 6 * level)
-    a, b = factor * _number(rng, level), factor * _number(rng, level)
+    a, b = factor * _random_number(rng, level), factor * _random_number(rng, level)
     steps, big, small = [], max(a, b), min(a, b)
     while small:
         steps.append(f"{big} = {big // small} * {small} + {big % small}")
@@ -136,7 +136,7 @@ def _divisor(rng: Random, level: int) -> _Problem:
 
 
 def _binary(rng: Random, level: int) -> _Problem:
-    n = rest = _number(rng, min(level, 3) + 1)
+    n = rest = _random_number(rng, min(level, 3) + 1)
     steps = []
     while rest:
         steps.append(f"{rest} = 2 * {rest // 2} + {rest % 2}")
@@ -180,11 +180,11 @@ def write_worksheet(rng: Random) -> str:
     """A worksheet with problems of one level, of one or several kinds."""
     level = rng.randint(1, 4)
     kinds = rng.sample(_PROBLEMS, rng.choice((1, 3, 6)))
-    ask = rng.choice(("{n}. {q}", "Problem {n}: {q}", "Q{n}) {q}", "Exercise {n}. {q}"))
+    question_format = rng.choice(("{n}. {q}", "Problem {n}: {q}", "Q{n}) {q}", "Exercise {n}. {q}"))
     bullet = rng.choice(("  ", "- ", "    ", ""))
     blocks = [f"Worksheet, level {level}"]
     for n in range(1, rng.randint(5, 10)):
         problem = rng.choice(kinds)(rng, level)
         steps = [bullet + step for step in problem.steps]
-        blocks.append("\n".join([ask.format(n=n, q=problem.question), *steps, f"Answer: {problem.answer}"]))
+        blocks.append("\n".join([question_format.format(n=n, q=problem.question), *steps, f"Answer: {problem.answer}"]))
     return "\n\n".join(blocks) + "\n"

@@ -41,7 +41,7 @@ _GENERATED = {"__pycache__", "_generated", "proto", "encodings"}
 _INSTALLERS = {"pip", "setuptools", "ensurepip"}
 _SKIPPED_FOLDERS = _TESTS | _COPIES | _GENERATED | _INSTALLERS
 _SKIPPED_ENDINGS = ("_pb2.py", "_test.py", "_generated.py", "conftest.py")
-_LICENCES = ("LICEN", "COPYING", "NOTICE", "AUTHORS", "CITATION")
+_LICENSE_NAMES = ("LICEN", "COPYING", "NOTICE", "AUTHORS", "CITATION")
 
 
 class _Package(NamedTuple):
@@ -136,12 +136,12 @@ def _version(distribution: str) -> str:
 
 
 def _alternate(parts: Iterable[Iterator[Document]]) -> Iterator[Document]:
-    waiting = list(parts)
-    while waiting:
-        for part in list(waiting):
+    remaining = list(parts)
+    while remaining:
+        for part in list(remaining):
             document = next(part, None)
             if document is None:
-                waiting.remove(part)
+                remaining.remove(part)
             else:
                 yield document
 
@@ -157,7 +157,7 @@ def _stdlib_modules() -> Iterator[Document]:
     for file in _files_below(root, ".py", "stdlib"):
         # The build configuration, and the topics, which `_topics` yields one by one.
         if not file.path.name.startswith("_sysconfigdata") and file.path.parent.name != "pydoc_data":
-            yield from _module(file, "stdlib")
+            yield from _module_document(file, "stdlib")
 
 
 def _topics() -> Iterator[Document]:
@@ -175,19 +175,19 @@ def _topics() -> Iterator[Document]:
 def _package_modules() -> Iterator[Document]:
     for package in _PACKAGES:
         for file in _package_files(package.distribution, package.modules, (".py",)):
-            yield from _module(file, "package")
+            yield from _module_document(file, "package")
 
 
-def _module(file: _File, origin: str) -> Iterator[Document]:
+def _module_document(file: _File, origin: str) -> Iterator[Document]:
     """A module as code, or its docstrings if they are a large part of it."""
-    text = _read(file.path)
+    text = _read_text_file(file.path)
     if text is None:
         return
-    enough = _DOCS_SHARE * len(text)
+    min_docs_chars = _DOCS_SHARE * len(text)
     # Parsing takes most of the time; a module with few characters in triple quotes is code without parsing it.
     quoted = sum(map(len, text.split('"""')[1::2]))
-    docs = _docstrings(text) if quoted >= enough else []
-    if sum(len(doc) for _, doc in docs) < enough:
+    docs = _docstrings(text) if quoted >= min_docs_chars else []
+    if sum(len(doc) for _, doc in docs) < min_docs_chars:
         yield Document(text, f"{origin}-code", file.name)
         return
     sections = [f"{name}\n\n{doc}" if name else doc for name, doc in docs]
@@ -219,31 +219,31 @@ def _docstrings_below(
 
 def _package_texts() -> Iterator[Document]:
     """Long descriptions, guides and licenses; of licenses that differ only in the copyright line, the first one."""
-    licences: set[str] = set()
+    licenses: set[str] = set()
     for package in _PACKAGES:
         for file in _package_files(package.distribution, ("",), ("", ".md", ".rst", ".txt")):
-            text = _read(file.path) if _is_prose(file.path) else None
+            text = _read_text_file(file.path) if _is_prose(file.path) else None
             if text is None:
                 continue
             if file.path.name == "METADATA":
                 text = text.partition("\n\n")[2]
-            elif file.path.name.upper().startswith(_LICENCES):
-                terms = _terms(text)
-                if terms in licences:
+            elif file.path.name.upper().startswith(_LICENSE_NAMES):
+                terms = _license_terms(text)
+                if terms in licenses:
                     continue
-                licences.add(terms)
+                licenses.add(terms)
             yield Document(text, "package-docs", file.name)
 
 
-def _terms(licence: str) -> str:
-    lines = (line.strip() for line in licence.splitlines())
+def _license_terms(license_text: str) -> str:
+    lines = (line.strip() for line in license_text.splitlines())
     return "".join(line for line in lines if "copyright (c)" not in line.lower())
 
 
 def _is_prose(path: Path) -> bool:
     if path.suffix in (".md", ".rst"):
         return True
-    return path.name == "METADATA" or path.name.upper().startswith(_LICENCES)
+    return path.name == "METADATA" or path.name.upper().startswith(_LICENSE_NAMES)
 
 
 def _headers() -> Iterator[Document]:
@@ -252,7 +252,7 @@ def _headers() -> Iterator[Document]:
         if package.headers:
             files += _package_files(package.distribution, package.headers, (".h", ".hpp", ".cuh"))
     for file in files:
-        text = _read(file.path)
+        text = _read_text_file(file.path)
         if text is not None:
             yield Document(text, "headers", file.name)
 
@@ -281,7 +281,7 @@ def _is_skipped(path: PurePath) -> bool:
     return not _SKIPPED_FOLDERS.isdisjoint(path.parts[:-1])
 
 
-def _read(path: Path) -> str | None:
+def _read_text_file(path: Path) -> str | None:
     """The text of a file; None if it is unreadable, not UTF-8, too long or a table of numbers."""
     try:
         data = path.read_bytes()

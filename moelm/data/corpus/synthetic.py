@@ -104,7 +104,7 @@ class _Slots(dict[str, str]):
         return self._rng.choice(_WORDS[kind])
 
 
-def _say(rng: Random, templates: tuple[str, ...], **given: str) -> str:
+def _fill_template(rng: Random, templates: tuple[str, ...], **given: str) -> str:
     return rng.choice(templates).format_map(_Slots(rng, given))
 
 
@@ -168,14 +168,14 @@ class _Story:
         self.place = rng.choice(tuple(_PLACES))
         self.holder: dict[str, str] = {}
         they, their = ("she", "her") if names[0] in _WORDS["woman"] else ("he", "his")
-        self.cast = {"hero": names[0], "friend": names[1], "other": names[2], "they": they, "their": their}
-        self.cast["job"] = rng.choice(_WORDS["job"])
+        self.characters = {"hero": names[0], "friend": names[1], "other": names[2], "they": they, "their": their}
+        self.characters["job"] = rng.choice(_WORDS["job"])
 
-    def say(self, templates: tuple[str, ...], **given: str) -> str:
+    def sentence(self, templates: tuple[str, ...], **given: str) -> str:
         who, whom = self.rng.sample(self.names, 2)
         spot = self.rng.choice(_PLACES[self.place])
-        known = {"who": who, "whom": whom, "spot": spot, "place": self.place, **self.cast, **given}
-        return _say(self.rng, templates, **known)
+        slots = {"who": who, "whom": whom, "spot": spot, "place": self.place, **self.characters, **given}
+        return _fill_template(self.rng, templates, **slots)
 
     def event(self) -> str:
         kind = self.rng.choices(("find", "transfer", "move", "moment"), (2, 3, 1, 4))[0]
@@ -185,36 +185,36 @@ class _Story:
             item = self.rng.choice(list(self.holder))
             who = self.holder[item]
             self.holder[item] = whom = self.rng.choice([name for name in self.names if name != who])
-            return self.say(_TRANSFERS, who=who, whom=whom, item=item)
+            return self.sentence(_TRANSFERS, who=who, whom=whom, item=item)
         if kind == "move":
             old = self.place
             self.place = self.rng.choice([place for place in _PLACES if place != old])
-            return self.say(_MOVES, old=old)
-        return self.say(_MOMENTS)
+            return self.sentence(_MOVES, old=old)
+        return self.sentence(_MOMENTS)
 
     def _find(self) -> str:
-        item = _say(self.rng, ("{color} {noun}",))
+        item = _fill_template(self.rng, ("{color} {noun}",))
         if item in self.holder:
-            return self.say(_MOMENTS)
+            return self.sentence(_MOMENTS)
         self.holder[item] = who = self.rng.choice(self.names)
-        return self.say(_FINDS, who=who, item=item)
+        return self.sentence(_FINDS, who=who, item=item)
 
     def questions(self) -> list[str]:
-        asked = [f"Who has the {item} at the end? {name}." for item, name in self.holder.items()]
-        asked.append(f"Where does the story end? At the {self.place}.")
+        questions = [f"Who has the {item} at the end? {name}." for item, name in self.holder.items()]
+        questions.append(f"Where does the story end? At the {self.place}.")
         for name in self.names:
             items = [f"the {item}" for item, holder in self.holder.items() if holder == name]
             answer = " and ".join(items).capitalize() or "Nothing"
-            asked.append(f"What does {name} hold at the end? {answer}.")
-        return self.rng.sample(asked, self.rng.randint(2, len(asked)))
+            questions.append(f"What does {name} hold at the end? {answer}.")
+        return self.rng.sample(questions, self.rng.randint(2, len(questions)))
 
 
 def _write_story(rng: Random) -> str:
     story = _Story(rng)
-    paragraphs = [story.say(_TITLES), f"{story.say(_OPENINGS)} {story.say(_COMPANIONS)}"]
+    paragraphs = [story.sentence(_TITLES), f"{story.sentence(_OPENINGS)} {story.sentence(_COMPANIONS)}"]
     for _ in range(rng.randint(3, 6)):
         paragraphs.append(" ".join(story.event() for _ in range(rng.randint(2, 5))))
-    paragraphs.append(story.say(_CLOSINGS))
+    paragraphs.append(story.sentence(_CLOSINGS))
     paragraphs.append("\n".join(story.questions()))
     return "\n\n".join(paragraphs) + "\n"
 
@@ -228,14 +228,14 @@ def _key(rng: Random, prefix: str) -> str:
     return f"{prefix}-{rng.randint(1000, 99999)}"
 
 
-def _day(rng: Random) -> str:
+def _date(rng: Random) -> str:
     return f"20{rng.randint(10, 29)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
 
 
 _Cell = Callable[[Random], Any]
 
 
-def _one(words: str) -> _Cell:
+def _choice_of(words: str) -> _Cell:
     return lambda rng: rng.choice(words.split())
 
 
@@ -243,39 +243,39 @@ def _one(words: str) -> _Cell:
 _TABLES: dict[str, dict[str, _Cell]] = {
     "orders": {
         "order": lambda rng: _key(rng, "A"),
-        "status": _one("open paid shipped returned cancelled"),
+        "status": _choice_of("open paid shipped returned cancelled"),
         "quantity": lambda rng: rng.randint(1, 60),
         "customer": lambda rng: rng.choice(_WORDS["woman"] + _WORDS["man"]),
         "price": lambda rng: rng.randint(100, 90000) / 100,
-        "date": _day,
+        "date": _date,
     },
     "sensors": {
         "sensor": lambda rng: _key(rng, "node"),
-        "kind": _one("temperature humidity pressure light vibration"),
+        "kind": _choice_of("temperature humidity pressure light vibration"),
         "reading": lambda rng: rng.randint(0, 1200),
         "battery": lambda rng: rng.randint(5, 100) / 100,
         "online": lambda rng: rng.random() < 0.8,
     },
     "staff": {
         "employee": lambda rng: _key(rng, "E"),
-        "team": _one("sales research support finance logistics design"),
+        "team": _choice_of("sales research support finance logistics design"),
         "salary": lambda rng: rng.randint(240, 980) * 100,
         "name": lambda rng: rng.choice(_WORDS["woman"] + _WORDS["man"]),
-        "city": _one("Lisbon Oslo Vienna Turin Gdansk Lyon Ghent Porto"),
-        "since": _day,
+        "city": _choice_of("Lisbon Oslo Vienna Turin Gdansk Lyon Ghent Porto"),
+        "since": _date,
     },
     "books": {
         "shelfmark": lambda rng: _key(rng, rng.choice("BCDHPQ")),
-        "genre": _one("poetry history novel travel science drama"),
+        "genre": _choice_of("poetry history novel travel science drama"),
         "pages": lambda rng: rng.randint(48, 950),
         "author": lambda rng: f"{rng.choice(_WORDS['surname'])}, {rng.choice(_WORDS['woman'])[0]}.",
         "lent": lambda rng: rng.random() < 0.3,
     },
     "requests": {
         "request": lambda rng: f"{rng.getrandbits(32):08x}",
-        "level": _one("debug info warning error"),
+        "level": _choice_of("debug info warning error"),
         "millis": lambda rng: rng.randint(1, 5000),
-        "method": _one("GET GET GET POST PUT DELETE"),
+        "method": _choice_of("GET GET GET POST PUT DELETE"),
         "path": lambda rng: f"/{rng.choice(_WORDS['noun'])}/{rng.randint(1, 999)}",
         "code": lambda rng: rng.choice((200, 200, 200, 201, 204, 301, 403, 404, 500)),
     },
@@ -319,13 +319,13 @@ _NOTATIONS: tuple[Callable[[str, list[_Row]], str], ...] = (
 )  # fmt: skip
 
 
-def _ask(rng: Random, rows: list[_Row]) -> list[str]:
+def _questions(rng: Random, rows: list[_Row]) -> list[str]:
     key, category, number, other = list(rows[0])[:4]
     group = rng.choice(rows)[category]
     members = [row for row in rows if row[category] == group]
     row, limit = rng.choice(rows), rng.choice(rows)[number]
     top = max(rows, key=lambda row: row[number])
-    asked = [
+    questions = [
         f"How many rows have {category} {group}? {len(members)}",
         f"What is the total {number}? {sum(row[number] for row in rows)}",
         f"What is the total {number} where {category} is {group}? {sum(row[number] for row in members)}",
@@ -336,17 +336,17 @@ def _ask(rng: Random, rows: list[_Row]) -> list[str]:
         f"How many rows have {number} above {limit}? {sum(row[number] > limit for row in rows)}",
         f"Which {category} values occur? {', '.join(sorted({row[category] for row in rows}))}",
     ]
-    return rng.sample(asked, rng.randint(3, 6))
+    return rng.sample(questions, rng.randint(3, 6))
 
 
 def _write_records(rng: Random) -> str:
     name = rng.choice(tuple(_TABLES))
     columns = list(_TABLES[name].items())
     # The key, the category and the number are always included, the other columns at random.
-    kept = columns[:3] + sorted(rng.sample(columns[3:], rng.randint(1, len(columns) - 3)), key=columns.index)
-    rows = [{column: cell(rng) for column, cell in kept} for _ in range(rng.randint(3, 16))]
-    shown = rng.choice(_NOTATIONS)(name, rows)
-    return "\n\n".join([f"# {name}", shown, "Questions", "\n".join(_ask(rng, rows))]) + "\n"
+    chosen = columns[:3] + sorted(rng.sample(columns[3:], rng.randint(1, len(columns) - 3)), key=columns.index)
+    rows = [{column: cell(rng) for column, cell in chosen} for _ in range(rng.randint(3, 16))]
+    table = rng.choice(_NOTATIONS)(name, rows)
+    return "\n\n".join([f"# {name}", table, "Questions", "\n".join(_questions(rng, rows))]) + "\n"
 
 
 _WRITERS: dict[str, Callable[[Random], str]] = {

@@ -1,4 +1,4 @@
-"""The sparse layer beyond its router: dispatch, capacity, shared experts."""
+"""The sparse layer without its router: dispatch, capacity, shared experts."""
 
 import pytest
 import torch
@@ -6,86 +6,86 @@ import torch.nn.functional as F
 
 from moelm.model.moe.dispatcher import drop_over_capacity, permute, sort_by_expert, unpermute
 from moelm.model.moe.router import Routing
-from tests.model.moe.test_router import DIM, HIDDEN, build, context
+from tests.model.moe.test_router import DIM, HIDDEN, build_layer, token_context
+from tests.tolerance import assert_close
 
 
-def routing(experts: list[list[int]], num_experts: int) -> Routing:
+def make_routing(experts: list[list[int]], num_experts: int) -> Routing:
+    """The given choices with random gates."""
     chosen = torch.tensor(experts)
     gates = torch.rand(chosen.shape, dtype=torch.float64)
     return Routing(gates, chosen, torch.full((len(experts), num_experts), 1 / num_experts))
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient() -> None:
-    moe = build(3, 1, {"kind": "topk"})
+    moe = build_layer(3, 1, {"kind": "topk"})
     with torch.no_grad():
         moe.router.weight.zero_()
         moe.router.weight[0] = 1.0
-    y, route = moe(torch.ones(1, 5, DIM), context(5))
+    y, routing = moe(torch.ones(1, 5, DIM), token_context(5))
     y.sum().backward()
-    assert set(route.experts_NK.flatten().tolist()) == {0}
+    assert set(routing.experts_NK.flatten().tolist()) == {0}
     assert moe.experts.w1.grad[0].abs().sum() > 0
     assert moe.experts.w1.grad[1:].abs().sum() == 0
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])
-def test_gates_equal_softmax_topk_renormalise(k: int) -> None:
-    moe = build(8, k, {"kind": "topk"})
-    _, route = moe(torch.randn(1, 16, DIM), context(16))
-    top, chosen = route.probs_NE.topk(k)
-    assert torch.equal(chosen, route.experts_NK)
-    torch.testing.assert_close(route.gates_NK, top / top.sum(dim=-1, keepdim=True))
+def test_gates_equal_the_renormalized_softmax(k: int) -> None:
+    moe = build_layer(8, k, {"kind": "topk"})
+    _, routing = moe(torch.randn(1, 16, DIM), token_context(16))
+    top, chosen = routing.probs_NE.topk(k)
+    assert torch.equal(chosen, routing.experts_NK)
+    assert_close(routing.gates_NK, top / top.sum(dim=-1, keepdim=True))
 
 
-def test_sending_and_combining_have_the_gradients_of_indexing() -> None:
-    route = routing([[0, 2], [2, 1], [3, 0], [2, 3]], 4)
-    for plan in (
-        sort_by_expert(route),
-        sort_by_expert(route._replace(dropped_NK=torch.tensor([[False, True], [True, True], [False] * 2, [False] * 2]))),
-    ):
+def test_permute_and_unpermute_have_the_gradients_of_indexing() -> None:
+    torch.manual_seed(0)
+    routing = make_routing([[0, 2], [2, 1], [3, 0], [2, 3]], 4)
+    dropped = torch.tensor([[False, True], [True, True], [False] * 2, [False] * 2])
+    for permutation in (sort_by_expert(routing), sort_by_expert(routing._replace(dropped_NK=dropped))):
         x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda rows, p=plan: permute(rows, p), x)
-        y = torch.randn(len(plan.order_S), 3, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda rows, p=plan: unpermute(rows, p), y)
+        assert torch.autograd.gradcheck(lambda rows, p=permutation: permute(rows, p), x)
+        y = torch.randn(len(permutation.order_S), 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda rows, p=permutation: unpermute(rows, p), y)
 
 
 def test_full_experts_drop_the_latest_of_the_last_choices() -> None:
-    # 4 tokens, 2 choices, 2 experts: at factor 0.75 an expert takes 3 of its 4.
-    route = routing([[0, 1], [0, 1], [1, 0], [0, 1]], 2)
-    kept = drop_over_capacity(route, 0.75, None)
-    assert kept.dropped_NK.tolist() == [[False, False], [False, False], [False, True], [False, True]]
-    assert sort_by_expert(kept).ends_E.tolist() == [3, 6]
+    # 4 tokens, 2 choices, 2 experts: with factor 0.75 an expert takes 3 of its 4.
+    routing = drop_over_capacity(make_routing([[0, 1], [0, 1], [1, 0], [0, 1]], 2), 0.75, None)
+    assert routing.dropped_NK.tolist() == [[False, False], [False, False], [False, True], [False, True]]
+    assert sort_by_expert(routing).ends_E.tolist() == [3, 6]
 
 
 def test_padding_takes_no_capacity() -> None:
-    route = routing([[0], [0], [0], [1]], 2)
     valid = torch.tensor([False, True, True, True])
-    kept = drop_over_capacity(route, 1.0, valid)  # 3 tokens, 2 experts: room for 2 each
-    assert kept.dropped_NK.flatten().tolist() == [True, False, False, False]
+    # 3 tokens, 2 experts: each expert has capacity for 2.
+    routing = drop_over_capacity(make_routing([[0], [0], [0], [1]], 2), 1.0, valid)
+    assert routing.dropped_NK.flatten().tolist() == [True, False, False, False]
 
 
 def test_a_dropped_assignment_adds_nothing() -> None:
-    moe = build(2, 2, {"kind": "topk"}, capacity_factor=0.5)
+    moe = build_layer(2, 2, {"kind": "topk"}, capacity_factor=0.5)
     x = torch.randn(1, 6, DIM)
-    y, route = moe(x, context(6))
-    assert int(route.dropped_NK.sum()) == 6
+    y, routing = moe(x, token_context(6))
+    assert int(routing.dropped_NK.sum()) == 6
     w1, w2, w3 = (getattr(moe.experts, name) for name in ("w1", "w2", "w3"))
     for n in range(6):
         expected = torch.zeros(DIM)
         for k in range(2):
-            if not route.dropped_NK[n, k]:
-                e = int(route.experts_NK[n, k])
+            if not routing.dropped_NK[n, k]:
+                e = int(routing.experts_NK[n, k])
                 hidden = F.silu(w1[e] @ x[0, n]) * (w3[e] @ x[0, n])
-                expected = expected + route.gates_NK[n, k] * (w2[e] @ hidden)
-        torch.testing.assert_close(y[0, n], expected)
-    free = moe.eval()(x, context(6))[1]
-    assert free.dropped_NK is None
+                expected = expected + routing.gates_NK[n, k] * (w2[e] @ hidden)
+        assert_close(y[0, n], expected)
+    unlimited = moe.eval()(x, token_context(6))[1]
+    assert unlimited.dropped_NK is None
 
 
 def test_shared_experts_are_added_for_every_token() -> None:
-    moe = build(4, 1, {"kind": "topk"}, shared_experts=2)
+    moe = build_layer(4, 1, {"kind": "topk"}, shared_experts=2)
     assert moe.shared.w1.shape == (2 * HIDDEN, DIM)
     x = torch.randn(1, 5, DIM)
-    whole, shared = moe(x, context(5))[0], moe.shared
+    y, shared = moe(x, token_context(5))[0], moe.shared
     hidden = F.silu(x @ shared.w1.t()) * (x @ shared.w3.t())
     moe.shared = None
-    torch.testing.assert_close(whole, moe(x, context(5))[0] + hidden @ shared.w2.t())
+    assert_close(y, moe(x, token_context(5))[0] + hidden @ shared.w2.t())

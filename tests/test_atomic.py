@@ -1,0 +1,97 @@
+"""Files and directories that appear complete or not at all."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moelm.atomic import atomic_directory, atomic_file, require_empty_directory
+from moelm.errors import MoelmError
+
+
+def test_a_file_appears_complete(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    with atomic_file(target) as work:
+        work.write_text("new")
+        assert not target.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert target.read_text() == "new"
+
+
+def test_after_an_error_the_old_file_is_unchanged(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_file(target) as work:
+        work.write_text("new")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert target.read_text() == "old"
+
+
+def test_a_directory_appears_complete(tmp_path: Path) -> None:
+    target = tmp_path / "parent" / "directory"
+    with atomic_directory(target) as work:
+        (work / "file").write_text("new")
+        assert not target.exists()
+    assert [path.name for path in target.parent.iterdir()] == ["directory"]
+    assert (target / "file").read_text() == "new"
+
+
+def test_after_an_error_there_is_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "directory") as work:
+        (work / "file").write_text("new")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_replaced_directory_is_kept_until_the_new_one_is_complete(tmp_path: Path, fails: bool) -> None:
+    target = tmp_path / "directory"
+    target.mkdir()
+    (target / "old").touch()
+    try:
+        with atomic_directory(target, replace=True) as work:
+            (work / "new").touch()
+            assert (target / "old").exists()
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fails
+    assert [path.name for path in tmp_path.iterdir()] == ["directory"]
+    assert [path.name for path in target.iterdir()] == ["old" if fails else "new"]
+
+
+def test_an_existing_directory_is_not_replaced_by_default(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory" / "old").touch()
+    with pytest.raises(OSError, match="not empty"), atomic_directory(tmp_path / "directory"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["directory", "old"]
+
+
+def test_temporary_directories_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    for writer in (f"{platform.node()}-{process.pid}", f"{platform.node()}-{process.pid}-old"):
+        (tmp_path / f".other.writing-{writer}").mkdir()
+    in_use = {f".other.writing-{platform.node()}-1", f".other.writing-elsewhere-{process.pid}"}
+    for name in in_use:
+        (tmp_path / name).mkdir()
+    with atomic_directory(tmp_path / "directory"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"directory", *in_use}
+
+
+def test_an_empty_directory_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("new", "empty"):
+        assert require_empty_directory(Path(name)) == tmp_path.resolve() / name
+    for path in (tmp_path, Path("file")):
+        with pytest.raises(MoelmError, match="exists already"):
+            require_empty_directory(path)
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(MoelmError, match="other than the current one"):
+        require_empty_directory(Path("."))
