@@ -3,12 +3,8 @@
 Shapes: B batch, T positions, H heads, C head width.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-
-from moelm.model.backend import use_custom_backward
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -29,25 +25,6 @@ def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     Args:
         cos_TC, sin_TC: the tables of `rope_tables`.
     """
-    if use_custom_backward(x_BTHC):
-        rotated: Tensor = _Rotate.apply(x_BTHC, cos_TC[:, None], sin_TC[:, None])  # type: ignore[no-untyped-call]
-        return rotated
-    return _rotate(x_BTHC, cos_TC[:, None], sin_TC[:, None])
-
-
-def _rotate(x_BTHC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
+    cos_T1C, sin_T1C = cos_TC[:, None], sin_TC[:, None]
     swapped_BTHC = x_BTHC.roll(x_BTHC.shape[-1] // 2, dims=-1)
     return torch.addcmul(x_BTHC * cos_T1C, swapped_BTHC, sin_T1C).to(x_BTHC.dtype)
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTHC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_T1C, sin_T1C)
-        return _rotate(x_BTHC, cos_T1C, sin_T1C)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient is rotated back."""
-        cos_T1C, sin_T1C = ctx.saved_tensors
-        return _rotate(grads[0], cos_T1C, -sin_T1C), None, None
