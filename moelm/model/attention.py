@@ -1,7 +1,6 @@
 """Causal self-attention: grouped queries, sliding window, document mask, logit cap.
 
-Shapes: B batch, T query positions, S key positions, D model width, H query heads, G key/value heads, C head width,
-J = H+2G.
+Shapes: B batch, T query positions, S key positions, D model width, H query heads, G key/value heads, C head width.
 """
 
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import ModelConfig
+from moelm.model.backend import compute_dtype
 from moelm.model.kv_cache import LayerCache
 from moelm.model.norm import RMSNorm
 from moelm.model.rope import rotate
@@ -118,19 +118,12 @@ class Attention(nn.Module):
         output_BTD: Tensor = self.wo(output_BTHC.flatten(2))
         return output_BTD
 
-    def qkv_weight(self) -> Tensor:
-        """The weights of queries, keys and values in one matrix, `(J*C, D)`."""
-        return torch.cat((self.wq.weight, self.wk.weight, self.wv.weight))
-
     def _project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values by one product; queries and keys are normalized and rotated."""
-        qkv_BTJC = F.linear(x_BTD, self.qkv_weight()).view(*x_BTD.shape[:2], -1, self.head_dim)
-        qk_BTHC, v_BTGC = torch.split(qkv_BTJC, [self.heads + self.kv_heads, self.kv_heads], dim=2)
-        if self.qk_norm:
-            q_BTHC, k_BTGC = torch.split(qk_BTHC, [self.heads, self.kv_heads], dim=2)
-            qk_BTHC = torch.cat((self.q_norm(q_BTHC), self.k_norm(k_BTGC)), dim=2)
-        qk_BHTC = rotate(qk_BTHC, *rope).transpose(1, 2)
-        q_BHTC, k_BGTC = torch.split(qk_BHTC, [self.heads, self.kv_heads], dim=1)
+        """Queries, keys and values; queries and keys are normalized and rotated."""
+        x_BTD = x_BTD.to(compute_dtype(x_BTD))  # autocast would store a cast for each of the three products
+        q_BTHC, k_BTGC, v_BTGC = (w(x_BTD).unflatten(2, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q_BHTC = rotate(self.q_norm(q_BTHC), *rope).transpose(1, 2)
+        k_BGTC = rotate(self.k_norm(k_BTGC), *rope).transpose(1, 2)
         return q_BHTC, k_BGTC, v_BTGC.transpose(1, 2)
 
     def _attend(self, q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | WindowBlocks | None) -> Tensor:

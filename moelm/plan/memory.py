@@ -77,7 +77,6 @@ def _activations(config: RunConfig, strategy: Strategy) -> int:
     query_dim = model.num_heads * model.size_per_head
     kv_dim = model.kv_heads * model.size_per_head
     attention = FP32_BYTES * model.dim + element * (model.dim + 3 * query_dim + 3 * kv_dim)
-    qkv_weight = element * model.dim * (query_dim + 2 * kv_dim)
     checkpoints, layers = [], []
     for index in range(model.num_layers):
         ffn = model.ffn_at(index)
@@ -85,7 +84,7 @@ def _activations(config: RunConfig, strategy: Strategy) -> int:
         if strategy.checkpointing == "selective":
             hidden = 0
         checkpoints.append(tokens * (FP32_BYTES * model.dim + decisions))
-        layers.append(tokens * (attention + FP32_BYTES * model.dim + hidden + other) + qkv_weight)
+        layers.append(tokens * (attention + FP32_BYTES * model.dim + hidden + other))
     stored = sum(checkpoints) + max(layers) if strategy.checkpointing == "full" else sum(layers)
     # The loss stores its gradients with respect to hidden states and head, not the logits.
     return stored + 2 * FP32_BYTES * tokens * model.dim + FP32_BYTES * (model.vocab_size or 0) * model.dim
