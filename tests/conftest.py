@@ -102,6 +102,16 @@ def losses_by_step(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["train/loss"]) for line in metrics_lines(run)]
 
 
+TRAJECTORY = ("train/loss", "val/loss", "train/grad_norm")
+TRAJECTORY += tuple(f"moe/{name}" for name in ("aux_loss", "z_loss", "load_cv", "importance_cv", "entropy"))
+
+
+def largest_deviation(run: Path, reference: Path) -> float:
+    """The largest relative difference of a metric of the trajectory at any step; metrics near 0 are relative to 1e-3."""
+    pairs = list(zip(metrics_lines(run), metrics_lines(reference), strict=True))
+    return max(abs(a[key] - b[key]) / max(abs(b[key]), 1e-3) for a, b in pairs for key in TRAJECTORY if key in b)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished dense and a finished sparse run; tests must not change it."""

@@ -1,27 +1,36 @@
-"""Starting several processes for a test, as a user would."""
+"""Starting several processes in a test."""
 
-import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-STEADY = ("model.init_std=0.1", "model.qk_norm=true", "optim.lr=0.005", "train.batch_tokens=512")
-"""With these no token of the small runs stands so near between two experts that rounding would decide."""
+NO_NEAR_TIES = ("model.init_std=0.1", "model.qk_norm=true", "optim.lr=0.005", "train.batch_tokens=512")
+"""With these settings no token of the small runs is so near to a tie of two experts that rounding decides."""
 
 
-def torchrun(folder: Path, processes: int, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`torchrun -m WORDS` in a folder."""
+def torchrun(folder: Path, processes: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`torchrun -m ARGUMENTS` in a folder."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*launch, *words], cwd=folder, capture_output=True, text=True, timeout=500, env=environment, **options
+        [*launch, *arguments], cwd=folder, capture_output=True, text=True, timeout=500, env=environment, **options
     )
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """A run's lines."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def wait_for_steps(folder: Path, steps: int, timeout_s: float = 90) -> None:
+    """Wait until more than `steps` steps are logged."""
+    deadline = time.monotonic() + timeout_s
+    while count_steps(folder) <= steps:
+        assert time.monotonic() < deadline, f"no more than {steps} steps after {timeout_s} s"
+        time.sleep(0.01)
+
+
+def count_steps(folder: Path) -> int:
+    """Number of logged steps."""
+    path = folder / "runs/tiny-moe/metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0

@@ -1,4 +1,4 @@
-"""What goes wrong on several processes: kills, signals, hangs, disagreement, full disks. All of it for real."""
+"""Failures on several processes: kills, signals, hangs, ranks that disagree, full disks."""
 
 import json
 import os
@@ -6,43 +6,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moelm.runs.checkpoint import list_checkpoints, verify
-from tests.conftest import Moelm, train_here
-from tests.distributed.launching import ROOT, STEADY, metrics
+from tests.conftest import Moelm, metrics_lines, train_here
+from tests.distributed.launching import NO_NEAR_TIES, ROOT, count_steps, wait_for_steps
 
-LONG = [*STEADY, "train.steps=100000", "train.eval_every=100000", "train.checkpoint_every=10"]
+ENDLESS = [*NO_NEAR_TIES, "train.steps=100000", "train.eval_every=100000", "train.checkpoint_every=10"]
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """`moelm train --nproc 2` in the background."""
-    command = [sys.executable, "-m", "moelm", "train", "moe.yaml", *words, "--nproc", "2"]
+def start_training(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start `moelm train --nproc 2` in the background."""
+    command = [sys.executable, "-m", "moelm", "train", "moe.yaml", *overrides, "--nproc", "2"]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def until(found: Callable[[], object], seconds: float = 90) -> None:
-    """Wait for something to come true."""
-    end = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
-
-
-def steps_done(folder: Path) -> int:
-    path = folder / "runs/tiny-moe/metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 def workers(launcher: int) -> list[int]:
-    """Children of the launcher, the first rank first."""
+    """Process ids of a launcher's children, by rank."""
     return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
-def test_two_processes_train_and_one_speaks(moelm: Moelm, workplace: Path) -> None:
+def test_of_two_processes_one_prints(moelm: Moelm, workplace: Path) -> None:
     done = moelm("train", "moe.yaml", "--nproc", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation loss") == 1
@@ -50,29 +36,29 @@ def test_two_processes_train_and_one_speaks(moelm: Moelm, workplace: Path) -> No
     environment = json.loads((workplace / "runs/tiny-moe/environment.json").read_text())
     assert environment["processes"] == 2
     assert environment["parallel_dims"] == {"dp_replicate": 2, "dp_shard": 1, "ep": 1}
-    alone = train_here(workplace, "moe", "name=alone")
-    together = [line["tokens"] for line in metrics(workplace / "runs/tiny-moe")]
-    assert together == [line["tokens"] for line in metrics(alone)]
+    single = train_here(workplace, "moe", "name=single")
+    tokens = [line["tokens"] for line in metrics_lines(workplace / "runs/tiny-moe")]
+    assert tokens == [line["tokens"] for line in metrics_lines(single)]
 
 
-def test_launches_that_cannot_be_are_sentences(moelm: Moelm, workplace: Path) -> None:
-    inside = moelm("train", "moe.yaml", "--nproc", "2", env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
-    assert (inside.returncode, inside.stderr.count("\n")) == (2, 1)
-    assert "this process was started by a launcher" in inside.stderr
-    lost = moelm("train", "moe.yaml", env={**os.environ, "WORLD_SIZE": "2"})
-    assert "cannot reach each other" in lost.stderr
-    assert "Traceback" not in lost.stderr
-    few = moelm("train", "moe.yaml", "parallel.ep=4", "parallel.dp_shard=auto", "--nproc", "2")
-    assert (few.returncode, few.stderr.count("\n")) == (2, 1)
+def test_impossible_launches_are_errors_of_one_sentence(moelm: Moelm, workplace: Path) -> None:
+    nested = moelm("train", "moe.yaml", "--nproc", "2", env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
+    assert (nested.returncode, nested.stderr.count("\n")) == (2, 1)
+    assert "this process was started by a launcher" in nested.stderr
+    unreachable = moelm("train", "moe.yaml", env={**os.environ, "WORLD_SIZE": "2"})
+    assert "cannot reach each other" in unreachable.stderr
+    assert "Traceback" not in unreachable.stderr
+    too_few = moelm("train", "moe.yaml", "parallel.ep=4", "parallel.dp_shard=auto", "--nproc", "2")
+    assert (too_few.returncode, too_few.stderr.count("\n")) == (2, 1)
     train_here(workplace, "moe", "train.steps=2")
-    again = moelm("train", "moe.yaml", "train.steps=2", "--resume", "never", "--nproc", "2", "--max-restarts", "2")
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    existing = moelm("train", "moe.yaml", "train.steps=2", "--resume", "never", "--nproc", "2", "--max-restarts", "2")
+    assert existing.returncode == 2
+    assert "exists already" in existing.stderr
 
 
 @pytest.mark.slow
-def test_kills_and_restarts_change_no_figure(workplace: Path) -> None:
-    settings = [*STEADY, "train.steps=400", "train.eval_every=100", "train.checkpoint_every=10"]
+def test_kills_and_restarts_do_not_change_the_trajectory(workplace: Path) -> None:
+    settings = [*NO_NEAR_TIES, "train.steps=400", "train.eval_every=100", "train.checkpoint_every=10"]
     command = [sys.executable, str(ROOT / "scripts/kill_study.py"), "moe.yaml", *settings, "--kills", "2", "--within", "4"]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -82,43 +68,43 @@ def test_kills_and_restarts_change_no_figure(workplace: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_scheduler_that_wants_the_machine_back_gets_it_saved(workplace: Path, signum: signal.Signals) -> None:
-    process = start(workplace, *LONG)
-    until(lambda: steps_done(workplace) > 3)
-    for worker in workers(process.pid):  # some schedulers signal all processes, and the launcher hands it on once more
+def test_a_signal_of_a_scheduler_saves_a_checkpoint(workplace: Path, signum: signal.Signals) -> None:
+    process = start_training(workplace, *ENDLESS)
+    wait_for_steps(workplace, 3)
+    for worker in workers(process.pid):  # some schedulers signal all processes, and the launcher forwards its signal too
         os.kill(worker, signum)
     process.send_signal(signum)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, told
-    assert told.count(f"Stopped by {signum.name} and saved at step") == 1
-    assert "Traceback" not in told
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, output
+    assert output.count(f"Stopped by {signum.name} and saved at step") == 1
+    assert "Traceback" not in output
     newest = list_checkpoints(workplace / "runs/tiny-moe/checkpoints")[-1]
     verify(newest)
-    assert int(newest.name.rpartition("-")[2]) == steps_done(workplace)
+    assert int(newest.name.rpartition("-")[2]) == count_steps(workplace)
 
 
 @pytest.mark.slow
-def test_who_hangs_is_named_and_nobody_waits_for_ever(workplace: Path) -> None:
-    process = start(workplace, *LONG, "parallel.timeout_s=3")
-    until(lambda: steps_done(workplace) > 3)
+def test_a_hanging_rank_is_named(workplace: Path) -> None:
+    process = start_training(workplace, *ENDLESS, "parallel.timeout_s=3")
+    wait_for_steps(workplace, 3)
     hung = workers(process.pid)[1]
     os.kill(hung, signal.SIGSTOP)
     assert process.stdout is not None
-    began = time.monotonic()
-    told = ""
-    while "does not respond" not in told:
-        told += process.stdout.readline()
-        assert time.monotonic() - began < 60, told
-    os.kill(hung, signal.SIGCONT)  # the launcher would wait for it to end in peace
-    rest, _ = process.communicate(timeout=120)
-    assert process.returncode == 134, told + rest
-    assert (told + rest).count("does not respond") == 1
-    assert "Rank 1 of 2 does not respond after step" in told
-    assert "Traceback" not in told + rest
+    started = time.monotonic()
+    output = ""
+    while "does not respond" not in output:
+        output += process.stdout.readline()
+        assert time.monotonic() - started < 60, output
+    os.kill(hung, signal.SIGCONT)  # the launcher waits for all processes to exit
+    output += process.communicate(timeout=120)[0]
+    assert process.returncode == 134, output
+    assert output.count("does not respond") == 1
+    assert "Rank 1 of 2 does not respond after step" in output
+    assert "Traceback" not in output
 
 
-def by_rank(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Two processes, each running a shell script that knows its RANK."""
+def run_on_two_ranks(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script, which can read RANK, in two processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     environment = {**os.environ, "PYTHON": sys.executable}
     command = [sys.executable, *launch, "bash", "-c", script]
@@ -126,11 +112,10 @@ def by_rank(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_processes_that_would_do_different_things_do_nothing(workplace: Path) -> None:
-    done = by_rank(workplace, "exec $PYTHON -m moelm train moe.yaml seed=$RANK")
+def test_ranks_with_different_settings_or_data_are_refused(workplace: Path) -> None:
+    done = run_on_two_ranks(workplace, "exec $PYTHON -m moelm train moe.yaml seed=$RANK")
     assert done.returncode != 0
-    told = "Rank 1 of 2 has another seed than rank 0 (1 instead of 0)"
-    assert done.stderr.count(told) == 1, done.stderr
+    assert done.stderr.count("Rank 1 of 2 has another seed than rank 0 (1 instead of 0)") == 1, done.stderr
     assert not (workplace / "runs").exists()
 
     for rank in (0, 1):
@@ -138,18 +123,18 @@ def test_processes_that_would_do_different_things_do_nothing(workplace: Path) ->
         (workplace / f"{rank}/moe.yaml").write_text((workplace / "moe.yaml").read_text())
         text = (workplace / "text.txt").read_text().splitlines(keepends=True)
         (workplace / f"{rank}/text.txt").write_text("".join(text[rank:]))
-    done = by_rank(workplace, "cd $RANK && exec $PYTHON -m moelm train moe.yaml")
+    done = run_on_two_ranks(workplace, "cd $RANK && exec $PYTHON -m moelm train moe.yaml")
     assert "Rank 1 of 2 has another data than rank 0" in done.stderr
     assert not (workplace / "0/runs").exists()
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_one_of_them_costs_a_checkpoint_and_no_step(workplace: Path) -> None:
-    settings = "train.steps=8 train.checkpoint_every=2 parallel.dp_shard=2"
-    limited = f"[ $RANK = 1 ] && ulimit -f 30; exec $PYTHON -m moelm train moe.yaml {settings} train.keep_checkpoints=9"
-    done = by_rank(workplace, limited)
+def test_a_full_disk_of_one_rank_loses_checkpoints_and_no_step(workplace: Path) -> None:
+    overrides = "train.steps=8 train.checkpoint_every=2 parallel.dp_shard=2 train.keep_checkpoints=9"
+    script = f"[ $RANK = 1 ] && ulimit -f 30; exec $PYTHON -m moelm train moe.yaml {overrides}"
+    done = run_on_two_ranks(workplace, script)
     assert "Warning: The checkpoint of step 2 could not be saved" in done.stderr, done.stderr
     assert "Warning: The checkpoint of step 6 could not be saved" in done.stderr
     assert "moelm: The checkpoint of step 8 could not be saved" in done.stderr
-    assert len(metrics(workplace / "runs/tiny-moe")) == 8
+    assert len(metrics_lines(workplace / "runs/tiny-moe")) == 8
     assert not list((workplace / "runs/tiny-moe/checkpoints").iterdir())

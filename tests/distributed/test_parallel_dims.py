@@ -24,19 +24,19 @@ def config(kind: str = "moe", **parallel: object) -> RunConfig:
         (2, {"ep": 2}, ParallelDims(1, 1, 2)),
     ],
 )
-def test_auto_is_what_is_left(processes: int, parallel: dict[str, object], dims: ParallelDims) -> None:
+def test_auto_uses_the_remaining_processes(processes: int, parallel: dict[str, object], dims: ParallelDims) -> None:
     assert resolve_parallel_dims(config(**parallel), processes) == dims
     assert dims.size == processes
     assert dims.dense_mesh[0] * dims.dense_mesh[1] == processes
 
 
-def test_the_trunk_is_whole_everywhere_unless_weights_are_shared() -> None:
+def test_the_dense_mesh_replicates_unless_weights_are_sharded() -> None:
     assert ParallelDims(2, 1, 4).dense_mesh == (8, 1)
     assert ParallelDims(2, 2, 4).dense_mesh == (2, 8)
 
 
 @pytest.mark.parametrize(
-    ("kind", "processes", "parallel", "told"),
+    ("kind", "processes", "parallel", "message"),
     [
         ("moe", 4, {"dp_shard": 3}, "dp_shard=3 ep=1, whose product cannot be the number of processes, 4"),
         ("moe", 1, {"ep": 2}, "cannot be the number of processes, 1"),
@@ -46,15 +46,15 @@ def test_the_trunk_is_whole_everywhere_unless_weights_are_shared() -> None:
         ("dense", 2, {"ep": 2}, "model.ffn is dense"),
     ],
 )
-def test_what_does_not_fit_is_a_sentence(kind: str, processes: int, parallel: dict[str, object], told: str) -> None:
+def test_impossible_dimensions_are_refused(kind: str, processes: int, parallel: dict[str, object], message: str) -> None:
     with pytest.raises(MoelmError) as caught:
         resolve_parallel_dims(config(kind, **parallel), processes)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_experts_are_cut_evenly() -> None:
-    # 16 wide, 3 shares: only a dimension that 3 divides could be cut.
-    wanted = RunConfig.model_validate(
+def test_experts_are_sharded_evenly() -> None:
+    # The experts are sharded along model.dim, here 16, which 3 processes cannot divide.
+    uneven = RunConfig.model_validate(
         {
             **tiny_config(),
             "train": {"steps": 1, "batch_tokens": 192},
@@ -62,4 +62,4 @@ def test_experts_are_cut_evenly() -> None:
         }
     )
     with pytest.raises(MoelmError, match=r"dp_shard is 3, which does not divide model\.dim = 16"):
-        resolve_parallel_dims(wanted, 6)
+        resolve_parallel_dims(uneven, 6)

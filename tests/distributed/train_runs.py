@@ -1,0 +1,23 @@
+"""Training of several runs one after another in the same processes, because starting processes takes seconds.
+
+torchrun --nproc-per-node N -m tests.distributed.train_runs CONFIG "KEY=VALUE|..." "KEY=VALUE|..."
+"""
+
+import sys
+from pathlib import Path
+
+from moelm.config import load_config
+from moelm.runs.directory import RunDirectory
+from moelm.train.setup import train
+
+
+def main() -> None:
+    """Train one run for each argument after the config; an argument is a list of overrides."""
+    path, *runs = sys.argv[1:]
+    for overrides in runs:
+        config = load_config(path, overrides.split("|"))
+        train(config, RunDirectory(Path("runs") / config.name))
+
+
+if __name__ == "__main__":
+    main()
