@@ -10,6 +10,7 @@ from pathlib import Path
 from moelm.errors import MoelmError
 
 _MARK = ".writing-"
+_OLD = "-old"
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def atomic_directory(target: Path, temporary: Path | None = None, replace: bool 
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent)
     work = temporary or temporary_path(target)
-    old = work.with_name(f"{work.name}-old")
+    old = work.with_name(f"{work.name}{_OLD}")
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir()
@@ -83,14 +84,19 @@ def require_empty_directory(path: Path) -> Path:
 
 
 def _remove_abandoned(directory: Path) -> None:
+    """Remove what killed writers of this machine have left; a replaced directory whose successor is missing is restored."""
     for path in directory.glob(f".*{_MARK}*"):
-        if path.is_dir() and _writer_is_dead(path.name.rpartition(_MARK)[2]):
+        name, _, writer = path.name.removeprefix(".").rpartition(_MARK)
+        if path.is_dir() and _writer_is_dead(writer):
+            target = path.with_name(name)
+            if writer.endswith(_OLD) and not target.exists():
+                path.rename(target)
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _writer_is_dead(writer: str) -> bool:
     """Whether the writer was a process of this machine that no longer exists."""
-    machine, _, process = writer.removesuffix("-old").rpartition("-")
+    machine, _, process = writer.removesuffix(_OLD).rpartition("-")
     if machine != platform.node() or not process.isdigit():
         return False
     try:

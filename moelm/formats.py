@@ -16,7 +16,7 @@ def quantity(x: float) -> str:
 def byte_size(count: float) -> str:
     """Bytes in decimal units: `36.5 MB`, `2.1 GB`."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
+        if count >= 0.9995 * scale:
             return f"{count / scale:.3g} {unit}"
     return f"{count:.0f} B"
 

@@ -76,14 +76,18 @@ def test_an_existing_directory_is_not_replaced_by_default(tmp_path: Path) -> Non
 def test_temporary_directories_of_dead_processes_are_removed(tmp_path: Path) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
-    for writer in (f"{platform.node()}-{process.pid}", f"{platform.node()}-{process.pid}-old"):
-        (tmp_path / f".other.writing-{writer}").mkdir()
+    dead = f"{platform.node()}-{process.pid}"
+    for name in (f".other.writing-{dead}", f".directory.writing-{dead}", f".lost.writing-{dead}-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
     in_use = {f".other.writing-{platform.node()}-1", f".other.writing-elsewhere-{process.pid}"}
     for name in in_use:
         (tmp_path / name).mkdir()
     with atomic_directory(tmp_path / "directory"):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"directory", *in_use}
+    # A directory that was renamed to be replaced, and whose successor is missing, is restored.
+    assert {path.name for path in tmp_path.iterdir()} == {"directory", "lost", *in_use}
+    assert (tmp_path / "lost" / "file").exists()
 
 
 def test_an_empty_directory_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ def test_quantity(number: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(999, "999 B"), (1000, "1 kB"), (36_512_345, "36.5 MB"), (2.1e9, "2.1 GB"), (3e12, "3 TB")]
+    ("number", "text"),
+    [(999, "999 B"), (1000, "1 kB"), (999_700, "1 MB"), (36_512_345, "36.5 MB"), (2.1e9, "2.1 GB"), (3e12, "3 TB")],
 )
 def test_byte_size(number: float, text: str) -> None:
     assert byte_size(number) == text

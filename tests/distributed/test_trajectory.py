@@ -31,8 +31,8 @@ LAYOUTS: dict[int, dict[str, str]] = {
 }
 """Overrides by number of processes and name of the run."""
 
-TOLERANCE = 2e-6
-"""Of every metric at every step, relative; 3e-7 was measured."""
+TOLERANCE = 1e-5
+"""Of every metric at every step, relative; 1e-6 was measured."""
 
 
 def train_distributed(folder: Path, processes: int, runs: dict[str, list[str]]) -> None:
