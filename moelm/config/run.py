@@ -23,7 +23,7 @@ class SourceConfig(Config):
     name: str | None = None
     """`builtin` for the corpus built from installed packages; otherwise a label for the source."""
     path: str | None = None
-    """A file or a glob: text, .jsonl, .csv or .parquet; text and .jsonl may be compressed as .gz or .zst."""
+    """A file or a glob: text, .jsonl, .csv or .parquet; all but .parquet may be compressed as .gz or .zst."""
     hub: str | None = None
     """A Hugging Face dataset, streamed."""
     config: str | None = None

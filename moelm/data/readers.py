@@ -1,4 +1,4 @@
-"""Readers of local files by format: text, JSON Lines, CSV and Parquet, plain or compressed.
+"""Readers of local files by format: text, JSON Lines, CSV (these also compressed) and Parquet.
 
 A text reader yields documents. The other readers yield records (mappings) with their origin; `moelm.data.sources` selects
 their columns.

@@ -59,7 +59,7 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def combine(self, y_SD: Tensor, rows: DispatchedRows) -> Tensor:
         """Send the outputs back and sum over each token's choices."""
-        route: _RouteBack = rows.route_back
+        route: _RouteBack = rows.combine_state
         (y_SD,) = _all_to_all((unpermute(y_SD, route.by_expert),), route.received, route.sent, self.group)
         return self.local.combine(y_SD, route.local)
 

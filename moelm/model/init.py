@@ -19,23 +19,25 @@ def initialize(model: Transformer, seed: int) -> None:
 
     Every matrix has a random generator of its own, seeded by its name, and a dense block has the name of the first expert.
     So a dense and a sparse model start with the same values where both have a weight, and a process that holds a shard
-    initializes that shard. Norms start at one, routers with `zero_init` and all biases at zero.
+    initializes that shard. Norms start at one, routers with `zero_init` and all other vectors at zero.
     """
     config = model.config
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
     zeros = {
         p for module in model.modules() if isinstance(module, Router) and module.zero_init for p in module.parameters()
     }
+    norms: set[Tensor] = set()
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.reset_parameters()
+            norms.update(module.parameters())
         elif isinstance(module, SigmoidRouter):
             module.bias.zero_()
     for name, parameter in model.named_parameters():
         local, index = _local_shard(parameter)
-        if parameter.dim() == 1:
+        if parameter in norms:
             continue
-        if parameter in zeros:
+        if parameter in zeros or parameter.dim() < 2:
             local.fill_(0.0)
             continue
         key = name.replace(".experts.", ".")

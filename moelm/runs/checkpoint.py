@@ -1,7 +1,8 @@
 """Checkpoints: their files, saving, loading and verification.
 
 A checkpoint is a directory: torch.distributed.checkpoint files, `progress.json`, and `manifest.json` with the size
-and checksum of every other file. It is independent of the number of processes and of how parameters were sharded.
+and checksum of every other file. It does not depend on the number of processes or on sharding. No random state is
+stored, because random numbers are functions of seed, step and token.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ T = TypeVar("T")
 
 
 def fresh_progress() -> Progress:
-    """The progress of a run before its first step; tokens, FLOPs and seconds are those of training alone."""
+    """The progress of a run before its first step; tokens, FLOPs and seconds exclude evaluation and saving."""
     return {"step": 0, "tokens": 0, "flops": 0, "time_s": 0.0, "val_loss": None}
 
 
@@ -66,9 +67,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def training_state(model: Transformer, optimizer: Optimizer) -> State:
-    """Weights and optimizer state under names that do not depend on sharding; not copies."""
-    weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments}
+    """Weights, buffers and optimizer state under names that do not depend on sharding; references, not copies."""
+    weights, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": optimizer_state}
 
 
 def save_checkpoint(folder: Path, state: State, progress: Progress, ranks: Ranks = SINGLE_PROCESS) -> Path:
@@ -126,7 +127,8 @@ def load_weights(path: Path, model: Transformer, ranks: Ranks = SINGLE_PROCESS) 
 def load_training(path: Path, model: Transformer, optimizer: Optimizer, ranks: Ranks = SINGLE_PROCESS) -> Progress:
     """Load a checkpoint into model and optimizer; each process loads its shard.
 
-    A checkpoint with an `origin` has weights only; the optimizer state is then unchanged.
+    A checkpoint of an imported or upcycled run (`origin` in its progress) has weights only; the optimizer state is then
+    unchanged.
 
     Returns:
         The progress of the run at the checkpoint.
@@ -225,7 +227,8 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, newest: Path) -> None:
-    """Delete all checkpoints but the `keep` newest, the one with the best validation loss, and an imported one at step 0.
+    """Delete all checkpoints but the `keep` newest, the one with the best validation loss, and the one at step 0 of an
+    imported or upcycled run.
 
     Args:
         newest: the one just saved. Later ones are deleted too: they were damaged when the run resumed from an earlier one.

@@ -17,7 +17,7 @@ class RunDirectory:
         """An existing run, by its path or by its name under `runs/`.
 
         Raises:
-            MoelmError: there is none.
+            MoelmError: there is no such run.
         """
         for path in (Path(name), Path("runs") / name):
             if (path / "config.yaml").is_file():
@@ -70,7 +70,7 @@ class RunDirectory:
         """Refuse a run that exists.
 
         Raises:
-            MoelmError: it does.
+            MoelmError: the run exists.
         """
         if self.config.exists():
             raise MoelmError(
@@ -81,7 +81,7 @@ class RunDirectory:
         """The path of a checkpoint: `last`, `best`, or a step number.
 
         Raises:
-            MoelmError: there is none.
+            MoelmError: there is no such checkpoint.
         """
         from moelm.runs.checkpoint import best_checkpoint, checkpoint_path, list_checkpoints, step_of
 

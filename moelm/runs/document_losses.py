@@ -32,7 +32,7 @@ class DocumentLosses(NamedTuple):
             step: optimizer steps that the model has taken.
 
         Raises:
-            MoelmError: a full disk.
+            MoelmError: the file cannot be written.
         """
         try:
             with atomic_file(path) as work, work.open("wb") as file:

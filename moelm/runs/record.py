@@ -18,7 +18,7 @@ from moelm.runs.metrics import TOTALS, Line, is_finite, read_metrics
 
 Array = npt.NDArray[np.float64]
 SYNTHETIC = "synthetic-"
-"""Prefix of generated domains, which are much easier to predict than real text and are reported apart."""
+"""Prefix of generated domains, which are much easier to predict than real text and are reported separately."""
 
 FINGERPRINTS = {
     "data_fingerprint": "data",
@@ -172,9 +172,9 @@ def _curve(lines: Sequence[Line], path: Path) -> Curve:
     keys = (*TOTALS, "val/loss", "val/bpb")
     columns = {key: np.array([line[key] for line in evaluated], dtype=np.float64) for key in keys}
     for key in TOTALS:
-        back = np.flatnonzero(np.diff(columns[key]) < 0)
-        if back.size:
-            step = evaluated[back[0] + 1]["step"]
+        decreases = np.flatnonzero(np.diff(columns[key]) < 0)
+        if decreases.size:
+            step = evaluated[decreases[0] + 1]["step"]
             raise MoelmError(f"{path}: {key} goes back at step {step}; it must only grow.")
     return Curve(*columns.values())
 

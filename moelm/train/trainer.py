@@ -1,4 +1,7 @@
-"""The training loop of one run."""
+"""The training loop of one run.
+
+Shapes: B rows of a micro-batch, P parameters.
+"""
 
 import math
 import signal
@@ -42,6 +45,7 @@ class Stopped(MoelmError):
     """Training was stopped by a signal, after saving.
 
     Args:
+        message: for the user.
         signum: the signal, for the exit code.
     """
 
@@ -51,7 +55,7 @@ class Stopped(MoelmError):
 
 
 class TrainState(NamedTuple):
-    """What training changes and a checkpoint holds."""
+    """Model, optimizer and progress: what a checkpoint stores."""
 
     model: Transformer
     """Wrapped for the processes of the run."""
@@ -97,7 +101,7 @@ class Trainer:
         self.flops_per_token = count_flops(config.model, config.data.seq_len).training
         self.balance = config.model.ffn.balance if isinstance(config.model.ffn, MoEFFNConfig) else None
         self.saver = CheckpointSaver(run.checkpoints, config.train.keep_checkpoints, self.ranks, self.watchdog.heartbeat)
-        # A repeated layer would find its weights in the autocast cache, but not when it is recomputed.
+        # A repeated layer finds its weights in the autocast cache, but not when it is recomputed; both must agree.
         repeated = config.model.num_unique_layers < config.model.num_layers
         self.cache_weights = not (repeated and config.parallel.activation_checkpointing == "full")
         self.received_signal: int | None = None
@@ -134,12 +138,12 @@ class Trainer:
                     self.watchdog.heartbeat(step)
                     if step % config.train.eval_every == 0 or step == steps:
                         progress_line.update(f"{config.name}: evaluating at step {step:,} …")
-                        evaluation = self._evaluate(line)
+                        evaluation = self._evaluate_and_log(line)
                     if step % config.train.log_every == 0 or "val/loss" in line:
                         logger.write(line)
                     seconds_left = (time.monotonic() - started) / (step - first) * (steps - step)
                     progress_line.update(self._describe_progress(line, seconds_left))
-                    self._warn_unsaved(self.saver.finish(block=False))
+                    self._warn_if_save_failed(self.saver.finish(block=False))
                     if step % config.train.checkpoint_every == 0 or step == steps or stop:
                         self._save(line, required=step == steps or stop is not None)
                     if stop and step < steps:
@@ -148,7 +152,7 @@ class Trainer:
         finally:
             self.saver.close()
             logger.close()
-        return evaluation or self._score()
+        return evaluation or self._run_evaluation()
 
     def _step(self, index: int) -> tuple[Line, signal.Signals | None]:
         """One optimizer step; returns its metrics, and the signal by which any process was asked to stop."""
@@ -163,7 +167,7 @@ class Trainer:
         )
         loss, squares_P, stop = self._reduce_step(own_loss, statistics)
         norm = float(clip_gradients(self.model.parameters(), squares_P, config.optim.clip))
-        self._check_finite(index, loss, norm)
+        self._check_loss(index, loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.update_expert_bias({layer: sums["counts"] for layer, sums in statistics.layers.items()})
@@ -200,21 +204,21 @@ class Trainer:
         return MicroBatch(self.data.train.batch(rows).to(self.device), rng_keys_B.to(self.device))
 
     def _accumulate_gradients(
-        self, micro_batches: list[MicroBatch], batch_tokens: int
+        self, micro_batches: list[MicroBatch], num_valid_tokens: int
     ) -> tuple[torch.Tensor, RoutingStatistics]:
-        """Accumulate this process's gradients; returns its share of the next-token loss, and its routing statistics.
+        """Accumulate this process's gradients; returns its part of the global batch's loss, and its routing statistics.
 
         Args:
-            batch_tokens: valid tokens of the global batch.
+            num_valid_tokens: valid tokens of the global batch.
         """
-        num_tokens = torch.tensor(batch_tokens, dtype=torch.float64, device=self.device)
+        num_tokens = torch.tensor(num_valid_tokens, dtype=torch.float64, device=self.device)
         batch_sums = self._batch_sums(micro_batches)
         statistics = RoutingStatistics()
         losses = []
         for number, micro_batch in enumerate(micro_batches):
             set_gradient_sync(self.model, number + 1 == len(micro_batches), self.dims)
             output = self._forward(micro_batch)
-            if self._needs_other_ranks and len(micro_batches) == 1:
+            if self._balance_needs_all_ranks and len(micro_batches) == 1:
                 own_sums = add_layer_sums([layer_sums(output.routings, micro_batch.batch)])
                 batch_sums = map_layer_sums(own_sums, self.ranks.all_reduce)
             loss = self.loss(output, micro_batch.batch, batch_sums, num_tokens, self.balance)
@@ -224,7 +228,7 @@ class Trainer:
         return torch.stack(losses).sum(), statistics
 
     @property
-    def _needs_other_ranks(self) -> bool:
+    def _balance_needs_all_ranks(self) -> bool:
         """Whether a balance loss depends on the tokens of other processes."""
         return self.ranks.size > 1 and self.balance is not None and self.balance.needs_whole_batch
 
@@ -232,7 +236,7 @@ class Trainer:
     def _batch_sums(self, micro_batches: list[MicroBatch]) -> LayerSums | None:
         """Routing sums of the global batch, from an extra forward pass if it is divided into micro-batches; otherwise None.
 
-        The gradient of the first micro-batch depends on the load of the last one.
+        The balance gradient of a micro-batch depends on the load of the whole batch.
         """
         if self.balance is None or len(micro_batches) == 1 or not self.balance.needs_whole_batch:
             return None
@@ -266,13 +270,13 @@ class Trainer:
         received = [signum for signum, count in zip(STOP_SIGNALS, flags.tolist(), strict=True) if count]
         return float(own_loss), squares_P, received[0] if received else None
 
-    def _check_finite(self, index: int, loss: float, norm: float) -> None:
-        """Stop before an invalid gradient reaches the weights."""
+    def _check_loss(self, index: int, loss: float, norm: float) -> None:
+        """Stop before the update if loss or norm are not finite, or the loss is above 3 times that of a uniform guess."""
         uniform_loss = math.log(self.data.tokenizer.vocab_size)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite and loss < 3 * uniform_loss:
             return
-        # A checkpoint of the previous step holds the weights that fail now.
+        # A checkpoint of the previous step holds the current weights, which have failed.
         failing = checkpoint_path(self.run.checkpoints, index)
         good = [path for path in list_checkpoints(self.run.checkpoints) if path < failing]
         where = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was saved yet"
@@ -281,13 +285,13 @@ class Trainer:
             f"The training loss {what} at step {index + 1}; {where}. A lower optim.lr or a longer warmup usually helps."
         )
 
-    def _score(self) -> Evaluation:
+    def _run_evaluation(self) -> Evaluation:
         mask = self.config.data.document_mask
         return evaluate(self.model, self.data.val, self.dtype, mask, self.ranks, self.watchdog.heartbeat)
 
-    def _evaluate(self, line: Line) -> Evaluation:
+    def _evaluate_and_log(self, line: Line) -> Evaluation:
         """Evaluate, save the document losses, and add the results to the line."""
-        evaluation = self._score()
+        evaluation = self._run_evaluation()
         if self.ranks.is_main:
             evaluation.documents.save(self.run.documents, line["step"])
         score = evaluation.overall
@@ -314,19 +318,19 @@ class Trainer:
         Args:
             required: whether to wait, and to raise an error if it fails; otherwise training continues after a warning.
         """
-        self._warn_unsaved(self.saver.finish())
+        self._warn_if_save_failed(self.saver.finish())
         self.progress["val_loss"] = line.get("val/loss")
         self.saver.save(self.model, self.optimizer, self.progress)
         if required and (failure := self.saver.finish()):
             raise MoelmError(failure)
 
-    def _warn_unsaved(self, failure: str | None) -> None:
+    def _warn_if_save_failed(self, failure: str | None) -> None:
         if failure:
             warn(f"{failure} Training continues and tries again at the next interval.")
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
-        """Record the first signal, which the loop reads after its step; a second one acts at once on a single process."""
+        """Record the first signal, which the loop reads after its step; on one process, a second has its default effect."""
 
         def record(signum: int, frame: FrameType | None) -> None:
             self.received_signal = signum

@@ -14,9 +14,13 @@ from torch import Tensor
 from moelm.model.moe.router import Routing
 
 Sums = dict[str, Tensor]
-"""Sums over tokens, float64: `tokens` (), `counts` assignments (E), `importance` (E), `probs` (E), `entropy` (), where the
-router has logits `z` (), where it has noise `load` (E), `group_load` (A) and `group_tokens` (A), and `dropped` () where
-capacity is limited."""
+"""Sums over tokens by name, float64.
+
+`tokens` (): valid tokens. `counts` (E): assignments, before any are dropped. `importance` (E): gates. `probs` (E):
+probabilities. `entropy` (): of the distribution. `z` (), if the router has logits: squared log-partitions. `load` (E),
+`group_load` (A) and `group_tokens` (A), if it has noise: the smooth load. `dropped` (), if capacity is limited: dropped
+assignments.
+"""
 
 LayerSums = dict[int, Sums]
 """The sums of each layer."""
@@ -65,12 +69,12 @@ def add_sums(parts: Iterable[Sums]) -> Sums:
 
 def add_layer_sums(parts: Iterable[LayerSums]) -> LayerSums:
     """The sums of a batch from those of its micro-batches, detached."""
-    known = list(parts)
-    return {layer: add_sums(part[layer] for part in known) for layer in (known[0] if known else ())}
+    parts = list(parts)
+    return {layer: add_sums(part[layer] for part in parts) for layer in (parts[0] if parts else ())}
 
 
 def map_layer_sums(layers: LayerSums, function: Callable[[list[Tensor]], list[Tensor]]) -> LayerSums:
-    """Apply one call to the list of all tensors, because each transfer or collective has a cost of its own."""
+    """Call `function` once on all tensors, to pay for one transfer or collective instead of many."""
     keys = [(layer, name) for layer, sums in layers.items() for name in sums]
     result: LayerSums = {layer: {} for layer in layers}
     for (layer, name), value in zip(keys, function([layers[layer][name] for layer, name in keys]), strict=True):
@@ -99,7 +103,7 @@ def sequence_aux_loss(routing: Routing, valid_BT: Tensor) -> Tensor:
     probs_BE = (routing.probs_NE.view_as(assigned_BTE) * valid_BT1).sum(dim=1, dtype=torch.float64)
     counts_BE = (assigned_BTE * valid_BT1).sum(dim=1, dtype=torch.float64)
     load_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp_min(1)
-    # The weight of a sequence is its token count, which cancels the mean in P.
+    # Each sequence is weighted by its number of tokens, which cancels the division in the mean P.
     return routing.num_experts * (load_BE * probs_BE).sum() / valid_BT.sum().clamp_min(1)
 
 

@@ -45,8 +45,8 @@ class DispatchedRows(NamedTuple):
     """Gate of each row."""
     ends_E: Tensor
     """End of each expert's rows."""
-    route_back: Any
-    """What the dispatcher's `combine` needs."""
+    combine_state: Any
+    """What `combine` needs; private to the dispatcher that made it."""
 
 
 class TokenDispatcher(ABC):
@@ -58,7 +58,7 @@ class TokenDispatcher(ABC):
 
     @abstractmethod
     def combine(self, y_SD: Tensor, rows: DispatchedRows) -> Tensor:
-        """Sum the expert outputs of each token, `(N, D)`; they are multiplied by their gates already."""
+        """Sum the expert outputs of each token, `(N, D)`; already multiplied by their gates."""
 
 
 class LocalDispatcher(TokenDispatcher):
@@ -72,13 +72,13 @@ class LocalDispatcher(TokenDispatcher):
 
     def combine(self, y_SD: Tensor, rows: DispatchedRows) -> Tensor:
         """Undo the permutation and sum over each token's choices."""
-        return unpermute(y_SD, rows.route_back)
+        return unpermute(y_SD, rows.combine_state)
 
 
 def sort_by_expert(routing: Routing) -> Permutation:
     """Sort the assignments by expert, in token order within each expert.
 
-    Unless assignments are dropped, no value is copied to the host.
+    No value is copied to the host, except with dropped assignments or expert choice.
     """
     experts_M = routing.experts_NK.flatten()
     unassigned_NK = routing.dropped_NK
@@ -155,7 +155,7 @@ class _Unpermute(torch.autograd.Function):
 
 
 def _sum_of_rows(y_SD: Tensor, row_NK: Tensor) -> Tensor:
-    """`sum_k y[row[n, k]]`, added in the order of k; row S is zero."""
+    """`sum_k y[row[n, k]]`, added in the order of k; row index S stands for no expert and adds zero."""
     if len(y_SD) < row_NK.numel():
         y_SD = torch.cat((y_SD, y_SD.new_zeros(1, y_SD.shape[1])))
     total_ND = y_SD.index_select(0, row_NK[:, 0])

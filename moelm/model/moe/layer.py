@@ -33,18 +33,18 @@ from moelm.model.moe.router import (
 
 def build_router(dim: int, ffn: MoEFFNConfig, layer: int) -> Router:
     """The router of one layer, as configured."""
-    size = (dim, ffn.num_experts, ffn.top_k)
+    args = (dim, ffn.num_experts, ffn.top_k)
     match ffn.router:
         case TopKRouterConfig(normalize=normalize):
-            return TopKRouter(*size, normalize)
+            return TopKRouter(*args, normalize)
         case NoisyTopKRouterConfig():
-            return NoisyTopKRouter(*size, layer)
+            return NoisyTopKRouter(*args, layer)
         case SigmoidRouterConfig() as config:
-            return SigmoidRouter(*size, config)
+            return SigmoidRouter(*args, config)
         case HierarchicalRouterConfig() as config:
-            return HierarchicalRouter(*size, layer, config)
+            return HierarchicalRouter(*args, layer, config)
         case ExpertChoiceRouterConfig():
-            return ExpertChoiceRouter(*size)
+            return ExpertChoiceRouter(*args)
         case HashRouterConfig() | RandomRouterConfig() as config:
             return FixedRouter(ffn.num_experts, ffn.top_k, layer, by_token=config.kind == "hash")
 

@@ -28,7 +28,7 @@ class TokenContext(NamedTuple):
     """False for padding, which is not counted towards an expert's capacity; None if there is none."""
 
     def at_repeat(self, repeat: int) -> "TokenContext":
-        """The context for the n-th repeat of a layer, with random numbers and hashes of its own."""
+        """The context for the n-th repeat of a layer, offset so that random numbers and hashes differ between repeats."""
         if not repeat:
             return self
         offset = repeat << 32  # above all token ids
@@ -36,7 +36,7 @@ class TokenContext(NamedTuple):
 
 
 class SmoothLoad(NamedTuple):
-    """Probabilities of being selected under fresh noise (Shazeer et al. 2017, eqs 8-9 and 14).
+    """Probabilities of being selected if the noise were resampled (Shazeer et al. 2017, eqs 8-9 and 14).
 
     A flat router has one group, which every token selects.
     """
@@ -59,22 +59,22 @@ class Routing(NamedTuple):
     probs_NE: Tensor
     """The router's distribution over all experts; each row sums to 1."""
     logits_NE: Tensor | None = None
-    """Scores before any softmax; None for routers without a single one."""
+    """Scores before any softmax; None for routers that have no single set of logits."""
     smooth: SmoothLoad | None = None
     """Noisy routers in training only."""
     chosen_NK: Tensor | None = None
-    """False where a column holds no choice (expert choice); None if all hold one."""
+    """False where no expert is selected (expert choice only); None if every entry is a choice."""
     dropped_NK: Tensor | None = None
-    """True where the expert was at capacity; None if capacity is unlimited."""
+    """True where the expert was at capacity, and for padding; None if capacity is unlimited."""
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts."""
         return self.probs_NE.shape[-1]
 
 
 class Router(nn.Module, ABC):
-    """Base of all routers. They compute in float32, because a rounded logit would select other experts."""
+    """Base of all routers. They compute in float32, because rounded logits could select other experts."""
 
     zero_init = False
     """Whether the weights are initialized to zero instead of randomly."""
@@ -171,12 +171,12 @@ class ExpertChoiceRouter(Router):
 
 
 class FixedRouter(Router):
-    """Experts that do not depend on the hidden states, each with gate 1/k: the controls of a routing study.
+    """A router that ignores the hidden states, with gates 1/k: the control of a routing study.
 
     Args:
         layer: index of the layer; each has its own table.
-        by_token: a fixed random table from token ids to experts (Roller et al. 2021, "random hash"); otherwise experts are
-            random at every step, and a function of the position in evaluation.
+        by_token: whether experts come from a fixed random table by token id (Roller et al. 2021, "random hash"); otherwise
+            they are random at every step, and a function of the position in evaluation.
     """
 
     def __init__(self, num_experts: int, top_k: int, layer: int, by_token: bool) -> None:
