@@ -16,7 +16,7 @@ from moelm.model.moe.dispatcher import DispatchedRows, LocalDispatcher, Permutat
 from moelm.model.moe.router import Routing
 
 
-class _RouteBack(NamedTuple):
+class _ExchangeState(NamedTuple):
     """How expert outputs return to their tokens."""
 
     local: DispatchedRows
@@ -54,14 +54,14 @@ class AllToAllDispatcher(TokenDispatcher):
             permute(x_RD, by_expert),
             permute(gates_R1, by_expert)[:, 0],
             by_expert.ends_E,
-            _RouteBack(local, by_expert, sent, received),
+            _ExchangeState(local, by_expert, sent, received),
         )
 
     def combine(self, y_SD: Tensor, rows: DispatchedRows) -> Tensor:
         """Send the outputs back and sum over each token's choices."""
-        route: _RouteBack = rows.combine_state
-        (y_SD,) = _all_to_all((unpermute(y_SD, route.by_expert),), route.received, route.sent, self.group)
-        return self.local.combine(y_SD, route.local)
+        state: _ExchangeState = rows.combine_state
+        (y_SD,) = _all_to_all((unpermute(y_SD, state.by_expert),), state.received, state.sent, self.group)
+        return self.local.combine(y_SD, state.local)
 
 
 def _sort_received(received_PL: Tensor) -> Permutation:

@@ -44,6 +44,7 @@ MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
         ("steps", "key.sub=value is expected"),
         ("start={run: other}", "start has been renamed; its name is now init_from"),
         ("train.compile=true", "train.compile has been renamed; its name is now parallel.compile"),
+        ("train.recompute=true", "train.recompute has been renamed; its name is now parallel.activation_checkpointing"),
         ("train.precision=fp16", "train.precision is 'fp16', but it should be 'fp32' or 'bf16' or 'auto'"),
     ],
 )
