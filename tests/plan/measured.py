@@ -78,7 +78,7 @@ class MeasuredDispatcher(AllToAllDispatcher):
 
     def combine(self, y_SD: Tensor, rows: DispatchedRows) -> Tensor:
         """Combine, and record the bytes of this dispatch and combine."""
-        sent = rows.route_back.local.x_SD.numel() * rows.x_SD.element_size()
+        sent = rows.combine_state.local.x_SD.numel() * rows.x_SD.element_size()
         self.measured.append(local_bytes(rows.x_SD, y_SD) + 2 * sent)
         return super().combine(y_SD, rows)
 
