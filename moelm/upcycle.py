@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from moelm.config import DenseFFNConfig, RunConfig, apply_overrides, check_config, load_config, refuse_overrides
-from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.model import Transformer, build_model
 from moelm.model.moe.experts import Experts, expert_stacks
 from moelm.model.rng import named_generator
 from moelm.runs.checkpoint import read_weights, step_of
 from moelm.runs.directory import RunDirectory
+from moelm.runs.identity import load_tokenizer
 from moelm.runs.load import create_run
 
 
@@ -52,7 +52,7 @@ def upcycle_run(
     if reinit and not round(reinit * hidden_dim):
         raise MoelmError(f"reinit is {reinit}, less than one of {hidden_dim} hidden units.")
     path = dense.checkpoint(checkpoint)
-    tokenizer = Tokenizer.load(dense.tokenizer)
+    tokenizer = load_tokenizer(dense)
     model = build_model(config.model, config.seed)
     copy_dense_weights(read_weights(path), model)
     for layer, experts in enumerate(expert_stacks(model)):

@@ -20,8 +20,8 @@ import yaml
 
 from moelm.config import SourceConfig
 from moelm.data.corpus.builtin import builtin_documents
+from moelm.data.dataset_writer import BATCH_CHARS
 from moelm.data.document import Document
-from moelm.data.prepare import BATCH_CHARS
 from moelm.data.sources import read_source
 from moelm.data.tokenizer import Tokenizer
 

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 moelm="${BIN:-.venv/bin}/moelm"
 started=$SECONDS
-"$moelm" prepare configs/demo-moe.yaml
+"$moelm" prepare configs/demo-moe.yaml "$@"
 for name in dense moe; do
     "$moelm" train "configs/demo-$name.yaml" "$@"
 done

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.processes import run_moelm
+
 # The models of the tests are so small that a second thread makes them slower; torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -40,6 +42,11 @@ VOCABULARY = [
 ]
 
 Moelm = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names of parametrized tests without bytes: a compressed file holds its time, and all workers must agree on names."""
+    return argname if isinstance(val, bytes) else None
 
 
 def tiny_config(name: str = "tiny", kind: str = "moe") -> dict[str, object]:
@@ -123,16 +130,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def moelm(workplace: Path) -> Moelm:
-    """Run the command line in the folder `workplace`."""
+    """Run the command line in the folder `workplace`: with `cwd`, `input` or options of `subprocess.run`.
 
-    def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(  # type: ignore[call-overload, no-any-return]
+    With other options than `cwd` and `input`, Python is started anew, which takes seconds.
+    """
+
+    def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        if options.keys() <= {"cwd", "input"}:
+            return run_moelm(arguments, options.get("cwd", workplace), options.get("input", ""))
+        stdin = {} if "input" in options else {"stdin": subprocess.DEVNULL}
+        return subprocess.run(  # type: ignore[no-any-return]
             [sys.executable, "-m", "moelm", *arguments],
-            cwd=options.pop("cwd", workplace),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            **{"stdin": subprocess.DEVNULL, **options} if "input" not in options else options,
+            **{"cwd": workplace, "capture_output": True, "text": True, "timeout": 300, **stdin, **options},
         )
 
     return run

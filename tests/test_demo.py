@@ -1,4 +1,4 @@
-"""The demo script on the real corpus, with a few steps."""
+"""The demo script on the first documents of the builtin corpus, with a few steps."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def test_the_demo_writes_a_report(tmp_path: Path) -> None:
     # With all threads, because the models are larger than those of other tests.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        ["bash", "scripts/demo.sh", "train.steps=10", "optim.warmup_steps=5"],
+        ["bash", "scripts/demo.sh", "data.sources.0.max_documents=400", "train.steps=10", "optim.warmup_steps=5"],
         cwd=tmp_path,
         env={**environment, "BIN": str(Path(sys.executable).parent)},
         capture_output=True,

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moelm.report.figures import COLORS, DASHED, MUTED, render_light_and_dark
+from moelm.report.figures import COLORS, DASHED, MUTED, legend_label, render_light_and_dark
 from moelm.report.page import ReportFigure
 
 SIZE = (10.5, 3.8)
@@ -38,7 +38,7 @@ def _shares(report: dict[str, Any]) -> Figure:
     for axes, layer in zip(panels, layers, strict=True):
         for i, domain in enumerate(domains):
             centers = experts - 0.41 + (i + 0.5) * width
-            label = domain if axes is panels[0] else None
+            label = legend_label(domain) if axes is panels[0] else None
             axes.bar(centers, layer["shares"][domain], width, color=COLORS[i % len(COLORS)], label=label)
         axes.axhline(1 / num_experts, color=MUTED, linewidth=1, linestyle=DASHED)
         association = layer["association"].get("all")

@@ -1,6 +1,7 @@
 """The report of `moelm analyze`: a directory with routing.json, routing.html and figures."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from moelm.analyze.page import routing_page
 from moelm.analyze.passages import sample_passages
 from moelm.analyze.saturation import compare_checkpoints, layer_saturation
 from moelm.analyze.summary import summarize
+from moelm.analyze.token_experts import token_name
 from moelm.atomic import atomic_directory, require_empty_directory
 from moelm.distributed.ranks import distributed_context
 from moelm.errors import MoelmError
@@ -53,9 +55,6 @@ def analyze_run(
             return None
     passages = sample_passages(run, tokens, seed)
 
-    def token_text(token: int) -> str:
-        return run.tokenizer.decode([token]) or run.tokenizer.raw.id_to_token(token) or f"#{token}"
-
     report: dict[str, Any] = {
         "moelm": __version__,
         "run": name,
@@ -63,7 +62,7 @@ def analyze_run(
         "step": step,
         "split": split,
         "seed": seed,
-        **summarize(sample, run.model, token_text, permutations, seed),
+        **summarize(sample, run.model, partial(token_name, run.tokenizer), permutations, seed),
     }
     for index, layer in enumerate(report["layers"]):
         layer["saturation"] = layer_saturation(agreements, index, ffn)
@@ -73,7 +72,9 @@ def analyze_run(
             figures = routing_figures(report)
             for figure in figures:
                 (work / figure.name).write_bytes(figure.light)
-            (work / "routing.html").write_text(routing_page(report, passages, figures), encoding="utf-8")
+            (work / "routing.html").write_text(
+                routing_page(report, passages, figures), encoding="utf-8", errors="backslashreplace"
+            )
     except OSError as error:
         raise MoelmError(f"{out} cannot be written: {error.strerror}.") from error
     return report

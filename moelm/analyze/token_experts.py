@@ -11,6 +11,7 @@ import torch
 
 from moelm.analyze.layers import layer_number
 from moelm.data.tokenizer import Tokenizer
+from moelm.inference.continuation import INCOMPLETE, ContextDecoder
 from moelm.inference.generate import Sampling, encode_prompts, generate_rows
 from moelm.model import Transformer
 
@@ -57,7 +58,7 @@ def sample_with_experts(
     samples = []
     for prompt, row, continuation in zip(prompts, rows, continuations, strict=True):
         experts_TK = experts_by_layer(model, [*row, *continuation.ids])[number][len(row) :]
-        texts = token_texts(tokenizer, row[-1], continuation.ids, continuation.text)
+        texts = token_texts(tokenizer, row, continuation.ids, continuation.text)
         tokens = [TokenExperts(*each) for each in zip(continuation.ids, texts, experts_TK, strict=True)]
         samples.append(SampleWithExperts(prompt, continuation.text, number, tokens))
     return samples
@@ -71,25 +72,36 @@ def experts_by_layer(model: Transformer, ids: Sequence[int]) -> dict[int, list[l
     return {layer: routing.experts_NK.tolist() for layer, routing in sorted(routings.items())}
 
 
-def token_texts(tokenizer: Tokenizer, previous: int, ids: Sequence[int], text: str) -> list[str]:
+def token_texts(tokenizer: Tokenizer, context: Sequence[int], ids: Sequence[int], text: str) -> list[str]:
     """Split the text of tokens into the part of each token.
 
     A character of several tokens belongs to the last of them.
 
     Args:
-        previous: the token before; some tokenizers omit the space before the first word of a text.
-        text: the text of the tokens, or its beginning.
+        context: the tokens before.
+        text: the text that the tokens add to the context, or its beginning.
 
     Returns:
         A text for each token; together they are `text`.
     """
-    start = len(tokenizer.decode([previous]))
+    decoder = ContextDecoder(tokenizer, context)
     ends = [0]
-    for count in range(1, len(ids) + 1):
+    for token in ids:
+        decoder.add(token)
         # An incomplete character decodes to a replacement character, which differs from the text.
-        so_far = tokenizer.decode([previous, *ids[:count]])[start:]
-        differing = (i for i, (a, b) in enumerate(zip(so_far, text, strict=False)) if a != b)
-        ends.append(max(ends[-1], next(differing, min(len(so_far), len(text)))))
+        so_far, end = decoder.text, ends[-1]
+        while end < min(len(so_far), len(text)) and so_far[end] == text[end]:
+            end += 1
+        ends.append(end)
     if ids:
         ends[-1] = len(text)
     return [text[first:end] for first, end in pairwise(ends)]
+
+
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """The text of a token inside a text, or its name in the vocabulary if it has no text of its own."""
+    decoder = ContextDecoder(tokenizer, tokenizer.encode_batch(["a"])[0])
+    decoder.add(token)
+    if decoder.text and INCOMPLETE not in decoder.text:
+        return decoder.text
+    return tokenizer.raw.id_to_token(token) or f"#{token}"

@@ -14,15 +14,15 @@ from moelm.hardware import should_compile
 from moelm.huggingface.config_json import to_hf_config
 from moelm.model import Transformer, build_model
 from moelm.model.forward import autocast, forward_batch
+from moelm.plan.counts import assumed_vocab_size
 from moelm.train.objective import micro_batch_loss
 
 LossFunction = Callable[[], Tensor]
 
 
 def resolve_model(config: RunConfig) -> ModelConfig:
-    """The model's config with its context length and a vocabulary size: the tokenizer's, if the model has none."""
-    vocab_size = config.model.vocab_size or config.data.tokenizer.vocab_size
-    return config.model.model_copy(update={"vocab_size": vocab_size, "max_seq_len": config.max_seq_len})
+    """The model's config with its context length and a vocabulary size."""
+    return config.model.model_copy(update={"vocab_size": assumed_vocab_size(config), "max_seq_len": config.max_seq_len})
 
 
 def random_batch(config: RunConfig) -> Batch:

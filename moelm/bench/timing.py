@@ -84,16 +84,16 @@ def run_rounds(
     device = pick_device()
     peaks = [peak_flops(device, dtype_of(variant.config.train.precision, device)) for variant in variants]
     with _start_workers(variants, workload) as pipes:
-        counts = [pipe.recv() for pipe in pipes]
+        counts = [_receive(pipe) for pipe in pipes]
         measured: list[list[Phases]] = [[] for _ in pipes]
         for number in range(WARMUP_ROUNDS + rounds):
             report(f"Round {number + 1} of {WARMUP_ROUNDS + rounds} …")
             for pipe, phases in zip(pipes, measured, strict=True):
                 pipe.send(True)
-                phases.append(pipe.recv())
+                phases.append(_receive(pipe))
         for pipe in pipes:
             pipe.send(False)
-        memory = [pipe.recv() for pipe in pipes]
+        memory = [_receive(pipe) for pipe in pipes]
     return [
         Timing(variant, phases[WARMUP_ROUNDS:], tokens, flops, memory_peak, peak)
         for variant, phases, (tokens, flops), memory_peak, peak in zip(
@@ -116,20 +116,35 @@ def _start_workers(variants: Sequence[BenchVariant], workload: Workload) -> Iter
         processes.append(process)
     try:
         yield pipes
-    except EOFError:
-        raise MoelmError("The process of a variant ended early; its error message is above.") from None
+    except (EOFError, ConnectionError):
+        raise MoelmError("The process of a variant was killed; the memory may not suffice for all of them.") from None
     finally:
         for process in processes:
             process.terminate()
             process.join()
 
 
+def _receive(pipe: "Connection[Any, Any]") -> Any:
+    """What a worker has sent; its error is raised here."""
+    if isinstance(sent := pipe.recv(), Exception):
+        raise sent
+    return sent
+
+
 def _work(variant: BenchVariant, workload: Workload, pipe: "Connection[Any, Any]") -> None:
-    """A worker: send tokens and FLOPs, then the phases of one round for each True received, then the peak memory."""
-    if variant.keeps_memory:
-        keep_memory()
-    timed = build_workload(variant, workload)
-    pipe.send((timed.tokens, timed.flops))
-    while pipe.recv():
-        pipe.send(timed.run())
-    pipe.send(peak_memory(pick_device()))
+    """A worker: send tokens and FLOPs, then the phases of one round for each True received, then the peak memory.
+
+    An error is sent instead, and is the last.
+    """
+    try:
+        if variant.keeps_memory:
+            keep_memory()
+        timed = build_workload(variant, workload)
+        pipe.send((timed.tokens, timed.flops))
+        while pipe.recv():
+            pipe.send(timed.run())
+        pipe.send(peak_memory(pick_device()))
+    except MoelmError as error:
+        pipe.send(error)
+    except Exception as error:
+        pipe.send(RuntimeError(f"{variant.name}: {type(error).__name__}: {error}"))

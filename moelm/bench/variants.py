@@ -39,6 +39,8 @@ def list_variants(paths: Sequence[Path], overrides: Sequence[str], vary: str | N
         raise MoelmError(
             "--peers needs the library transformers, which is not installed; moelm's extra `bench` installs it."
         )
+    if not paths:
+        raise MoelmError(f"There is no config among {' '.join(overrides)!r}; at least one is expected.")
     variants = [
         BenchVariant(f"{config.name}{suffix}", config)
         for path in paths

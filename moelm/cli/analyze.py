@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from moelm.cli.options import AsJson, Checkpoint, RunPath, plain_table, print_json, stdout_console
+from moelm.cli.options import MAX_INT, AsJson, Checkpoint, RunPath, plain_table, print_json, stdout_console
 from moelm.report.table import NO_VALUE
 
 
@@ -15,10 +15,12 @@ def analyze(
     out: Annotated[Path, typer.Option(help="A new or empty directory.")],
     split: Annotated[Literal["val", "train"], typer.Option(help="Which split of the data.")] = "val",
     tokens: Annotated[
-        int, typer.Option(min=1, help="Approximate number of tokens to read, sampled at random.")
+        int, typer.Option(min=1, max=2**53, help="Approximate number of tokens to read, sampled at random.")
     ] = 1_000_000,
-    permutations: Annotated[int, typer.Option(min=1, help="Permutations of the documents' domains for each p.")] = 999,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    permutations: Annotated[
+        int, typer.Option(min=1, max=MAX_INT, help="Permutations of the documents' domains for each p.")
+    ] = 999,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     checkpoint: Checkpoint = "last",
     as_json: AsJson = False,
 ) -> None:

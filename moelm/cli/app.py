@@ -11,6 +11,7 @@ from moelm.cli import (
     analyze,
     bench,
     compare,
+    config,
     eval_,
     export,
     import_,
@@ -22,7 +23,7 @@ from moelm.cli import (
     train,
     upcycle,
 )
-from moelm.errors import MoelmError
+from moelm.cli.boundary import error_boundary, open_streams, require_current_directory
 
 app = typer.Typer(
     help="Train mixture-of-experts language models beside dense baselines, and measure what sparsity buys.",
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "config": config.config,
     "prepare": prepare.prepare,
     "train": train.train,
     "eval": eval_.evaluate,
@@ -47,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "lm-eval": lm_eval.lm_eval,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name)(error_boundary()(command))  # within typer, which ends quietly at a broken pipe of any kind
 
 
 @app.callback(invoke_without_command=True)
@@ -59,14 +61,12 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Run the command line; a user's error is one sentence on stderr and exit code 2."""
-    try:
-        # Typer has no options whose value may be left out.
-        app(["--show-experts=last" if argument == "--show-experts" else argument for argument in sys.argv[1:]])
-    except MoelmError as error:
-        if not error.reported:
-            typer.echo(f"moelm: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("moelm: interrupted.", err=True)
-        sys.exit(130)
+    """Run the command line; an error is one sentence on stderr and exit code 2."""
+    open_streams()
+    with error_boundary():
+        require_current_directory()
+        try:
+            # Typer has no options whose value may be left out.
+            app(["--show-experts=last" if argument == "--show-experts" else argument for argument in sys.argv[1:]])
+        finally:
+            sys.stdout.flush()

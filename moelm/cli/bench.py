@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from moelm.cli.options import AsJson, plain_table, print_json, stdout_console
+from moelm.cli.options import MAX_INT, AsJson, plain_table, print_json, stdout_console
 
 
 def bench(
@@ -13,10 +13,11 @@ def bench(
         list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Configs, and overrides for all of them.")
     ],
     vary: Annotated[str | None, typer.Option(metavar="KEY=A,B,...", help="One variant for each value.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Timed rounds.")] = 10,
     peers: Annotated[bool, typer.Option("--peers", help="Also time Hugging Face's models of the same shapes.")] = False,
     generate: Annotated[
-        int, typer.Option(min=0, metavar="B", help="Time the continuation of B prompts instead of training steps.")
+        int,
+        typer.Option(min=0, max=MAX_INT, metavar="B", help="Time the continuation of B prompts instead of training steps."),
     ] = 0,
     as_json: AsJson = False,
 ) -> None:

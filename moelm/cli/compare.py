@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moelm.cli.options import AsJson, print_json
+from moelm.cli.options import AsJson, PlainConsole, finite_each, print_json
+from moelm.console import printable
 
 if TYPE_CHECKING:
     from moelm.compare.comparison import Comparison
@@ -22,7 +23,10 @@ def compare(
     out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("reports/compare"),
     group: Annotated[bool, typer.Option("--group", help="Average runs that differ only in their seed.")] = False,
     price: Annotated[
-        list[float] | None, typer.Option(help="Dollars per process and hour: once for all, or once for each variant.")
+        list[float] | None,
+        typer.Option(
+            min=0, callback=finite_each, help="Dollars per process and hour: once for all, or once for each variant."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compare runs on different data, with a warning.")] = False,
     as_json: AsJson = False,
@@ -41,7 +45,7 @@ def print_comparison(comparison: "Comparison", out: Path, as_json: bool) -> None
     if as_json:
         print_json(report_json(comparison))
         return
-    console = Console(highlight=False)
+    console = PlainConsole()
     render_comparison(console, comparison)
     console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
 
@@ -52,21 +56,26 @@ def render_comparison(console: Console, comparison: "Comparison") -> None:
     from moelm.compare.tables import paired_table, reach_table, runs_table
 
     for warning in comparison.warnings:
-        console.print(Text(f"Warning: {warning}", style="yellow"))
+        console.print(_text(f"Warning: {warning}", "yellow"))
     # Transposed, the table of runs fits on narrow terminals.
     tables = (runs_table(comparison).transpose(), paired_table(comparison), reach_table(comparison))
     for table in [table for table in tables if table.rows]:
-        printed = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        printed = Table(title=_text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for i, name in enumerate(table.head):
-            printed.add_column(name, justify="left" if i < table.left else "right", overflow="fold")
+            printed.add_column(_text(name), justify="left" if i < table.left else "right", overflow="fold")
         for row in table.rows:
-            printed.add_row(*map(Text, row))
+            printed.add_row(*map(_text, row))
         console.print(printed)
-    console.print(Text(comparison.verdict.sentence, style="bold"))
+    console.print(_text(comparison.verdict.sentence, "bold"))
     for sentence in summary_sentences(comparison):
-        console.print(Text(sentence))
+        console.print(_text(sentence))
     for note in comparison.notes:
-        console.print(Text(f"Note: {note}", style="dim"))
+        console.print(_text(f"Note: {note}", "dim"))
+
+
+def _text(text: str, style: str = "") -> Text:
+    """A text that is printed as it is."""
+    return Text(printable(text), style)
 
 
 def command_line() -> str:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from moelm.cli.options import AsJson, Checkpoint, RunPath, print_json
+from moelm.console import printable_line
 
 
 def evaluate(
@@ -17,6 +18,7 @@ def evaluate(
     from moelm.distributed.ranks import distributed_context
     from moelm.evaluation.losses import evaluate as evaluate_split
     from moelm.runs.load import open_run
+    from moelm.runs.record import LOSSY_NOTE
 
     opened = open_run(run, checkpoint, split)
     with distributed_context() as ranks:
@@ -24,8 +26,10 @@ def evaluate(
         if not ranks.is_main:
             return
     if as_json:
-        print_json({"run": run, "split": split, **evaluation.as_dict()})
+        print_json({"run": run, "split": split, **evaluation.as_dict(), "lossy": opened.lossy})
         return
     typer.echo(f"{'':24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}")
     for name, score in {"all": evaluation.overall, **evaluation.domains}.items():
-        typer.echo(f"{name:24}{score.loss:9.4f}{score.perplexity:12.3f}{score.bpb:11.4f}{score.tokens:12,}")
+        typer.echo(f"{printable_line(name):24}{score.loss:9.4f}{score.perplexity:12.3f}{score.bpb:11.4f}{score.tokens:12,}")
+    if opened.lossy:
+        typer.echo(f"The tokenizer {LOSSY_NOTE}")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moelm.cli.options import Checkpoint, RunPath
+from moelm.cli.options import Checkpoint, RunPath, finite
 
 
 def export(
@@ -16,7 +16,9 @@ def export(
         Literal["stored", "float32", "bf16", "float16"],
         typer.Option(help="Dtype of the weights; `stored` leaves them as they are."),
     ] = "stored",
-    shard_gb: Annotated[float, typer.Option(min=1e-6, help="Maximum gigabytes in one file of weights.")] = 5.0,
+    shard_gb: Annotated[
+        float, typer.Option(min=1e-6, callback=finite, help="Maximum gigabytes in one file of weights.")
+    ] = 5.0,
 ) -> None:
     """Write a run in the Hugging Face format. Weights, config, tokenizer and model card."""
     from moelm.huggingface.export import export_run

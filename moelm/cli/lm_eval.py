@@ -6,16 +6,18 @@ from typing import Annotated
 
 import typer
 
-from moelm.cli.options import AsJson, Checkpoint, RunPath, print_json, stdout_console
+from moelm.cli.options import MAX_INT, AsJson, Checkpoint, RunPath, print_json, stdout_console
 from moelm.errors import MoelmError
 
 
 def lm_eval(
     run: RunPath,
     tasks: Annotated[str, typer.Option(help="Tasks or groups, separated by commas.")],
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of documents for each task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests in one forward pass.")] = 8,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, max=MAX_INT, help="Examples before each question.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=MAX_INT, help="Maximum number of documents for each task.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Requests in one forward pass.")] = 8,
     include: Annotated[Path | None, typer.Option(help="A folder with additional tasks as YAML files.")] = None,
     checkpoint: Checkpoint = "last",
     as_json: AsJson = False,

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from moelm.cli.options import AsJson, ConfigPath, Overrides, plain_table, print_json, stdout_console
+from moelm.console import warn
 from moelm.formats import byte_size, clock
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ TOP = 10
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=2**20, help="Number of GPUs.")] = 1,
     device: Annotated[str, typer.Option(help="h100, h200, b200, a100, l40s, l4 or 4090.")] = "h100",
     show_all: Annotated[bool, typer.Option("--all", help="Show every layout, not only the ten best.")] = False,
     as_json: AsJson = False,
@@ -30,7 +31,13 @@ def plan(
     from moelm.config import load_config
     from moelm.plan import count_model, make_plan
 
-    counts, run_config = count_model(load_config(config, overrides or ()))
+    loaded = load_config(config, overrides or ())
+    counts, run_config = count_model(loaded)
+    if loaded.model.vocab_size is None and loaded.data.tokenizer.kind in ("char", "file"):
+        warn(
+            f"the vocabulary of a tokenizer of kind {loaded.data.tokenizer.kind} is not known from the config; "
+            f"{run_config.model.vocab_size:,} tokens are assumed, and model.vocab_size=N assumes others."
+        )
     made = make_plan(run_config, gpus, device)
     if as_json:
         print_json({"schema": 2, **counts, **made.as_dict()})

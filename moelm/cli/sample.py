@@ -1,5 +1,6 @@
 """`moelm sample`."""
 
+import io
 import json
 import sys
 from collections import Counter
@@ -23,14 +24,14 @@ ANSI_BACKGROUNDS = (11, 14, 10, 13, 9, 12, 7, 8, 3, 6, 2, 5, 1)
 def sample(
     run: RunPath,
     prompt: Annotated[list[str] | None, typer.Option(help="May be repeated; `-` or none reads stdin.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Keep the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Keep the most likely tokens up to this total.")] = None,
-    min_p: Annotated[float | None, typer.Option(min=0, max=1, help="Drop tokens below this fraction of the best.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 discourages repeats.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option()] = 128,
+    temperature: Annotated[float, typer.Option(help="From 0, which takes the most likely token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens, from 1.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this total (0 to 1).")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the best (0 to 1).")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeats.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="From -2^63 to 2^64-1.")] = 0,
     show_experts: Annotated[
         str | None,
         typer.Option(
@@ -42,11 +43,15 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Continue one or more prompts."""
-    from moelm.inference.generate import Sampling, generate_text
+    from moelm.data.tokenizer import check_unicode
+    from moelm.inference.generate import Sampling, check_sampling, generate_text
     from moelm.runs.load import load_run
 
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or ["-"]]
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), seed)
+    check_sampling(sampling)
+    prompts = [_read_stdin() if text == "-" else text for text in prompt or ["-"]]
+    for text in (*prompts, *sampling.stop):
+        check_unicode(text)
     model, tokenizer, config = load_run(run, checkpoint)
     if show_experts is not None:
         from moelm.analyze.layers import sparse_ffn
@@ -67,6 +72,12 @@ def sample(
     else:
         for number, (text_in, text_out) in enumerate(zip(prompts, texts, strict=True)):
             typer.echo(f"--- {number}\n{text_in}{text_out}")
+
+
+def _read_stdin() -> str:
+    """All of stdin; bytes that are not UTF-8 become surrogates, as in arguments."""
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    return io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape").read()
 
 
 class _Stream:

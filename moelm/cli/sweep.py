@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from moelm.cli.compare import command_line, print_comparison
-from moelm.cli.options import AsJson, Overrides, plain_table, print_json, stdout_console
+from moelm.cli.options import MAX_INT, AsJson, Overrides, plain_table, print_json, stdout_console
 from moelm.formats import quantity
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def sweep(
     path: Annotated[Path, typer.Argument(metavar="SWEEP", help="A YAML file, such as configs/sweeps/experts.yaml.")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the report (default: reports/NAME).")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes of each run, one per GPU.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Processes of each run, one per GPU.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -1,11 +1,13 @@
 """`moelm train`."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from moelm.cli.options import ConfigPath, Overrides
+from moelm.cli.boundary import OutputError
+from moelm.cli.options import ConfigPath, Overrides, warn_if_ineffective
 from moelm.errors import MoelmError
 
 
@@ -27,17 +29,21 @@ def train(
         from moelm.distributed.launcher import launch
         from moelm.distributed.parallel_dims import resolve_parallel_dims
         from moelm.distributed.ranks import is_launched
+        from moelm.runs.lock import refuse_if_locked
 
         if is_launched():
             raise MoelmError(f"--nproc is {nproc}, but this process was started by a launcher; leave --nproc out.")
         if resume == "never":
             run.require_new()
+        refuse_if_locked(run)
         resolve_parallel_dims(run_config, nproc)
         argv = ["train", str(config), *(overrides or ()), "--resume", resume, *["--profile"] * profile]
         raise typer.Exit(launch(argv, nproc, max_restarts))
     from moelm.train.setup import train as train_run
 
+    warn_if_ineffective(run_config)
     evaluation = train_run(run_config, run, resume, profile)
     if evaluation is not None:
         score = evaluation.overall
-        typer.echo(f"{run.path}: validation loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte.")
+        with suppress(OutputError):  # the run is finished and saved, whether anybody reads this or not
+            typer.echo(f"{run.path}: validation loss {score.loss:.4f} nats/token, {score.bpb:.4f} bits/byte.")

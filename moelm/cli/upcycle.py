@@ -4,20 +4,21 @@ from typing import Annotated
 
 import typer
 
-from moelm.cli.options import Checkpoint, Overrides, RunPath
+from moelm.cli.options import MAX_INT, Checkpoint, Overrides, RunPath, finite
 
 
 def upcycle(
     run: RunPath,
     new_run: Annotated[str, typer.Argument(metavar="NEW_RUN", help="Name of the sparse run.")],
     overrides: Overrides = None,
-    num_experts: Annotated[int, typer.Option(min=1, help="Copies of each feed-forward block.")] = 8,
-    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
+    num_experts: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Copies of each feed-forward block.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Experts per token.")] = 2,
     noise: Annotated[
-        float, typer.Option(min=0, help="Noise on each expert's weights, in standard deviations of each matrix.")
+        float,
+        typer.Option(min=0, callback=finite, help="Noise on each expert's weights, in standard deviations of each matrix."),
     ] = 0.0,
     reinit: Annotated[
-        float, typer.Option(min=0, max=1, help="Fraction of each expert's hidden units to reinitialize.")
+        float, typer.Option(min=0, max=1, callback=finite, help="Fraction of each expert's hidden units to reinitialize.")
     ] = 0.0,
     checkpoint: Checkpoint = "last",
 ) -> None:

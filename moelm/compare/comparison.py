@@ -83,9 +83,12 @@ def _mismatches(runs: Sequence[RunRecord]) -> Iterator[str]:
     reference = runs[0]
     for run in runs[1:]:
         differ = [name for key, name in FINGERPRINTS.items() if run.environment[key] != reference.environment[key]]
-        if differ:
-            hint = " (only bits per byte are)" if differ == ["tokenizer"] else ""
-            names = f"{reference.name} and {run.name}"
+        names = f"{reference.name} and {run.name}"
+        if differ == ["data"]:
+            yield f"{names} were trained on different data, so their losses differ for that reason too."
+        elif differ:
+            lossy = reference.environment.get("lossy") or run.environment.get("lossy")
+            hint = " (only bits per byte are)" if differ == ["tokenizer"] and not lossy else ""
             yield f"{names} differ in {join_names(differ)}, so their losses are not comparable{hint}."
 
 

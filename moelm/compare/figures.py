@@ -15,7 +15,7 @@ from moelm.compare.axes import AXIS_NAMES, Axis
 from moelm.compare.comparison import Comparison
 from moelm.compare.scaling import DoublingFit
 from moelm.compare.variants import Variant
-from moelm.report.figures import COLORS, DASHED, LIGHT, MUTED
+from moelm.report.figures import COLORS, DASHED, LIGHT, MUTED, legend_label
 from moelm.runs.record import Load
 
 LOSS_LABEL = "validation loss (nats per token)"
@@ -73,7 +73,7 @@ def _draw_losses(panel: Axes, comparison: Comparison, axis: Axis) -> None:
     for i, (variant, cost) in enumerate(zip(comparison.variants, costs, strict=True)):
         line = "-" if i < len(COLORS) else "--"
         color = COLORS[i % len(COLORS)]
-        panel.plot(cost / scale, variant.val.loss, line, color=color, linewidth=2, label=variant.name)
+        panel.plot(cost / scale, variant.val.loss, line, color=color, linewidth=2, label=legend_label(variant.name))
         if len(variant.runs) > 1:
             low, high = variant.losses.min(axis=0), variant.losses.max(axis=0)
             panel.fill_between(cost / scale, low, high, color=color, alpha=0.2, linewidth=0)

@@ -146,7 +146,7 @@ def _write_files(comparison: Comparison, directory: Path, command: str | None) -
     content = json.dumps(report_json(comparison), indent=2, ensure_ascii=False, allow_nan=False)
     texts = {"report.json": content + "\n", "report.md": report_markdown(report), "report.html": report_html(report)}
     for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
+        (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     for figure in report.figures:
         (directory / figure.name).write_bytes(figure.light)
 

@@ -8,6 +8,7 @@ from moelm.compare.bootstrap import CONFIDENCE
 from moelm.compare.pairwise import NEGLIGIBLE, PairResult
 from moelm.compare.variants import Variant, runs_by_config
 from moelm.formats import count_noun, join_names, quantity
+from moelm.runs.record import LOSSY_NOTE
 
 SAME_SIZE = 0.03
 """Relative difference below which two sizes count as equal; a router adds about one percent."""
@@ -151,6 +152,8 @@ def reading_notes(variants: Sequence[Variant], challenger: Variant, reference: V
             yield f"{run.name} was last evaluated at step {last:,} of {steps:,}."
         if init_from is not None:
             yield f"{run.name} was initialized from {init_from.run}, whose training cost is not included."
+        if run.environment.get("lossy"):
+            yield f"The tokenizer of {run.name} {LOSSY_NOTE}"
     for variant in variants:
         common = variant.val.steps[-1]
         if any(run.val.steps[-1] > common for run in variant.runs):

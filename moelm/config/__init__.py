@@ -1,11 +1,13 @@
 """The configuration of a run, and its loading from YAML."""
 
+from moelm.config.checks import describe_ineffective
 from moelm.config.diff import differing, flatten, trajectory_settings
 from moelm.config.load import (
     apply_overrides,
     check_config,
     check_section,
     dump_config,
+    format_override,
     load_config,
     read_tree,
     refuse_overrides,
@@ -33,6 +35,7 @@ from moelm.config.run import (
     TokenizerConfig,
     TrainConfig,
 )
+from moelm.config.schema import config_schema
 
 __all__ = [
     "BalanceConfig",
@@ -57,9 +60,12 @@ __all__ = [
     "apply_overrides",
     "check_config",
     "check_section",
+    "config_schema",
+    "describe_ineffective",
     "differing",
     "dump_config",
     "flatten",
+    "format_override",
     "load_config",
     "read_tree",
     "refuse_overrides",

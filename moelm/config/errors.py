@@ -1,12 +1,13 @@
 """The one-sentence description of a config that failed validation."""
 
 import difflib
-import types
 import typing
-from typing import Any, Union
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+from moelm.config.fields import sections
 
 RENAMED = {
     "start": "init_from",
@@ -16,39 +17,46 @@ RENAMED = {
 }
 """Former names of settings, and their names now."""
 
+SHOWN_CHARACTERS = 80
+"""Of a value; the rest is cut."""
+
 
 def describe_error(error: ValidationError, whole: type[BaseModel]) -> str:
-    """The first problem as a sentence; an unknown key gets the nearest known one.
+    """The first problem as a sentence; an unknown key, which may be the cause of a missing one, gets the nearest known one.
 
     Args:
         whole: the class that was validated.
     """
     problems = error.errors()
-    first = problems[0]
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     key, section = _locate(first["loc"], whole)
     # A setting of several types has failed once for each.
     same = [problem for problem in problems if _locate(problem["loc"], whole)[0] == key]
     value = first.get("input")
     match first["type"]:
         case "extra_forbidden":
-            parent, _, last = key.rpartition(".")
+            last = str(first["loc"][-1])
+            parent = key.removesuffix(last).rstrip(".")
             if key in RENAMED:
                 return f"{key} has been renamed; its name is now {RENAMED[key]}."
+            if "." in last:
+                return f"there is no setting {_shorten(last)!r}; in a file, each part of a dotted name is a section."
             known = sorted(section.model_fields) if section else []
             near = difflib.get_close_matches(last, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{parent or 'the top level'} knows {', '.join(known)}."
-            text = f"there is no setting {key}; {hint}"
+            text = f"there is no setting {_shorten(key)}; {hint}"
         case "missing":
             text = f"{key} is missing."
         case "value_error":
             text = f"{key}: {first['ctx']['error']}." if key else f"{first['ctx']['error']}."
         case "union_tag_not_found":
             text = f"{key}.kind is missing; one of {first['ctx'].get('tags', 'dense, moe')} is expected."
-            text = text if isinstance(value, dict) else f"{key} is {value!r}; a section of settings is expected."
+            text = text if isinstance(value, dict) else f"{key} is {_show(value)}; a section of settings is expected."
         case "union_tag_invalid":
-            text = f"{key}.kind is {value.get('kind')!r}; expected one of {first['ctx']['expected_tags']}."
+            text = f"{key}.kind is {_show(value.get('kind'))}; expected one of {first['ctx']['expected_tags']}."
         case _:
-            text = f"{key} is {value!r}, but it should be {' or '.join(_expected(problem) for problem in same)}."
+            expected = " or ".join(dict.fromkeys(map(_expected, same)))
+            text = f"{key} is {_show(value)}, but it should be {expected}."
     more = len(problems) - len(same)
     return text if not more else f"{text} ({more} more problem{'s' * (more > 1)} after this one.)"
 
@@ -58,18 +66,29 @@ _EXPECTED = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_unicode": "text in UTF-8",
     "list_type": "a list",
+    "too_short": "a list with something in it",
     "dict_type": "a section of settings",
     "model_type": "a section of settings",
     "model_attributes_type": "a section of settings",
     "string_pattern_mismatch": "letters, digits, dots, dashes and underscores, opening with a letter or digit",
+    "string_too_long": "at most {max_length} characters long",
 }
 
 
 def _expected(problem: ErrorDetails) -> str:
     """The kind of value that would have been accepted."""
     said = problem["msg"].removeprefix("Input ").removeprefix("should be ")
-    return _EXPECTED.get(problem["type"], said)
+    return _EXPECTED.get(problem["type"], said).format(**problem.get("ctx", {}))
+
+
+def _show(value: Any) -> str:
+    return "empty (null)" if value is None else _shorten(repr(value))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 def _locate(loc: tuple[int | str, ...], whole: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
@@ -83,10 +102,10 @@ def _locate(loc: tuple[int | str, ...], whole: type[BaseModel]) -> tuple[str, ty
     parts: list[str] = []
     for part in loc:
         if isinstance(part, int):
-            annotation = typing.get_args(annotation)[0]
+            annotation = next(iter(typing.get_args(annotation)), None)
             parts.append(str(part))
             continue
-        members = [arm for arm in _arms(annotation) if isinstance(arm, type) and issubclass(arm, BaseModel)]
+        members = sections(annotation)
         tagged = [arm for arm in members if len(members) > 1 and _tag(arm) == part]
         if tagged:
             annotation = tagged[0]
@@ -96,12 +115,6 @@ def _locate(loc: tuple[int | str, ...], whole: type[BaseModel]) -> tuple[str, ty
             field = section.model_fields.get(part)
             annotation = field.annotation if field else None
     return ".".join(parts), section
-
-
-def _arms(annotation: Any) -> tuple[Any, ...]:
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
 
 
 def _tag(section: type[BaseModel]) -> Any:

@@ -1,38 +1,27 @@
 """Loading a `RunConfig` from YAML files and `key=value` overrides."""
 
-import re
+import os
 import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from moelm.config.base import Config
 from moelm.config.errors import describe_error
-from moelm.config.run import RunConfig
+from moelm.config.fields import is_text
+from moelm.config.model import TopKRouterConfig
+from moelm.config.run import RunConfig, TokenizerConfig
+from moelm.config.yaml_text import InvalidYaml, dump_yaml, has_comment, parse_yaml
 from moelm.errors import MoelmError
 
 Tree = dict[str, Any]
 Section = typing.TypeVar("Section", bound=Config)
 
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads `3e-4` as a number (YAML 1.1 reads text) and refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for at, key in enumerate(keys):
-            if key in keys[:at]:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key} appears twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+MAX_FILE_BYTES = 2**20
+"""A larger file is not a config."""
+DEFAULT_KINDS = {"router": TopKRouterConfig().kind, "tokenizer": TokenizerConfig().kind}
+"""The kinds of sections that name none, by the section's key."""
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -58,12 +47,20 @@ def read_tree(path: str | Path) -> Tree:
 def apply_overrides(tree: Tree, overrides: typing.Sequence[str]) -> None:
     """Apply `key.sub=value` overrides to a mapping in place.
 
+    The value of a setting that is text is taken as it is written, except that `null` stands for the default, and that
+    quotes around the whole are removed as in YAML. Every other value is YAML.
+
     Raises:
         MoelmError: an argument of another form.
     """
     # A `kind` is applied first: a new kind drops the keys of the old one, never those of the overrides.
     for argument in sorted(overrides, key=lambda argument: not argument.partition("=")[0].endswith("kind")):
         _apply_override(tree, argument)
+
+
+def format_override(key: str, value: Any) -> str:
+    """The override that gives a setting this value."""
+    return f"{key}={dump_yaml(value, in_one_line=True)}"
 
 
 def refuse_overrides(
@@ -112,43 +109,54 @@ def check_section(kind: type[Section], tree: Tree, origin: str) -> Section:
 
 def dump_config(config: RunConfig) -> str:
     """A resolved config as YAML, with every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json", exclude_none=True))
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> Tree:
-    path = path.resolve() if seen else path
-    if path.resolve() in seen:
-        raise MoelmError(f"{path}: `base:` leads back to this file.")
+def _read_tree(path: Path, seen: tuple[str, ...]) -> Tree:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        real = os.path.realpath(path)
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise MoelmError(f"There is no config file {path}.") from None
     except OSError as error:
         raise MoelmError(f"{path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise MoelmError(f"{path} is not a text file; a YAML config is expected.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise MoelmError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from None
-    if not isinstance(tree, dict):
-        raise MoelmError(f"{path} holds no settings; a YAML mapping is expected.")
+    except ValueError:
+        raise MoelmError(f"{str(path)!r} is not the name of a file.") from None
+    if real in seen:
+        raise MoelmError(f"{path}: `base:` leads back to this file.")
+    tree = _parse_tree(path, content)
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise MoelmError(f"{path}: base is {base!r}; the name of another YAML file is expected.")
-    return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
+    return _merge(_read_tree(Path(real).parent / os.path.expanduser(base), (*seen, real)), tree)
 
 
-def _merge(below: Tree, above: Tree) -> Tree:
-    """Merge `above` over `below`; a section of another `kind` replaces the old section."""
+def _parse_tree(path: Path, content: bytes) -> Tree:
+    if len(content) > MAX_FILE_BYTES:
+        raise MoelmError(f"{path} has more than {MAX_FILE_BYTES:,} bytes; a YAML config is expected.")
+    try:
+        tree = parse_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise MoelmError(f"{path} is not text in UTF-8; a YAML config is expected.") from None
+    except InvalidYaml as error:
+        raise MoelmError(f"{path} is not valid YAML{error.where}: {error}.") from None
+    if not isinstance(tree, dict):
+        raise MoelmError(f"{path} holds no settings; a YAML mapping is expected.")
+    return tree
+
+
+def _merge(below: Tree, above: Tree, section: str = "") -> Tree:
+    """Merge `above` over `below`, which are sections of this name; another `kind` replaces the old section."""
+    kind = below.get("kind", DEFAULT_KINDS.get(section))
+    if kind is not None and above.get("kind", kind) != kind:
+        return above
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
-        merged[key] = value
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
-            merged[key] = _merge(old, value)
+        merged[key] = _merge(old, value, key) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 
@@ -156,10 +164,9 @@ def _apply_override(tree: Tree, argument: str) -> None:
     key, equals, text = argument.partition("=")
     if not equals or not key:
         raise MoelmError(f"{argument!r} is not an override; key.sub=value is expected.")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise MoelmError(f"{argument!r}: {text!r} is not a YAML value.") from None
+    if key == "base":
+        raise MoelmError(f"{argument!r}: only a file has a base; give the other file instead.")
+    value = _override_value(argument, key, text)
     *path, last = key.split(".")
     node: Any = tree
     for part in path:
@@ -167,9 +174,28 @@ def _apply_override(tree: Tree, argument: str) -> None:
     if isinstance(node, list):
         node[_index(node, last, argument)] = value
         return
-    if last == "kind" and node.get("kind") not in (None, value):
+    if last == "kind" and node.get("kind", DEFAULT_KINDS.get(path[-1] if path else "")) not in (None, value):
         node.clear()
     node[last] = value
+
+
+def _override_value(argument: str, key: str, text: str) -> Any:
+    if not text:
+        raise MoelmError(f"{argument!r} has no value; {key}=null stands for the default.")
+    takes_text = is_text(RunConfig, key)
+    if takes_text and text[0] not in "'\"":
+        return None if text == "null" else text
+    try:
+        value, commented = parse_yaml(text), has_comment(text)
+    except InvalidYaml as error:
+        if takes_text:
+            return text
+        raise MoelmError(f"{argument!r}: {text!r} is not a YAML value: {error}.") from None
+    if takes_text:
+        return value if isinstance(value, str) and not commented else text
+    if commented:
+        raise MoelmError(f"{argument!r}: a # after a space starts a comment in YAML; quotes around the text prevent that.")
+    return value
 
 
 def _child(node: Any, part: str, argument: str) -> Any:
@@ -185,6 +211,6 @@ def _child(node: Any, part: str, argument: str) -> Any:
 
 
 def _index(items: list[Any], part: str, argument: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not (part.isascii() and part.isdecimal()) or len(part) > 9 or int(part) >= len(items):
         raise MoelmError(f"{argument!r}: {part!r} is not an item of a list of {len(items)}, counted from 0.")
     return int(part)

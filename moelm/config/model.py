@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from moelm.config.base import Config
+from moelm.config.base import Config, Size
 
 
 class TopKRouterConfig(Config):
@@ -38,9 +38,9 @@ class HierarchicalRouterConfig(Config):
     """Two levels of noisy top-k gates: groups, then experts within them (Shazeer et al. 2017, appendix B)."""
 
     kind: Literal["hierarchical"]
-    groups: int = Field(gt=0)
+    groups: Size
     """Groups of consecutive experts, of equal size."""
-    group_k: int = Field(gt=0)
+    group_k: Size
     """Groups selected for a token, with `top_k / group_k` experts in each."""
 
 
@@ -113,9 +113,9 @@ class DenseFFNConfig(Config):
     """A plain gated feed-forward block in every layer."""
 
     kind: Literal["dense"]
-    hidden_dim: int = Field(gt=0)
+    hidden_dim: Size
     """Hidden units."""
-    depth: int = Field(default=1, gt=0)
+    depth: Size = 1
     """Hidden layers that the hidden units are divided into; each reads the block's input plus the output of earlier
     layers. Parameters and FLOPs do not depend on it."""
 
@@ -129,17 +129,17 @@ class MoEFFNConfig(Config):
     """A sparse mixture of gated feed-forward experts."""
 
     kind: Literal["moe"]
-    hidden_dim: int = Field(gt=0)
+    hidden_dim: Size
     """Width of one expert; `(top_k + shared_experts) * hidden_dim` is the dense width with equal active parameters."""
-    depth: int = Field(default=1, gt=0)
+    depth: Size = 1
     """Hidden layers that each expert's hidden units are divided into, as in a dense block."""
-    num_experts: int = Field(gt=0)
+    num_experts: Size
     """Routed experts; many narrow ones are fine-grained experts (DeepSeekMoE)."""
-    top_k: int = Field(gt=0)
+    top_k: Size
     """Experts per token (on average, with expert choice)."""
-    shared_experts: int = Field(default=0, ge=0)
+    shared_experts: int = Field(default=0, ge=0, le=2**31 - 1)
     """Experts in addition to the routed ones that process every token (DeepSeekMoE)."""
-    every: int = Field(default=1, gt=0)
+    every: Size = 1
     """Every n-th layer is sparse; the others are dense with equal active parameters (1: all layers are sparse)."""
     capacity_factor: float | None = Field(default=None, gt=0)
     """Maximum load of an expert in one training forward pass, as a multiple of the mean; assignments beyond it are dropped
@@ -156,7 +156,7 @@ class MoEFFNConfig(Config):
         router, balance = tree.get("router", {}), tree.get("balance", {})
         if isinstance(router, dict):
             router = {"kind": "topk", **router}
-            if isinstance(balance, dict):
+            if isinstance(balance, dict) and isinstance(router["kind"], str):
                 balance = {**BALANCE_OF_ROUTER.get(router["kind"], {}), **balance}
         return {**tree, "router": router, "balance": balance}
 
@@ -230,21 +230,21 @@ FFNConfig = Annotated[DenseFFNConfig | MoEFFNConfig, Field(discriminator="kind")
 class ModelConfig(Config):
     """A pre-norm decoder; dense and sparse models differ in `ffn` alone."""
 
-    dim: int = Field(gt=0)
+    dim: Size
     """Width of the residual stream."""
-    num_layers: int = Field(gt=0)
-    unique_layers: int | None = Field(default=None, gt=0)
+    num_layers: int = Field(gt=0, le=10_000)
+    unique_layers: Size | None = None
     """Layers with weights of their own, repeated up to `num_layers` (Dehghani et al. 2018; default: all layers)."""
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int | None = Field(default=None, gt=0)
+    num_heads: Size
+    num_kv_heads: Size | None = None
     """Key/value heads for grouped-query attention (default: `num_heads`)."""
-    head_dim: int | None = Field(default=None, gt=0)
+    head_dim: Size | None = None
     """Width of one head (default: `dim / num_heads`); even, because rotary embeddings rotate pairs."""
-    vocab_size: int | None = Field(default=None, gt=0)
+    vocab_size: Size | None = None
     """Rows of the embedding (default: the size of the tokenizer)."""
-    max_seq_len: int | None = Field(default=None, gt=0)
+    max_seq_len: Size | None = None
     """Longest context in tokens (default: `data.seq_len`)."""
-    window: int | None = Field(default=None, gt=0)
+    window: Size | None = None
     """Sliding-window attention: a token attends to itself and the `window - 1` before it (default: all before it)."""
     qk_norm: bool = False
     """RMS-normalize queries and keys of each head; stabilizes training at high learning rates."""
@@ -284,6 +284,8 @@ class ModelConfig(Config):
         if self.num_layers % self.num_unique_layers:
             raise ValueError(f"unique_layers is {self.unique_layers}, which does not divide num_layers = {self.num_layers}")
         every = self.ffn.every if isinstance(self.ffn, MoEFFNConfig) else 1
+        if every > self.num_layers:
+            raise ValueError(f"ffn.every is {every}, so that none of num_layers = {self.num_layers} would be sparse")
         if self.num_unique_layers < self.num_layers and self.num_unique_layers % every:
             raise ValueError(
                 f"unique_layers is {self.unique_layers}, which ffn.every = {every} does not divide: "

@@ -7,12 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from moelm.config.base import Auto, Config
+from moelm.config.base import Auto, Config, Count, Seed, Size, UserPath
 from moelm.config.model import ModelConfig
 
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 Dtype = Annotated[
-    Literal["fp32", "bf16"], BeforeValidator(lambda name: _DTYPE_NAMES.get(name, name) if isinstance(name, str) else name)
+    Literal["fp32", "bf16"],
+    BeforeValidator(
+        lambda name: _DTYPE_NAMES.get(name, name) if isinstance(name, str) else name,
+        json_schema_input_type=Literal["fp32", "bf16", "float32", "bfloat16"],
+    ),
 ]
 """A floating-point format; torch's names `float32` and `bfloat16` are accepted too."""
 
@@ -22,38 +26,74 @@ class SourceConfig(Config):
 
     name: str | None = None
     """`builtin` for the corpus built from installed packages; otherwise a label for the source."""
-    path: str | None = None
-    """A file or a glob: text, .jsonl, .csv or .parquet; all but .parquet may be compressed as .gz or .zst."""
+    path: UserPath | None = None
+    """A file or a pattern of files: text, .json, .jsonl, .csv, .tsv or .parquet, each also compressed as .gz or .zst."""
     hub: str | None = None
-    """A Hugging Face dataset, streamed."""
+    """A Hugging Face dataset, streamed, or a local directory with one."""
     config: str | None = None
-    """The hub dataset's configuration."""
-    split: str = "train"
-    """The hub dataset's split."""
-    column: str = "text"
-    """The column that holds the text in .jsonl, .csv, .parquet and hub records."""
-    documents: Literal["auto", "file", "paragraph", "line"] = "auto"
-    """What one document is in a text file; `auto`: the file, or groups of paragraphs if it is larger than 1 MiB."""
+    """The hub dataset's configuration (default: its only one)."""
+    split: str | None = None
+    """The hub dataset's split (default: `train`)."""
+    column: str | None = None
+    """The column that holds the text of a record (default: `text`)."""
+    documents: Literal["auto", "file", "paragraph", "line"] | None = None
+    """What one document is in a text file; `auto` (default): the file, or groups of paragraphs above 1 MiB."""
     domain: str | None = None
     """Label of every document (default: the source's name)."""
     domain_column: str | None = None
     """Column that holds each document's domain instead."""
     weight: float | None = Field(default=None, gt=0)
     """Share of the training tokens relative to other sources (default: each document once)."""
-    max_documents: int | None = Field(default=None, gt=0)
-    max_tokens: int | None = Field(default=None, gt=0)
+    max_documents: Count | None = None
+    """Documents to keep, without blank ones and duplicates (default: all)."""
+    max_tokens: Count | None = None
+    """Tokens to keep, end tokens included (default: all); the document that crosses it is cut."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SourceConfig":
-        origins = [self.path, self.hub, "builtin" if self.name == "builtin" else None]
-        if sum(origin is not None for origin in origins) != 1:
+        origins = {"path": self.path, "hub": self.hub, "name: builtin": "builtin" if self.name == "builtin" else None}
+        chosen = [kind for kind, origin in origins.items() if origin is not None]
+        if len(chosen) != 1:
             raise ValueError("a source is exactly one of {name: builtin}, {path: FILES} or {hub: DATASET}")
+        for setting, kinds in _SOURCE_SETTINGS.items():
+            if getattr(self, setting) is not None and chosen[0] not in kinds:
+                raise ValueError(f"{setting} does not apply to a source with {chosen[0]}, only with {' or '.join(kinds)}")
+        if self.domain is not None and self.domain_column is not None:
+            raise ValueError("domain labels every document and domain_column each one; only one of them is expected")
+        for setting, value in self:
+            if isinstance(value, str) and (not value.strip() or "\0" in value):
+                raise ValueError(f"{setting} is {value!r}; text that is not blank is expected")
+        for setting in ("name", "domain"):
+            if any("\ud800" <= character <= "\udfff" for character in getattr(self, setting) or ""):
+                raise ValueError(f"{setting} is {getattr(self, setting)!r}, which holds half a surrogate pair")
         return self
+
+    @property
+    def text_column(self) -> str:
+        """The column of records that holds the text."""
+        return self.column or "text"
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of records that are read."""
+        return [self.text_column, *filter(None, [self.domain_column])]
 
     @property
     def label(self) -> str:
         """The name of this source in messages, and the domain of documents that have none of their own."""
-        return self.domain or self.name or self.hub or self.path or ""
+        label = self.domain or self.name or self.hub or self.path or ""
+        return label.encode(errors="replace").decode()  # a path may hold bytes that are not UTF-8
+
+
+_SOURCE_SETTINGS = {
+    "config": ("hub",),
+    "split": ("hub",),
+    "documents": ("path",),
+    "column": ("path", "hub"),
+    "domain_column": ("path", "hub"),
+    "domain": ("path", "hub"),
+}
+"""Settings that apply to sources of some origins only."""
 
 
 class TokenizerConfig(Config):
@@ -63,8 +103,13 @@ class TokenizerConfig(Config):
     """`bpe`: byte-level BPE trained on the training split; `char`; `byte`; `file`: an existing tokenizer.json."""
     vocab_size: int = Field(default=4096, gt=0)
     """Size of a `bpe` vocabulary, special tokens included; the other kinds determine their own."""
-    path: str | None = None
+    path: UserPath | None = None
     """The tokenizer.json of kind `file`."""
+    bos: int | str | None = None
+    """Start token of kind `file`, by its text or id (default: what config.json, generation_config.json or
+    tokenizer_config.json beside the file say, otherwise by the usual names)."""
+    eos: int | str | list[int | str] | None = None
+    """End token, or a list of them, of kind `file`; the first ends documents, and generation stops at each."""
     train_bytes: int = Field(default=100_000_000, gt=0)
     """Maximum bytes of training text for `bpe`; more changes the merges little and costs memory."""
 
@@ -76,6 +121,11 @@ class TokenizerConfig(Config):
             )
         if (self.kind == "file") != (self.path is not None):
             raise ValueError("path names a tokenizer.json for kind: file, and belongs to no other kind")
+        if self.kind != "file" and not (self.bos is self.eos is None):
+            raise ValueError(f"bos and eos name tokens of kind: file; kind {self.kind} has its own")
+        for name, tokens in (("bos", [self.bos]), ("eos", self.eos if isinstance(self.eos, list) else [self.eos])):
+            if not tokens or any(token == "" or (isinstance(token, int) and token < 0) for token in tokens):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; the text of a token or an id from 0 is expected")
         return self
 
 
@@ -84,7 +134,7 @@ class DataConfig(Config):
 
     sources: list[SourceConfig] = Field(min_length=1)
     tokenizer: TokenizerConfig = TokenizerConfig()
-    seq_len: int = Field(gt=0)
+    seq_len: Size
     """Tokens in one training row."""
     val_fraction: float = Field(default=0.01, gt=0, lt=1)
     """Fraction held out for evaluation."""
@@ -92,26 +142,26 @@ class DataConfig(Config):
     """`documents`: whole documents, chosen by their hash; `tail`: the end of every document (for a single long text)."""
     document_mask: bool = False
     """Whether attention stops at document boundaries inside a packed row."""
-    max_document_mb: float = Field(default=16.0, gt=0)
+    max_document_mb: float = Field(default=16.0, gt=0, le=1e6)
     """Longest accepted document in megabytes; a longer one is usually a misread file."""
-    dir: str = "data"
+    dir: UserPath = "data"
     """Folder of prepared datasets."""
 
 
 class TrainConfig(Config):
     """The training loop: length, batch size, evaluation, checkpoints, precision."""
 
-    steps: int = Field(gt=0)
-    batch_tokens: int = Field(gt=0)
+    steps: Count
+    batch_tokens: Count
     """Tokens in one optimizer step, over all micro-batches and processes."""
-    micro_batch_tokens: int | Auto = "auto"
+    micro_batch_tokens: Count | Auto = "auto"
     """Maximum tokens in one forward pass of one process; `auto`: the largest divisor of its share of the batch up to
     16,384."""
-    eval_every: int = Field(default=100, gt=0)
-    checkpoint_every: int = Field(default=200, gt=0)
-    keep_checkpoints: int = Field(default=2, gt=0)
+    eval_every: Count = 100
+    checkpoint_every: Count = 200
+    keep_checkpoints: Count = 2
     """Newest checkpoints retained, in addition to the one with the best validation loss."""
-    log_every: int = Field(default=1, gt=0)
+    log_every: Count = 1
     """Steps between lines of metrics.jsonl; a line describes its own step alone."""
     precision: Dtype | Auto = "auto"
     """`bf16` is autocast; `auto`: bf16 where the hardware multiplies it faster, otherwise fp32; resolved at the start."""
@@ -123,7 +173,7 @@ class OptimConfig(Config):
     lr: float = Field(gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = Field(default=50, ge=0)
+    warmup_steps: int = Field(default=50, ge=0, le=2**53)
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
@@ -132,7 +182,8 @@ class OptimConfig(Config):
     """Decoupled, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, ge=1e-30)
+    """Added to the denominator of the update; below 1e-30 it could be 0 in float32, and unused weights become NaN."""
     clip: float = Field(default=1.0, gt=0)
     """Maximum norm of the whole gradient."""
 
@@ -143,12 +194,12 @@ class ParallelConfig(Config):
     `dp_replicate * dp_shard * ep` is the number of processes, and every one of them processes its own share of the batch.
     """
 
-    dp_replicate: int | Auto = "auto"
+    dp_replicate: Size | Auto = "auto"
     """Replicas of the model; `auto`: as many as the processes allow."""
-    dp_shard: int | Auto = 1
+    dp_shard: Size | Auto = 1
     """Processes that shard one replica's weights, gradients and optimizer state (FSDP2); `auto`: those that `dp_replicate`
     leaves, or all of them if that is auto too."""
-    ep: int = Field(default=1, gt=0)
+    ep: Size = 1
     """Expert parallelism: processes over which the experts are sharded; tokens are sent to them (all-to-all)."""
     param_dtype: Dtype | Auto = "auto"
     """Dtype in which sharded weights are gathered and multiplied; `auto`: as `train.precision`. Routers always use fp32."""
@@ -162,26 +213,19 @@ class ParallelConfig(Config):
     whole layers. Routing decisions are always stored."""
     compile: bool | Auto = "auto"
     """Whether to torch.compile the model; `auto`: on GPUs only, because short CPU runs do not recover the compile time."""
-    timeout_s: float = Field(default=600.0, gt=0)
+    timeout_s: float = Field(default=600.0, gt=0, le=1e7)
     """Seconds without a finished step after which the run ends with the rank that does not respond."""
-
-    @model_validator(mode="after")
-    def _positive(self) -> "ParallelConfig":
-        for name, size in (("dp_replicate", self.dp_replicate), ("dp_shard", self.dp_shard)):
-            if size != "auto" and size < 1:
-                raise ValueError(f"{name} is {size}; at least 1, or auto, is expected")
-        return self
 
 
 class InitFromConfig(Config):
     """Initial weights from another run with the same shape and tokenizer."""
 
-    run: str
+    run: UserPath
     """The run's directory, or its name under `runs/`; its optimizer state and data position are not loaded."""
     checkpoint: str = "last"
     """`last`, `best` or a step number; resolved to a number when the run starts."""
 
-    @field_validator("checkpoint", mode="before")
+    @field_validator("checkpoint", mode="before", json_schema_input_type=str | int)
     @classmethod
     def _number_as_text(cls, value: object) -> object:
         return str(value) if type(value) is int else value
@@ -193,13 +237,20 @@ class WandbConfig(Config):
     mode: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "moelm"
 
+    @field_validator("project")
+    @classmethod
+    def _known_to_wandb(cls, project: str) -> str:
+        if not 0 < len(project) <= 128 or not project.isprintable() or set(project) & set("/\\#?%:"):
+            raise ValueError(f"{project!r} is no name that W&B takes: 1 to 128 characters, without / \\ # ? % and :")
+        return project
+
 
 class RunConfig(Config):
     """One run: the resolved YAML and command-line overrides, as saved in its directory."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """The run's directory under `runs/`: letters, digits, dots, dashes and underscores."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     init_from: InitFromConfig | None = None
     """Initial weights from another run (default: random)."""
     model: ModelConfig

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moelm.config import RunConfig
+from moelm.data.identity import DataRecord, check_content, folder_to_read
 from moelm.data.packing import Ints, Packing, pack
-from moelm.data.prepare import prepared_folder
 from moelm.data.shards import Split, read_manifest
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
@@ -119,26 +119,27 @@ class PreparedData(NamedTuple):
     tokenizer: Tokenizer
     train: Rows
     val: Rows
-    data_fingerprint: str
-    tokenizer_fingerprint: str
-
-    @property
-    def eval_fingerprint(self) -> str:
-        """Fingerprint that two runs must share for their validation losses to be comparable."""
-        parts = [self.data_fingerprint, self.tokenizer_fingerprint, str(self.val.row_len)]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    record: DataRecord
+    """What a run trained on it records."""
+    lossy: bool
+    """Whether the tokenizer lost a part of the text, so that bits per byte are those of the rest."""
 
 
 def open_data(config: RunConfig) -> PreparedData:
-    """Open the prepared dataset of this config.
+    """Open the prepared dataset of a config.
 
     Raises:
-        MoelmError: it is not prepared, or one of its splits is empty.
+        MoelmError: it is not prepared or damaged, or one of its splits is empty.
     """
-    folder = prepared_folder(config.data)
+    return open_folder(config, folder_to_read(config.data))
+
+
+def open_folder(config: RunConfig, folder: Path) -> PreparedData:
+    """Open the prepared dataset of a folder; see `open_data`."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise MoelmError(f"The data of {config.name} is not prepared; run `moelm prepare` with its config first.")
+    check_content(folder, manifest)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     weights = [source.weight for source in config.data.sources]
     train = Rows(Split(folder, "train", manifest), config.data.seq_len, tokenizer, weights)
@@ -150,7 +151,11 @@ def open_data(config: RunConfig) -> PreparedData:
                 f"{len(val.split.documents)} validation documents; add text, change data.val_fraction = "
                 f"{config.data.val_fraction}, or set data.holdout=tail to hold out the end of each document."
             )
-    return PreparedData(folder, tokenizer, train, val, manifest["data_sha256"], manifest["tokenizer_sha256"])
+    hashes = manifest["data_sha256"], manifest["tokenizer_sha256"]
+    evaluated = f"{manifest['eval_sha256']} {hashes[1]} {tokenizer.bos_id} {val.row_len}"
+    record = DataRecord(str(folder), *hashes, hashlib.sha256(evaluated.encode()).hexdigest()[:16])
+    lossy = any(source["unknown_characters"] or source["lost_characters"] for source in manifest["sources"])
+    return PreparedData(folder, tokenizer, train, val, record, lossy)
 
 
 def _document_repeats(split: Split, weights: list[float | None]) -> Ints:

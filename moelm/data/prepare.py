@@ -7,153 +7,192 @@ complete or does not exist.
 import hashlib
 import itertools
 import json
-import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moelm import __version__
 from moelm.atomic import atomic_directory
 from moelm.config import DataConfig
-from moelm.console import ProgressLine, warn
+from moelm.console import ProgressLine, log
+from moelm.data.dataset_writer import DatasetWriter
 from moelm.data.document import Document
-from moelm.data.shards import FORMAT, SplitWriter, read_manifest
+from moelm.data.files import first_line
+from moelm.data.paths import MissingSource
+from moelm.data.shards import (
+    FORMAT,
+    MAX_DOCUMENT_BYTES,
+    check_files,
+    content_hash,
+    damaged,
+    read_manifest,
+)
 from moelm.data.sources import read_source, source_fingerprint
+from moelm.data.splitting import Splitter
 from moelm.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_content
 from moelm.errors import MoelmError
 from moelm.formats import byte_size
 
-BATCH_CHARS = 1 << 21
-"""Characters that are tokenized at once; enough to use all cores."""
-
-
-class SplitText(NamedTuple):
-    """A document, or the part of one that belongs to a split."""
-
-    text: str
-    domain: str
-    split: str
-    hash: int
-    size: int
-    """UTF-8 bytes."""
-
 
 def prepared_folder(data: DataConfig) -> Path:
-    """The folder of this config's dataset, whether it is prepared or not."""
-    recipe = json.dumps(_recipe(data), sort_keys=True)
-    return Path(data.dir) / hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    """The folder of this config's dataset, whether it is prepared or not.
+
+    Raises:
+        MissingSource: a source does not exist.
+    """
+    return _folder(data, _recipe(data))
 
 
-def prepare(data: DataConfig) -> tuple[Path, bool]:
+def find_prepared(data: DataConfig, data_sha256: str | None = None) -> Path | None:
+    """The folder that was prepared with these settings, whatever the state of the sources is now; None if there is none.
+
+    Args:
+        data_sha256: the content that is wanted.
+
+    Raises:
+        MoelmError: there are several of different content.
+    """
+    wanted = _settings(data)
+    found: dict[tuple[str, str], Path] = {}
+    for path in sorted(Path(data.dir).glob("*/manifest.json")):
+        try:
+            manifest = read_manifest(path.parent)
+        except MoelmError:  # of another dataset, or of no use here
+            continue
+        if manifest is not None and data_sha256 in (None, manifest["data_sha256"]):
+            recipe = {key: manifest["recipe"].get(key) for key in wanted}
+            if recipe == wanted:
+                found.setdefault((manifest["data_sha256"], manifest["tokenizer_sha256"]), path.parent)
+    if len(found) > 1:
+        names = ", ".join(map(str, found.values()))
+        raise MoelmError(
+            f"Several datasets of different content were prepared with these settings: {names}; delete all but one, "
+            "or restore the sources."
+        )
+    return next(iter(found.values()), None)
+
+
+def prepare(data: DataConfig, verify: bool = False) -> tuple[Path, bool]:
     """Prepare a dataset, unless it is prepared already.
+
+    Where the sources are gone, a dataset that was prepared from them before is used.
+
+    Args:
+        verify: compare the files of a dataset that is prepared already with its hashes.
 
     Returns:
         Its folder, and whether any work was done.
 
     Raises:
-        MoelmError: unusable input; no folder is created.
+        MoelmError: unusable input, and no folder is created; or a damaged dataset.
     """
-    folder = prepared_folder(data)
-    if read_manifest(folder) is not None:
-        return folder, False
     try:
-        with atomic_directory(folder) as work:
-            _write_dataset(data, work)
-    except OSError as error:
-        if read_manifest(folder) is None:  # otherwise another process has prepared the same content
-            raise MoelmError(f"The data cannot be written under {folder.parent}: {error.strerror}.") from error
-    return folder, True
+        recipe = _recipe(data)
+        folder = _folder(data, recipe)
+        worked = read_manifest(folder) is None
+        if worked:
+            _write_folder(data, recipe, folder)
+    except MissingSource as error:
+        found = find_prepared(data)
+        if found is None:
+            raise
+        log(f"{error} The data that was prepared before in {found} is used.")
+        folder, worked = found, False
+    if verify and not worked:
+        _verify(folder)
+    return folder, worked
+
+
+def _folder(data: DataConfig, recipe: dict[str, Any]) -> Path:
+    return Path(data.dir) / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _settings(data: DataConfig) -> dict[str, Any]:
+    """The settings that the prepared tokens depend on; rows, weights and masks are computed from them later."""
+    settings = data.model_dump(mode="json", include={"tokenizer", "val_fraction", "holdout", "max_document_mb"})
+    settings["format"] = FORMAT
+    settings["sources"] = [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources]
+    return settings
 
 
 def _recipe(data: DataConfig) -> dict[str, Any]:
-    """Everything that the prepared tokens depend on; rows, weights and masks are computed from them later."""
-    recipe = data.model_dump(mode="json", include={"tokenizer", "val_fraction", "holdout", "max_document_mb"})
-    recipe["format"] = FORMAT
-    recipe["sources"] = [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources]
+    """Everything that the prepared tokens depend on: the settings, and the state of the files that they name."""
+    recipe = _settings(data)
     recipe["inputs"] = [source_fingerprint(source) for source in data.sources]
     if data.tokenizer.path is not None:
-        recipe["tokenizer_content"] = tokenizer_content(Path(data.tokenizer.path))
+        if not Path(data.tokenizer.path).exists():
+            raise MissingSource(f"There is no tokenizer file {data.tokenizer.path}.")
+        recipe["tokenizer_sha256"] = _hash(tokenizer_content(Path(data.tokenizer.path)))
     return recipe
 
 
-def _write_dataset(data: DataConfig, work: Path) -> None:
-    """Write the files of a dataset to an empty folder; the manifest is the last one."""
-    seen: set[int] = set()
-    duplicates = [0]
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _verify(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    check_files(folder, manifest)
+    if _hash(tokenizer_content(folder / "tokenizer.json")) != manifest["tokenizer_sha256"]:
+        raise damaged(folder, "tokenizer.json is not as it was written")
+
+
+def _write_folder(data: DataConfig, recipe: dict[str, Any], folder: Path) -> None:
+    try:
+        with atomic_directory(folder) as work:
+            manifest = _write_dataset(data, work)
+            _check_unchanged(data, recipe)
+            manifest["recipe"] = recipe
+            (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    except OSError as error:
+        if read_manifest(folder) is None:  # otherwise another process has prepared the same content
+            reason = first_line(error.strerror or error)
+            reason = reason[0].lower() + reason[1:]
+            raise MoelmError(f"The data cannot be written under {folder.parent}: {reason}.") from error
+
+
+def _check_unchanged(data: DataConfig, recipe: dict[str, Any]) -> None:
+    """Refuse sources that have another state than at the start, and may have been read in part before they changed."""
+    now = _recipe(data)
+    for source, before, after in zip(data.sources, recipe["inputs"], now["inputs"], strict=True):
+        if before != after:
+            raise MoelmError(f"{source.label} has changed while it was read; prepare it again when it is complete.")
+    if now != recipe:
+        raise MoelmError(f"{data.tokenizer.path} has changed while it was used; prepare the data again.")
+
+
+def _write_dataset(data: DataConfig, work: Path) -> dict[str, Any]:
+    """Write tokenizer, token shards and document tables to an empty folder; returns the manifest without the recipe."""
     with ProgressLine("Reading documents …") as progress_line:
-        max_bytes = int(data.max_document_mb * 1e6)
-        streams = [_split_texts(read_source(source, max_bytes), data, seen, duplicates) for source in data.sources]
+        max_bytes = int(min(data.max_document_mb * 1e6, MAX_DOCUMENT_BYTES))
+        streams = [read_source(source, max_bytes) for source in data.sources]
         tokenizer, streams = _train_tokenizer(data, streams, progress_line)
         tokenizer.save(work / "tokenizer.json")
-        domains: dict[str, int] = {}
-        held_out: set[str] = set()
-        writers = {split: SplitWriter(work, split, tokenizer.vocab_size) for split in ("train", "val")}
-        started = time.monotonic()
-        for source_index, (source, stream) in enumerate(zip(data.sources, streams, strict=True)):
-            tokens = 0
-            for part, ids in _encode(stream, tokenizer):
-                tokens += len(ids)
-                if source.max_tokens is not None and tokens > source.max_tokens:
-                    break
-                domain = domains.setdefault(part.domain, len(domains))
-                writers[part.split].add(ids, part.size, domain, source_index, part.hash)
-                if part.split == "val":
-                    held_out.add(part.domain)
-                if writers[part.split].documents % 64 == 0:
-                    progress_line.update(_progress_message(source.label, writers, started))
-        if unseen := sorted(domains.keys() - held_out):
-            warn(
-                f"no document of {', '.join(unseen)} is in the validation split, so it will have no validation loss; "
-                f"a larger data.val_fraction than {data.val_fraction} would include some."
-            )
-    splits = {split: writer.close() for split, writer in writers.items()}
-    content = [shard["sha256"] for split in splits.values() for shard in split["shards"]]
-    manifest = {
+        writer = DatasetWriter(work, data, tokenizer)
+        for source, stream in zip(data.sources, streams, strict=True):
+            writer.add_source(source, stream, progress_line)
+    splits = writer.close()
+    domains = list(writer.domains)
+    return {
         "format": FORMAT,
         "moelm": __version__,
-        "recipe": _recipe(data),
-        "dtype": writers["train"].dtype.str,
+        "dtype": writer.dtype,
         "vocab_size": tokenizer.vocab_size,
-        "domains": list(domains),
-        "duplicates": duplicates[0],
+        "domains": domains,
+        "duplicates": sum(account.duplicates for account in writer.accounts),
+        "sources": [account.as_dict() for account in writer.accounts],
         "splits": splits,
-        "data_sha256": hashlib.sha256(" ".join(content).encode()).hexdigest()[:16],
-        "tokenizer_sha256": hashlib.sha256(tokenizer_content(work / "tokenizer.json").encode()).hexdigest()[:16],
+        "data_sha256": content_hash(splits.values(), domains),
+        "eval_sha256": content_hash([splits["val"]], domains),
+        "tokenizer_sha256": _hash(tokenizer_content(work / "tokenizer.json")),
     }
-    (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _split_texts(
-    documents: Iterable[Document], data: DataConfig, seen: set[int], duplicates: list[int]
-) -> Iterator[SplitText]:
-    """Skip exact duplicates and assign splits by the hash of the text, independently of other documents."""
-    threshold = int(data.val_fraction * 2**64)
-    for document in documents:
-        text, digest, size = document.text, *_digest(document.text)
-        if digest in seen:
-            duplicates[0] += 1
-            continue
-        seen.add(digest)
-        if data.holdout == "documents":
-            yield SplitText(text, document.domain, "val" if digest < threshold else "train", digest, size)
-            continue
-        boundary = round(len(text) * (1 - data.val_fraction))
-        for part, split in ((text[:boundary], "train"), (text[boundary:], "val")):
-            if part:
-                yield SplitText(part, document.domain, split, digest, len(part.encode()))
-
-
-def _digest(text: str) -> tuple[int, int]:
-    """A 64-bit hash of a text, and its UTF-8 bytes."""
-    raw = text.encode()
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big"), len(raw)
 
 
 def _train_tokenizer(
-    data: DataConfig, streams: list[Iterator[SplitText]], progress_line: ProgressLine
-) -> tuple[Tokenizer, list[Iterator[SplitText]]]:
-    """Train the tokenizer on the first documents of every source.
+    data: DataConfig, streams: list[Iterator[Document]], progress_line: ProgressLine
+) -> tuple[Tokenizer, list[Iterator[Document]]]:
+    """Train the tokenizer on the training split of the first documents of every source.
 
     Returns:
         The tokenizer, and streams that begin with the documents already read.
@@ -161,63 +200,36 @@ def _train_tokenizer(
     if data.tokenizer.kind in ("byte", "file"):
         return build_tokenizer(data.tokenizer, ()), streams
     share = data.tokenizer.train_bytes // len(streams)
-    heads: list[list[SplitText]] = []
-    for stream in streams:
-        head: list[SplitText] = []
-        size = 0
-        for part in stream:
-            head.append(part)
-            size += part.size
-            if size >= share:
-                break
-            if len(head) % 64 == 0:
-                progress_line.update(f"Reading documents for the tokenizer: {byte_size(size)}")
+    seen: set[int] = set()
+    texts: list[str] = []
+    heads: list[list[Document]] = []
+    for source, stream in zip(data.sources, streams, strict=True):
+        head: list[Document] = []
+        for document in Splitter(_record(stream, head, share, progress_line), data, source, seen):
+            texts += [part.text for part in document.parts if part.split == "train"]
         heads.append(head)
     progress_line.update("Training the tokenizer …")
-    texts = (part.text for head in heads for part in head if part.split == "train")
     tokenizer = build_tokenizer(data.tokenizer, texts)
     return tokenizer, [itertools.chain(_drain(head), stream) for head, stream in zip(heads, streams, strict=True)]
 
 
-def _drain(parts: list[SplitText]) -> Iterator[SplitText]:
+def _record(
+    stream: Iterator[Document], head: list[Document], max_bytes: int, progress_line: ProgressLine
+) -> Iterator[Document]:
+    """Yield documents up to a total size, and keep them in `head`."""
+    size = 0
+    for document in stream:
+        head.append(document)
+        size += len(document.text.encode())
+        yield document
+        if size >= max_bytes:
+            return
+        if len(head) % 64 == 0:
+            progress_line.update(f"Reading documents for the tokenizer: {byte_size(size)}")
+
+
+def _drain(documents: list[Document]) -> Iterator[Document]:
     """Yield items and free them."""
-    parts.reverse()
-    while parts:
-        yield parts.pop()
-
-
-def _encode(parts: Iterator[SplitText], tokenizer: Tokenizer) -> Iterator[tuple[SplitText, list[int]]]:
-    """Token ids of each text with the end token; the next batch is read and encoded while the last one is written."""
-
-    def encode(batch: list[SplitText]) -> list[tuple[SplitText, list[int]]]:
-        batch_ids = tokenizer.encode_batch([part.text for part in batch])
-        return [(part, [*ids, tokenizer.eos_id]) for part, ids in zip(batch, batch_ids, strict=True)]
-
-    pending: Future[list[tuple[SplitText, list[int]]]] | None = None
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        for batch in _batches(parts):
-            done, pending = pending, pool.submit(encode, batch)
-            if done is not None:
-                yield from done.result()
-        if pending is not None:
-            yield from pending.result()
-
-
-def _batches(parts: Iterator[SplitText]) -> Iterator[list[SplitText]]:
-    batch: list[SplitText] = []
-    chars = 0
-    for part in parts:
-        batch.append(part)
-        chars += len(part.text)
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _progress_message(label: str, writers: dict[str, SplitWriter], started: float) -> str:
-    documents = sum(writer.documents for writer in writers.values())
-    size = sum(writer.bytes for writer in writers.values())
-    rate = size / max(time.monotonic() - started, 1e-9)
-    return f"Encoding {label}: {documents:,} documents, {byte_size(size)} of text, {byte_size(rate)}/s"
+    documents.reverse()
+    while documents:
+        yield documents.pop()

@@ -1,147 +1,224 @@
-"""Readers of local files by format: text, JSON Lines, CSV (these also compressed) and Parquet.
+"""Readers of local files by format: text, JSON, CSV, TSV and Parquet, each also compressed.
 
 A text reader yields documents. The other readers yield records (mappings) with their origin; `moelm.data.sources` selects
 their columns.
 """
 
 import csv
-import gzip
-import io
-import json
-from collections.abc import Callable, Iterator
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from moelm.config import SourceConfig
 from moelm.data.document import Document
+from moelm.data.files import (
+    bare_suffix,
+    compression,
+    file_kind,
+    first_line,
+    numbered_lines,
+    open_bytes,
+    read_head,
+    too_long,
+)
+from moelm.data.json_records import looks_like_json_lines, read_json
 from moelm.errors import MoelmError
 
-Records = Iterator[tuple[Any, str]]
+Records = Iterator[tuple[dict[str, Any], str]]
 Reader = Callable[[Path, SourceConfig, int], Records]
 """Arguments: file, source, and the maximum size of a document in bytes."""
 
-COMPRESSED = (".gz", ".zst")
 WHOLE_FILE_BYTES = 1 << 20
 """A text file up to this size is one document under `documents: auto`."""
 PART_CHARS = 1 << 16
 """A larger one is divided at the first empty line after this many characters."""
 
 
-def file_format(path: Path) -> str:
-    """The suffix of a file without compression."""
-    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+def record_reader(path: Path) -> Reader | None:
+    """The reader of a file of records, by its name or by its content if that is Parquet; None for a text file.
+
+    Raises:
+        MoelmError: not a regular file, or its content is not what its name says.
+    """
+    suffix = bare_suffix(path)
+    is_parquet = file_kind(read_head(path)) == "parquet"
+    if is_parquet and suffix in _READERS and _READERS[suffix] is not _read_parquet:
+        raise MoelmError(f"{path} holds parquet data; rename it to end in .parquet.")
+    return _read_parquet if is_parquet else _READERS.get(suffix)
+
+
+def check_columns(names: Iterable[str], source: SourceConfig, origin: str) -> None:
+    """Refuse a table or record without the columns of a source."""
+    names = list(names)
+    for column in source.columns:
+        if column not in names:
+            has = ", ".join(map(repr, names)) or "none"
+            raise MoelmError(f"{origin} has no column {column!r}; it has {has}.")
 
 
 def read_text(path: Path, source: SourceConfig, max_document_bytes: int) -> Iterator[Document]:
-    """The documents of a text file, as `source.documents` divides it."""
-    unit = source.documents
-    if unit == "auto":
-        unit = "file" if path.suffix not in COMPRESSED and path.stat().st_size <= WHOLE_FILE_BYTES else "auto"
+    """The documents of a text file, as `source.documents` divides it.
+
+    Raises:
+        MoelmError: JSON Lines under the name of a text file, unless `source.documents` says that it is text.
+    """
+    unit = source.documents or "auto"
+    if source.documents is None and looks_like_json_lines(path):
+        raise MoelmError(
+            f"{path} looks like JSON Lines: its first lines are JSON objects; rename it to end in .jsonl to read a column, "
+            "or set documents: file, paragraph or line to read it as text."
+        )
+    if unit == "auto" and len(read_head(path, WHOLE_FILE_BYTES + 1)) <= WHOLE_FILE_BYTES:
+        unit = "file"
     lines: list[str] = []
-    start, chars = 1, 0
-    for number, line in _numbered_lines(path, max_document_bytes):
+    start, chars, only_blank = 1, 0, True
+    for number, line in numbered_lines(path, max_document_bytes):
         blank = line.isspace()
         ends = unit == "line" or (blank and (unit == "paragraph" or (unit == "auto" and chars >= PART_CHARS)))
         # Text without empty lines is divided at a line end.
         ends = ends or (unit == "auto" and chars + len(line) >= 4 * PART_CHARS)
         lines.append(line)
         chars += len(line)
+        only_blank = only_blank and blank
         if chars > max_document_bytes:
             raise too_long(f"{path}, from line {start},", chars, max_document_bytes, at_least=True)
         if ends:
-            yield Document("".join(lines), source.label, f"{path}, line {start}")
-            lines, start, chars = [], number + 1, 0
-    yield Document("".join(lines), source.label, f"{path}, line {start}")
+            if unit == "line" or not only_blank:  # further empty lines between paragraphs are not documents
+                yield Document("".join(lines), source.label, f"{path}, line {start}")
+            lines, start, chars, only_blank = [], number + 1, 0, True
+    if unit == "file" or not only_blank:
+        yield Document("".join(lines), source.label, f"{path}, line {start}")
 
 
-def _read_jsonl(path: Path, source: SourceConfig, max_document_bytes: int) -> Records:
-    # Escape sequences can make a line six times as long as its text.
-    for number, line in _numbered_lines(path, 6 * max_document_bytes + WHOLE_FILE_BYTES):
-        if line.isspace():
-            continue
-        origin = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise MoelmError(f"{origin} is not valid JSON: {error.msg}.") from None
-        if not isinstance(record, dict):
-            raise MoelmError(f"{origin} is not a JSON object with a column {source.column!r}.")
-        yield record, origin
+def _read_json(path: Path, source: SourceConfig, max_document_bytes: int) -> Records:
+    # Escape sequences can make an object six times as long as its text.
+    yield from read_json(path, 6 * max_document_bytes + WHOLE_FILE_BYTES)
 
 
 def _read_csv(path: Path, source: SourceConfig, max_document_bytes: int) -> Records:
+    yield from _read_table(path, source, ",", max_document_bytes)
+
+
+def _read_tsv(path: Path, source: SourceConfig, max_document_bytes: int) -> Records:
+    yield from _read_table(path, source, "\t", max_document_bytes)
+
+
+def _read_table(path: Path, source: SourceConfig, delimiter: str, max_document_bytes: int) -> Records:
+    """Rows of fields that may be quoted, below a header; all of them have the header's number of fields."""
     csv.field_size_limit(max_document_bytes)
-    with _open_text(path) as file:
-        reader = csv.DictReader(file)
+    max_line = 2 * max_document_bytes + WHOLE_FILE_BYTES
+    reader = csv.reader((line for _, line in numbered_lines(path, max_line)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        start = reader.line_num + 1
         try:
-            for record in reader:
-                yield {key: value for key, value in record.items() if key is not None}, f"{path}, line {reader.line_num}"
+            row = next(reader, None)
         except csv.Error as error:
-            origin = f"{path}, line {reader.line_num + 1}"
-            if "field larger" in str(error):
-                raise too_long(origin, max_document_bytes, max_document_bytes, at_least=True) from None
-            raise MoelmError(f"{origin} is not valid CSV: {error}.") from None
+            lines = list(islice(numbered_lines(path, max_line), start - 1, reader.line_num))
+            raise _table_error(path, delimiter, lines, str(error), max_document_bytes) from None
+        origin = f"{path}, line {start}"
+        if row is None:
+            break
+        if header is None and not row:
+            continue
+        if header is None:
+            header = row
+            if repeated := sorted({name for name in header if header.count(name) > 1}):
+                raise MoelmError(f"{origin}: the header has the column {repeated[0]!r} twice.")
+            check_columns(header, source, f"{path}, line {start}")
+            continue
+        if not row and len(header) > 1:
+            continue  # an empty line
+        row = row or [""]
+        if len(row) != len(header):
+            raise MoelmError(f"{origin} has {len(row)} fields, but the header has {len(header)}.")
+        yield dict(zip(header, row, strict=True)), origin
+    if not header:
+        raise MoelmError(f"{path} is empty: a header with the names of the columns is expected.")
+
+
+def _table_error(
+    path: Path, delimiter: str, lines: list[tuple[int, str]], reason: str, max_document_bytes: int
+) -> MoelmError:
+    """The sentence for a row that the csv module refuses.
+
+    Args:
+        lines: the numbered lines of the row.
+    """
+    opened = _malformed_field(delimiter, lines)
+    if "unexpected end" in reason:
+        return MoelmError(f"{path}, line {opened}: the quote that opens a field here is never closed.")
+    if "field larger" in reason:
+        if opened != lines[-1][0]:
+            return MoelmError(
+                f"{path}, line {opened}: the quoted field that opens here has no end within data.max_document_mb = "
+                f"{max_document_bytes / 1e6:.3g}; close the quote, or increase data.max_document_mb."
+            )
+        return too_long(f"{path}, line {opened},", max_document_bytes, max_document_bytes, at_least=True)
+    if "expected after" in reason:
+        reason = f"text follows the closing quote of the field that opens in line {opened}"
+    return MoelmError(f"{path}, line {lines[-1][0]} is not valid {'CSV' if delimiter == ',' else 'TSV'}: {reason}.")
+
+
+def _malformed_field(delimiter: str, lines: list[tuple[int, str]]) -> int:
+    """The line in which the first malformed field begins."""
+    text = "".join(line for _, line in lines)
+    field = re.compile(rf'(?:"[^"]*(?:""[^"]*)*"|[^"{delimiter}\r\n][^{delimiter}\r\n]*|)(?:{delimiter}|\r\n?|\n)')
+    at = 0
+    while match := field.match(text, at):
+        at = match.end()
+    for number, line in lines:
+        if at < len(line):
+            return number
+        at -= len(line)
+    return lines[-1][0]
 
 
 def _read_parquet(path: Path, source: SourceConfig, max_document_bytes: int) -> Records:
     import pyarrow
     import pyarrow.parquet
 
+    wanted = source.columns
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        wanted = [source.column, *filter(None, [source.domain_column])]
-        columns = [name for name in wanted if name in file.schema_arrow.names] or None
-        row = 0
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for record in batch.to_pylist():
-                row += 1
-                yield record, f"{path}, row {row}"
-    except pyarrow.ArrowException as error:
-        raise MoelmError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+        with _uncompressed(path) as plain:
+            file = pyarrow.parquet.ParquetFile(plain, page_checksum_verification=True)
+            names = file.schema_arrow.names
+            if repeated := [name for name in wanted if names.count(name) > 1]:
+                raise MoelmError(f"{path} has the column {repeated[0]!r} twice.")
+            check_columns(names, source, str(path))
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield record, f"{path}, row {row}"
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        raise MoelmError(f"{path} is not a readable parquet file: {first_line(error)}.") from None
 
 
-READERS: dict[str, Reader] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
+@contextmanager
+def _uncompressed(path: Path) -> Iterator[Path | BinaryIO]:
+    """A file for random access: itself or, if it is compressed, its content in a temporary file."""
+    if compression(path) is None:
+        yield path
+        return
+    with tempfile.TemporaryFile() as copy:
+        with open_bytes(path) as file:
+            shutil.copyfileobj(file, copy)
+        copy.seek(0)
+        yield copy
+
+
+_READERS: dict[str, Reader] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
-"""Readers of records by file format; all other files are text."""
-
-
-def _open_text(path: Path) -> TextIO:
-    """A file as UTF-8 text with its line ends unchanged."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), "utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
-
-
-def _numbered_lines(path: Path, max_chars: int) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends; a line longer than `max_chars` is refused before it fills the memory."""
-    with _open_text(path) as file:
-        number = 0
-        while line := file.readline(max_chars + 1):
-            number += 1
-            if "\0" in line:
-                raise not_text(path, f"line {number} holds a zero byte")
-            if len(line) > max_chars:
-                raise too_long(f"{path}, line {number}", len(line), max_chars, at_least=True)
-            yield number, line
-
-
-def not_text(path: Path, reason: str) -> MoelmError:
-    """The error for a file that is not text."""
-    return MoelmError(f"{path} is not a text file: {reason}.")
-
-
-def too_long(origin: str, size: int, limit: int, at_least: bool = False) -> MoelmError:
-    """The error for a document above `data.max_document_mb`."""
-    amount = f"{'more than ' if at_least else ''}{size / 1e6:.3g} MB"
-    return MoelmError(
-        f"{origin} holds one document of {amount}; at most data.max_document_mb = {limit / 1e6:.3g} are accepted "
-        "(increase it, or divide a text file with documents: line or paragraph)."
-    )
+"""Readers of records by the ending of a file's name; all other files are text."""

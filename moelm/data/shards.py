@@ -5,21 +5,88 @@ A split is a sequence of documents, each its tokens followed by the end token. A
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from moelm.errors import MoelmError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files; a part of the hash in the folder's name."""
 SHARD_TOKENS = 100_000_000
 """Maximum tokens of a shard, unless a single document is longer."""
-DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("domain", "<u2"), ("source", "<u2"), ("hash", "<u8")])
+DOCUMENT = np.dtype([("tokens", "<u4"), ("bytes", "<u4"), ("domain", "<u4"), ("source", "<u4"), ("hash", "<u8")])
 """One row of a split's document table; `tokens` counts the end token, `bytes` the UTF-8 text."""
+MAX_DOCUMENT_BYTES = (1 << 32) - 2
+"""Largest document that a row of the table describes; it has at most one token a byte, and the end token."""
+
+_Size = Annotated[int, Field(ge=0, lt=1 << 63)]
+_FileName = Annotated[str, Field(pattern=r"^[a-z]+-\d+\.bin$")]
+
+
+class _Section(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
+
+class _Shard(_Section):
+    file: _FileName
+    tokens: _Size
+    sha256: str
+
+
+class _SplitFiles(_Section):
+    shards: list[_Shard]
+    documents: _Size
+    tokens: _Size
+    bytes: _Size
+    documents_sha256: str
+
+
+class _Splits(_Section):
+    train: _SplitFiles
+    val: _SplitFiles
+
+
+class _SourceAccount(_Section):
+    label: str
+    read: _Size
+    kept: _Size
+    duplicates: _Size
+    blank: _Size
+    cut: _Size
+    tokens: _Size
+    bytes: _Size
+    characters: _Size
+    unknown_tokens: _Size
+    unknown_characters: _Size
+    lost_characters: _Size
+
+
+class _Recipe(_Section):
+    sources: list[dict[str, Any]]
+    inputs: list[Any]
+
+
+class _Manifest(_Section):
+    moelm: str
+    recipe: _Recipe
+    dtype: Literal["<u2", "<u4"]
+    vocab_size: Annotated[int, Field(gt=0, lt=1 << 32)]
+    domains: list[str]
+    duplicates: _Size
+    sources: list[_SourceAccount]
+    splits: _Splits
+    data_sha256: str
+    eval_sha256: str
+    tokenizer_sha256: str
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 class SplitWriter:
@@ -30,7 +97,8 @@ class SplitWriter:
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.shards: list[dict[str, Any]] = []
         self.documents = self.bytes = 0
-        self._table = (folder / f"{split}.documents.bin").open("wb")
+        self._table = (folder / _table_name(split)).open("wb")
+        self._table_digest = hashlib.sha256()
         self._shard: BinaryIO | None = None
         self._digest = hashlib.sha256()
 
@@ -43,7 +111,9 @@ class SplitWriter:
         self._shard.write(data)
         self._digest.update(data)
         self.shards[-1]["tokens"] += len(ids)
-        self._table.write(np.array((len(ids), size, domain, source, digest), dtype=DOCUMENT).tobytes())
+        row = np.array((len(ids), size, domain, source, digest), dtype=DOCUMENT).tobytes()
+        self._table.write(row)
+        self._table_digest.update(row)
         self.documents += 1
         self.bytes += size
 
@@ -52,7 +122,8 @@ class SplitWriter:
         self._close_shard()
         self._table.close()
         tokens = sum(shard["tokens"] for shard in self.shards)
-        return {"shards": self.shards, "documents": self.documents, "tokens": tokens, "bytes": self.bytes}
+        counts = {"documents": self.documents, "tokens": tokens, "bytes": self.bytes}
+        return {"shards": self.shards, **counts, "documents_sha256": self._table_digest.hexdigest()}
 
     def _open_next_shard(self) -> None:
         self._close_shard()
@@ -75,12 +146,19 @@ class Split:
         dtype = np.dtype(manifest["dtype"])
         self.name = split
         self.domains: list[str] = manifest["domains"]
-        self.documents: NDArray[Any] = np.fromfile(folder / f"{split}.documents.bin", dtype=DOCUMENT)
-        self._shards = [np.memmap(folder / shard["file"], dtype=dtype, mode="r") for shard in split_manifest["shards"]]
+        table = folder / _table_name(split)
+        shards = {folder / shard["file"]: shard["tokens"] * dtype.itemsize for shard in split_manifest["shards"]}
+        sizes = {table: split_manifest["documents"] * DOCUMENT.itemsize, **shards}
+        for path, size in sizes.items():
+            if not path.is_file() or path.stat().st_size != size:
+                raise damaged(folder, f"{path.name} is not as long as the manifest says")
+        self.documents: NDArray[Any] = np.fromfile(table, dtype=DOCUMENT)
+        if int(self.documents["tokens"].sum(dtype=np.uint64)) != sum(shards.values()) // dtype.itemsize or any(
+            self.documents["domain"] >= len(self.domains)
+        ):
+            raise damaged(folder, f"{table.name} does not agree with the manifest")
+        self._shards = [np.memmap(path, dtype=dtype, mode="r") for path in shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
-        sizes = [shard["tokens"] for shard in split_manifest["shards"]]
-        if [len(shard) for shard in self._shards] != sizes or len(self.documents) != split_manifest["documents"]:
-            raise MoelmError(f"{folder} is damaged: the files of {split} are not as long as its manifest says; delete it.")
 
     def take(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Token ids at these offsets in the split."""
@@ -96,11 +174,65 @@ class Split:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished dataset; None if there is none. It is the last file that is written."""
+    """The manifest of a finished dataset; None if there is none. It is the last file that is written.
+
+    Raises:
+        MoelmError: it is damaged, or of another version of moelm.
+    """
+    path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
+            raise MoelmError(f"{folder} was prepared by another version of moelm; delete it and prepare the data again.")
+        _MANIFEST.validate_python(manifest)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
-        raise MoelmError(f"{folder / 'manifest.json'} is damaged; delete {folder} and prepare it again.") from None
+    except OSError as error:
+        raise MoelmError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise damaged(folder, f"{where or 'the content'} of manifest.json is not valid") from None
+    except (ValueError, RecursionError):
+        raise damaged(folder, "manifest.json is not valid JSON") from None
     return manifest
+
+
+def content_hash(splits: Iterable[dict[str, Any]], domains: list[str]) -> str:
+    """The hash of the tokens and document tables of splits, and of the names of their domains."""
+    parts = [[split["documents_sha256"], *(shard["sha256"] for shard in split["shards"])] for split in splits]
+    return hashlib.sha256(json.dumps([parts, domains]).encode()).hexdigest()[:16]
+
+
+def check_files(folder: Path, manifest: dict[str, Any], shards_of: Sequence[str] = ("train", "val")) -> None:
+    """Compare token shards and document tables with the hashes of a manifest.
+
+    Args:
+        shards_of: the splits whose shards are read.
+
+    Raises:
+        MoelmError: a file is missing or differs.
+    """
+    for split, files in manifest["splits"].items():
+        expected = {shard["file"]: shard["sha256"] for shard in files["shards"] if split in shards_of}
+        for name, digest in {**expected, _table_name(split): files["documents_sha256"]}.items():
+            try:
+                with (folder / name).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise damaged(folder, f"{name} cannot be read: {error.strerror}") from None
+            if found != digest:
+                raise damaged(folder, f"{name} is not as it was written")
+    splits = manifest["splits"]
+    if manifest["data_sha256"] != content_hash(splits.values(), manifest["domains"]) or manifest[
+        "eval_sha256"
+    ] != content_hash([splits["val"]], manifest["domains"]):
+        raise damaged(folder, "the hashes in manifest.json do not agree with each other")
+
+
+def damaged(folder: Path, reason: str) -> MoelmError:
+    """The error for prepared data that are not as they were written."""
+    return MoelmError(f"{folder} is damaged: {reason}; delete {folder} and prepare the data again.")
+
+
+def _table_name(split: str) -> str:
+    return f"{split}.documents.bin"

@@ -1,8 +1,5 @@
 """Documents of a source: the builtin corpus, local files, or a dataset of the hub; streamed in constant memory."""
 
-import glob
-import gzip
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +7,16 @@ from typing import Any
 from moelm.config import SourceConfig
 from moelm.data.corpus.builtin import builtin_documents, builtin_fingerprint
 from moelm.data.document import Document
+from moelm.data.files import reading, too_long
 from moelm.data.hub import hub_records
-from moelm.data.readers import READERS, Records, file_format, not_text, read_text, too_long
+from moelm.data.json_records import REPEATED
+from moelm.data.paths import files_below, matching_files
+from moelm.data.readers import Records, check_columns, read_text, record_reader
 from moelm.errors import MoelmError
 
 
 def read_source(source: SourceConfig, max_document_bytes: int) -> Iterator[Document]:
-    """The documents of one source in a fixed order, without blank ones.
+    """The documents of one source in a fixed order, blank ones included.
 
     Raises:
         MoelmError: an unreadable or malformed file, with its line or row.
@@ -24,76 +24,86 @@ def read_source(source: SourceConfig, max_document_bytes: int) -> Iterator[Docum
     if source.hub is not None:
         documents = _select_columns(hub_records(source), source)
     elif source.path is not None:
-        documents = (document for path in source_files(source) for document in _read_file(path, source, max_document_bytes))
+        files = matching_files(source.path)
+        documents = (document for path in files for document in _read_file(path, source, max_document_bytes))
     else:
         documents = builtin_documents()
-    count = 0
     for document in documents:
         if len(document.text) > max_document_bytes // 4 and len(document.text.encode()) > max_document_bytes:
             raise too_long(document.origin, len(document.text.encode()), max_document_bytes)
-        if not document.text or document.text.isspace():
-            continue
-        count += 1
         yield document
-        if source.max_documents is not None and count >= source.max_documents:
-            return
-    if not count:
-        raise MoelmError(f"{source.path or source.label} is empty: it contains no text.")
 
 
 def source_fingerprint(source: SourceConfig) -> Any:
-    """The state of a source, without reading it: names, sizes and times of files, or versions of packages."""
-    if source.hub is not None:
-        return source.hub
-    if source.path is not None:
-        stats = [(path, path.stat()) for path in source_files(source)]
-        return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-    return builtin_fingerprint()
+    """The state of a source, without reading it.
 
-
-def source_files(source: SourceConfig) -> list[Path]:
-    """The files that a `path` matches, sorted.
-
-    Raises:
-        MoelmError: a directory, or no such file.
+    It is the names, sizes and times of files, the versions of packages, or a name on the hub.
     """
-    pattern = os.path.expanduser(source.path or "")
-    if Path(pattern).is_dir():
-        raise MoelmError(f"{pattern} is a directory; a file or a glob such as {pattern.rstrip('/')}/*.txt is expected.")
-    if Path(pattern).is_file():
-        return [Path(pattern)]
-    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
-    if not paths:
-        problem = "matches no file" if glob.has_magic(pattern) else "does not exist"
-        raise MoelmError(f"{source.path} {problem}.")
-    return paths
+    if source.path is None and source.hub is None:
+        return builtin_fingerprint()
+    folder = Path(source.hub or "")
+    if source.hub is not None and not folder.is_dir():
+        return source.hub
+    try:
+        files = files_below(folder) if source.path is None else matching_files(source.path)
+        return [[str(path), state.st_size, state.st_mtime_ns] for path in files for state in [path.stat()]]
+    except OSError as error:
+        raise MoelmError(f"{error.filename} cannot be read: {error.strerror}.") from None
 
 
 def _read_file(path: Path, source: SourceConfig, max_document_bytes: int) -> Iterator[Document]:
-    reader = READERS.get(file_format(path))
-    try:
+    with reading(path):
+        reader = record_reader(path)
         if reader is None:
-            yield from read_text(path, source, max_document_bytes)
+            for document in read_text(path, source, max_document_bytes):
+                if document.text.strip():  # of a binary or empty file, that is the error
+                    _refuse(path, source, ("column", "domain_column"), "a text file, as its name says, without columns")
+                yield document
         else:
+            _refuse(path, source, ("documents",), "a file of records, each of which is one document")
             yield from _select_columns(reader(path, source, max_document_bytes), source)
-    except UnicodeDecodeError as error:
-        raise not_text(path, f"byte 0x{error.object[error.start]:02x} is not UTF-8") from None
-    except (gzip.BadGzipFile, EOFError):
-        raise MoelmError(f"{path} is not a whole gzip file.") from None
-    except OSError as error:
-        raise MoelmError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _refuse(path: Path, source: SourceConfig, settings: tuple[str, ...], kind: str) -> None:
+    """Refuse settings that do not apply to a file of this kind."""
+    for name in settings:
+        if (value := getattr(source, name)) is not None:
+            raise MoelmError(
+                f"{path} is {kind}; {name}: {value} does not apply to it (files of different kinds are different sources)."
+            )
 
 
 def _select_columns(records: Records, source: SourceConfig) -> Iterator[Document]:
     """Documents from the text and domain columns of records."""
     for record, origin in records:
-        for column in filter(None, (source.column, source.domain_column)):
-            if column not in record:
-                raise MoelmError(f"{origin} has no column {column!r}; it has {', '.join(map(repr, record))}.")
-        text = record[source.column]
+        check_columns(record, source, origin)
+        text = _cell(record, source.text_column, origin)
         if not isinstance(text, str):
-            raise MoelmError(f"{origin}: column {source.column!r} holds {type(text).__name__}, not text.")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise MoelmError(f"{origin}: column {source.column!r} holds half a surrogate pair, which is not text.")
-        domain = str(record[source.domain_column]) if source.domain_column else source.label
+            raise _wrong_type(origin, source.text_column, text, "text")
+        domain = source.label
+        if source.domain_column is not None:
+            label = _cell(record, source.domain_column, origin)
+            if not isinstance(label, str | int) or isinstance(label, bool):
+                raise _wrong_type(origin, source.domain_column, label, "a label")
+            domain = str(label)
+            if not domain or domain.isspace():
+                raise MoelmError(f"{origin}: column {source.domain_column!r} is blank, and a label is expected.")
         yield Document(text, domain, origin)
+
+
+def _cell(record: dict[str, Any], column: str, origin: str) -> Any:
+    """One value of a record; text is free of lone surrogates."""
+    value = record[column]
+    if value is REPEATED:
+        raise MoelmError(f"{origin} has the column {column!r} twice.")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise MoelmError(f"{origin}: column {column!r} holds half a surrogate pair, which is not text.") from None
+    return value
+
+
+def _wrong_type(origin: str, column: str, value: Any, expected: str) -> MoelmError:
+    found = "no value" if value is None else type(value).__name__
+    return MoelmError(f"{origin}: column {column!r} holds {found}, not {expected}.")

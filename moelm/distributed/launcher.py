@@ -7,11 +7,18 @@ import sys
 import uuid
 from collections.abc import Sequence
 
+from moelm.console import log
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals by which users, launchers and schedulers ask a run to save and stop."""
 
 GRACE_S = 120
 """Seconds that they have to do so before they are killed."""
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Those of `STOP_SIGNALS` that are handled; not SIGHUP if it is ignored, as by nohup, which lets the terminal close."""
+    return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
 def launch(argv: Sequence[str], processes: int, max_restarts: int) -> int:
@@ -38,7 +45,7 @@ def launch(argv: Sequence[str], processes: int, max_restarts: int) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=max_restarts,
         monitor_interval=0.1,
-        signals_to_handle=",".join([*(stop.name for stop in STOP_SIGNALS), "SIGQUIT"]),
+        signals_to_handle=",".join([*(stop.name for stop in stop_signals()), "SIGQUIT"]),
     )
     _silence_logger("torch.distributed.elastic")
     try:
@@ -48,7 +55,7 @@ def launch(argv: Sequence[str], processes: int, max_restarts: int) -> int:
         if failure.exitcode >= 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        print(f"moelm: Rank {rank} was ended by {name}; run the same command again to continue.", file=sys.stderr)
+        log(f"moelm: Rank {rank} was ended by {name}; run the same command again to continue.")
         return 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)

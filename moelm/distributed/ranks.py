@@ -81,10 +81,19 @@ class Ranks(NamedTuple):
         dist.all_gather_object(values, value, group=group)
         return values
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier()
+    @contextmanager
+    def shared_outcome(self) -> Iterator[None]:
+        """A block that every process enters; a MoelmError in it on any process is raised on all of them."""
+        failure: str | None = None
+        try:
+            yield
+        except MoelmError as error:
+            if self.size == 1:
+                raise
+            failure = str(error)
+        for found in self.gather(failure):
+            if found is not None:
+                raise MoelmError(found)
 
     def first_to_report(self, message: str) -> bool:
         """Whether no other process has reported this message, so that it is printed once."""

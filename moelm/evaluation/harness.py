@@ -223,6 +223,8 @@ def _sampling_from_kwargs(generation_kwargs: dict[str, Any]) -> Sampling:
     stops = handle_stop_sequences(settings.pop("until", None), eos=None)
     max_new_tokens, do_sample = settings.pop("max_gen_toks"), settings.pop("do_sample")
     temperature = float(settings.pop("temperature", 1.0)) if do_sample else 0.0
+    if settings.get("top_k") == 0:
+        del settings["top_k"]  # no limit, as in transformers
     if unsupported := sorted(settings.keys() - {"top_k", "top_p", "min_p", "repetition_penalty"}):
         raise MoelmError(f"A task has {', '.join(unsupported)} in its generation_kwargs, which moelm does not support.")
     return Sampling(max_new_tokens, temperature, stop=tuple(stop for stop in stops if stop), **settings)

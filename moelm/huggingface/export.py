@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moelm.atomic import atomic_directory, require_empty_directory
 from moelm.config import RunConfig, load_config
-from moelm.data.tokenizer import UNKNOWN, Tokenizer
+from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.huggingface.architectures import architecture_for
 from moelm.huggingface.config_json import to_hf_config
@@ -21,6 +21,7 @@ from moelm.huggingface.model_card import model_card
 from moelm.huggingface.weight_map import TensorMapping, Weights, build_weight_map
 from moelm.runs.checkpoint import read_progress, read_weights
 from moelm.runs.directory import RunDirectory
+from moelm.runs.identity import load_tokenizer
 
 StorageDtype = Literal["stored", "float32", "bf16", "float16"]
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +52,7 @@ def export_run(
     architecture = architecture_for(config.model)
     directory = require_empty_directory(out)
     path = run.checkpoint(checkpoint)
-    tokenizer = Tokenizer.load(run.tokenizer)
+    tokenizer = load_tokenizer(run)
     weights = read_weights(path)
     mappings = build_weight_map(config.model, architecture)
     convert_to = _DTYPES.get(dtype)
@@ -71,8 +72,10 @@ def export_run(
     return architecture.model_type
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    eos_ids = list(tokenizer.eos_ids)
+    eos = eos_ids if len(eos_ids) > 1 else tokenizer.eos_id
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.eos_id}
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -83,16 +86,16 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, config: RunConfig) -
     """Write the tokenizer with a template that puts the start token before every text, as moelm does."""
     raw = tokenizer.raw
     bos, eos = raw.id_to_token(tokenizer.bos_id), raw.id_to_token(tokenizer.eos_id)
-    if raw.encode("a").ids != [tokenizer.bos_id, *tokenizer.encode_batch(["a"])[0]]:
-        template = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokenizer.bos_id)])
-        raw.post_processor = template
+    if tokenizer.records_tokens or raw.encode("").ids != [tokenizer.bos_id]:
+        pair = [bos, "$A", bos, "$B"]
+        raw.post_processor = processors.TemplateProcessing(pair[:2], pair, [(bos, tokenizer.bos_id)])
     tokenizer.save(directory / "tokenizer.json")
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
         "pad_token": eos,
-        **({"unk_token": UNKNOWN} if raw.token_to_id(UNKNOWN) is not None else {}),
+        **({} if tokenizer.unknown_id is None else {"unk_token": raw.id_to_token(tokenizer.unknown_id)}),
         "add_bos_token": True,
         "add_eos_token": False,
         "split_special_tokens": True,  # text that spells a special token stays text

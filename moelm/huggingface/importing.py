@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from moelm.config import RunConfig, apply_overrides, check_config, read_tree, refuse_overrides
 from moelm.console import warn
+from moelm.data.special_tokens import BOS
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.huggingface.architectures import Architecture
@@ -49,10 +50,9 @@ def import_model(
         MoelmError: another format or architecture; tensors that are unknown, missing or of another shape, with their names.
     """
     run = RunDirectory.new(name)
-    hf_config = _read_json(source / "config.json")
-    architecture, model = from_hf_config(hf_config, str(source / "config.json"))
+    architecture, model = from_hf_config(_read_json(source / "config.json"), str(source / "config.json"))
     run_config = _run_config(run, model, config, overrides)
-    loaded_tokenizer = _load_tokenizer(tokenizer or source / "tokenizer.json", hf_config, run_config)
+    loaded_tokenizer = _load_tokenizer(tokenizer or source / "tokenizer.json", source, run_config)
     files = _find_tensors(source)
     mappings = _match_tensors(files, run_config, architecture, source)
     weights = _read_weights(files, mappings, run_config)
@@ -66,7 +66,7 @@ def _run_config(run: RunDirectory, model: dict[str, Any], config: Path | None, o
     """The config of the new run; `init_from` names the run itself, so that a copy trained under another name finds it."""
     refuse_overrides(
         overrides,
-        allowed=("model.ffn.balance", "model.ffn.capacity_factor"),
+        allowed=("model.ffn.balance", "model.ffn.capacity_factor", "data.tokenizer.bos", "data.tokenizer.eos"),
         fixed=("name", "init_from", "model", "data.tokenizer"),
     )
     seq_len = min(1024, model["max_seq_len"])
@@ -78,34 +78,35 @@ def _run_config(run: RunDirectory, model: dict[str, Any], config: Path | None, o
     if config is not None:
         tree = read_tree(config)
     tree["model"] = model
-    apply_overrides(tree, [*overrides, "data.tokenizer={}"])
-    tree["data"]["tokenizer"] = {"kind": "file", "path": str(run.tokenizer)}
+    apply_overrides(tree, ["data.tokenizer={}", *overrides])
+    tree["data"]["tokenizer"] |= {"kind": "file", "path": str(run.tokenizer)}
     tree |= {"name": run.path.name, "init_from": {"run": str(run.path), "checkpoint": "0"}}
     return check_config(tree, f"{run.path}/config.yaml")
 
 
-def _load_tokenizer(path: Path, hf_config: dict[str, Any], config: RunConfig) -> Tokenizer:
+def _load_tokenizer(path: Path, source: Path, config: RunConfig) -> Tokenizer:
     """The tokenizer; its start and end tokens must be among the model's tokens."""
     if not path.exists():
         raise MoelmError(
             f"There is no {path}; give a tokenizer with --tokenizer (transformers' AutoTokenizer converts other formats "
             "and saves a tokenizer.json)."
         )
-    tokenizer = Tokenizer.load(path)
+    asked = config.data.tokenizer
+    tokenizer = Tokenizer.load(path, asked.bos, asked.eos, source)
+    if tokenizer.added == [BOS]:  # models without a start token separate texts by the end token
+        eos = tokenizer.raw.id_to_token(tokenizer.eos_id)
+        warn(f"{source} has no start token; moelm begins texts with {eos} ({tokenizer.eos_id}), which ends them.")
+        tokenizer = Tokenizer.load(path, tokenizer.eos_id, asked.eos, source)
     if tokenizer.added:
         raise MoelmError(
-            f"{path} has no start or end token that moelm knows; {', '.join(tokenizer.added)} would be new to the model."
+            f"{path} has no start or end token that moelm knows, and no file beside it names them; "
+            f"{', '.join(tokenizer.added)} would be new to the model; name its own with data.tokenizer.bos=... and "
+            "data.tokenizer.eos=..., by text or id."
         )
     if tokenizer.vocab_size > (config.model.vocab_size or 0):
         raise MoelmError(
             f"The tokenizer {path} has {tokenizer.vocab_size} tokens, but the model {config.model.vocab_size}."
         )
-    for key, token_id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        hf_id = hf_config.get(key)
-        hf_id = hf_id[0] if isinstance(hf_id, list) and hf_id else hf_id
-        if hf_id != token_id:
-            token = tokenizer.raw.id_to_token(token_id)
-            warn(f"{key} is {hf_id} in config.json, but moelm uses {token_id} ({token}).")
     return tokenizer
 
 

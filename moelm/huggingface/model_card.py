@@ -11,6 +11,7 @@ from moelm.model import count_flops, count_parameters
 from moelm.runs.checkpoint import checkpoint_path, read_progress
 from moelm.runs.directory import RunDirectory
 from moelm.runs.metrics import evaluation_at
+from moelm.runs.record import LOSSY_NOTE, read_environment
 
 _TEMPLATE = """---
 {front_matter}---
@@ -99,4 +100,5 @@ def _validation_section(run: RunDirectory, step: int) -> str:
     rows = [("all", evaluation["val/loss"], evaluation["val/bpb"])]
     rows += [(name.replace("|", "\\|"), score["loss"], score["bpb"]) for name, score in evaluation["val/domains"].items()]
     table = "\n".join(f"| {name} | {loss:.4f} | {bpb:.4f} |" for name, loss, bpb in rows)
-    return f"## Validation\n\n| | nats per token | bits per byte |\n|---|---|---|\n{table}\n\n"
+    note = f"The tokenizer {LOSSY_NOTE}\n\n" if read_environment(run).get("lossy") else ""
+    return f"## Validation\n\n| | nats per token | bits per byte |\n|---|---|---|\n{table}\n\n{note}"

@@ -10,13 +10,23 @@ import torch
 from torch import Tensor
 
 from moelm.config import MoEFFNConfig
+from moelm.console import warn
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
+from moelm.inference.continuation import Continuation
 from moelm.inference.cpu_decoder import build_decoder
 from moelm.model import KVCache, Transformer
 
 PREFILL_TOKENS = 512
 """Prompt positions in one forward pass, to bound the memory of long prompts."""
+GREEDY_BELOW = 1e-12
+"""Temperatures below it take the most likely token, as 0 does: dividing by them could exceed the range of float32."""
+MAX_TEMPERATURE = 1e6
+"""At which all tokens are equally likely in float32, more or less."""
+PENALTIES = (0.01, 100.0)
+"""Smallest and largest accepted repetition penalty."""
+SEEDS = (-(2**63), 2**64 - 1)
+"""Smallest and largest seed of torch's generators."""
 
 
 class Sampling(NamedTuple):
@@ -33,6 +43,30 @@ class Sampling(NamedTuple):
     stop: tuple[str, ...] = ()
     """Texts that end a continuation."""
     seed: int = 0
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse settings with which no token or no text can be chosen.
+
+    Raises:
+        MoelmError: with the setting and what is accepted.
+    """
+    inf = float("inf")
+    ranges: dict[str, tuple[float, float, str]] = {
+        "max_new_tokens": (1, inf, "a whole number from 1"),
+        "temperature": (0, MAX_TEMPERATURE, f"a number from 0 to {MAX_TEMPERATURE:g}"),
+        "top_k": (1, inf, "a whole number from 1"),
+        "top_p": (0, 1, "a number from 0 to 1"),
+        "min_p": (0, 1, "a number from 0 to 1"),
+        "repetition_penalty": (*PENALTIES, f"a number from {PENALTIES[0]:g} to {PENALTIES[1]:g}"),
+        "seed": (*SEEDS, "a whole number from -2^63 to 2^64-1"),
+    }
+    for name, (smallest, largest, accepted) in ranges.items():
+        value = getattr(sampling, name)
+        if value is not None and not smallest <= value <= largest:
+            raise MoelmError(f"{name} is {value}; {accepted} is expected.")
+    if not all(sampling.stop):
+        raise MoelmError("A stop text is empty; a text at which to stop is expected.")
 
 
 def generate_text(
@@ -66,7 +100,11 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
     """
     if not all(prompts):
         raise MoelmError("The prompt is empty; a text to continue is expected.")
-    return [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    _, unknown, lost = tokenizer.count_losses(list(prompts), [row[1:] for row in rows])
+    if unknown or lost:
+        warn(f"the tokenizer reads {unknown} characters of the prompt as unknown, and drops or changes {lost}.")
+    return rows
 
 
 def generate_rows(
@@ -75,7 +113,7 @@ def generate_rows(
     rows: Sequence[Sequence[int]],
     sampling: Sampling,
     stream: Callable[[str], None] | None = None,
-) -> list["Continuation"]:
+) -> list[Continuation]:
     """Continue a batch of prompts that are token ids.
 
     Args:
@@ -85,7 +123,8 @@ def generate_rows(
     Returns:
         The finished continuations, with their texts and tokens.
     """
-    continuations = [Continuation(tokenizer, sampling, stream, row[-1]) for row in rows]
+    check_sampling(sampling)
+    continuations = [Continuation(tokenizer, row, sampling.stop, stream) for row in rows]
     for tokens_B in generate_tokens(model, rows, sampling, tokenizer.eos_id):
         for continuation, token in zip(continuations, tokens_B, strict=True):
             continuation.add(token)
@@ -94,53 +133,6 @@ def generate_rows(
     for continuation in continuations:
         continuation.finish()
     return continuations
-
-
-class Continuation:
-    """The tokens and the text generated after one prompt.
-
-    Args:
-        stream: receives the text piece by piece.
-        previous: the prompt's last token. It is decoded together with the new ones, because tokenizers whose words begin
-            with a space omit that space at the beginning of a text.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, sampling: Sampling, stream: Callable[[str], None] | None, previous: int
-    ) -> None:
-        self.tokenizer, self.stops, self.stream = tokenizer, sampling.stop, stream
-        self.previous, self.previous_len = previous, len(tokenizer.decode([previous]))
-        self.ids: list[int] = []
-        self.text = ""
-        self.streamed = 0
-        """Characters of the text that were streamed."""
-        self.done = False
-        """Whether the end of the document or a stop text was generated."""
-
-    def add(self, token: int) -> None:
-        """Append a token, unless the text is done."""
-        if self.done:
-            return
-        if token == self.tokenizer.eos_id:
-            self.done = True
-            return
-        self.ids.append(token)
-        self.text = self.tokenizer.decode([self.previous, *self.ids])[self.previous_len :]
-        ends = [position for stop in self.stops if (position := self.text.find(stop)) >= 0]
-        if ends:
-            self.text, self.done = self.text[: min(ends)], True
-        self._stream_up_to(len(self.text) - (0 if self.done else max(map(len, self.stops), default=1) - 1))
-
-    def finish(self) -> str:
-        """Stream the rest of the text, an incomplete character included, and return the whole text."""
-        self._stream_up_to(len(self.text), incomplete=True)
-        return self.text
-
-    def _stream_up_to(self, end: int, incomplete: bool = False) -> None:
-        """Stream the text before `end`, which more tokens cannot change; an incomplete last character waits."""
-        if self.stream is not None and end > self.streamed and (incomplete or not self.text.endswith("\ufffd")):
-            self.stream(self.text[self.streamed : end])
-            self.streamed = end
 
 
 def generate_tokens(
@@ -219,14 +211,14 @@ def sample_token(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling, generat
         penalty = sampling.repetition_penalty
         penalized_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return logits_BV.argmax(dim=-1)
     probs_BV = (logits_BV / sampling.temperature).softmax(dim=-1)
     if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
         return torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
     sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
-        sorted_BV[:, sampling.top_k :] = 0
+        sorted_BV[:, min(sampling.top_k, sorted_BV.shape[1]) :] = 0
     if sampling.top_p is not None:
         # The token that reaches top_p stays: the sum of the tokens before it is what is compared.
         before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV

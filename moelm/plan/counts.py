@@ -5,14 +5,23 @@ from typing import Any
 from moelm.config import RunConfig
 from moelm.model.flops import count_flops, count_parameters
 
+BYTE_VOCABULARY = 258
+"""Tokens of a tokenizer of kind `byte`: 256 bytes and 2 special tokens."""
+
+
+def assumed_vocab_size(config: RunConfig) -> int:
+    """The model's vocabulary size, or the tokenizer's; that of a `bpe` where a text or file determines it."""
+    tokenizer = config.data.tokenizer
+    return config.model.vocab_size or (BYTE_VOCABULARY if tokenizer.kind == "byte" else tokenizer.vocab_size)
+
 
 def count_model(config: RunConfig) -> tuple[dict[str, Any], RunConfig]:
     """Count the parameters, FLOPs and training tokens of a config.
 
     Returns:
-        The counts as plain values, and the config with a vocabulary size: the tokenizer's, if the model has none.
+        The counts as plain values, and the config with a vocabulary size.
     """
-    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or config.data.tokenizer.vocab_size})
+    model = config.model.model_copy(update={"vocab_size": assumed_vocab_size(config)})
     parameters, flops = count_parameters(model), count_flops(model, config.data.seq_len)
     tokens = config.train.steps * config.train.batch_tokens
     counts = {

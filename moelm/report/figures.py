@@ -30,6 +30,11 @@ class Theme(NamedTuple):
 LIGHT, DARK = Theme("#ffffff", "#1f2933", "#e4e7eb"), Theme("#15191e", "#e4e7eb", "#2b343d")
 
 
+def legend_label(name: str) -> str:
+    """A name as a label of a legend, from which matplotlib leaves out what starts with an underscore."""
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
 def render_light_and_dark(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
     """Draw a figure twice, in the light and in the dark theme.
 

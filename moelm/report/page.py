@@ -5,6 +5,7 @@ import html
 from dataclasses import dataclass
 
 from moelm import __version__
+from moelm.console import printable_line
 from moelm.report.table import Table
 
 
@@ -45,7 +46,7 @@ def report_markdown(report: Report) -> str:
     parts += [f"![{figure.caption}]({figure.name})" for figure in report.figures]
     for table in report.tables:
         rule = ("---" if i < table.left else "---:" for i in range(len(table.head)))
-        cells = ((cell.replace("|", "\\|") for cell in row) for row in (table.head, rule, *table.rows))
+        cells = ((printable_line(cell).replace("|", "\\|") for cell in row) for row in (table.head, rule, *table.rows))
         parts += [f"## {table.title}", "\n".join(f"| {' | '.join(row)} |" for row in cells)]
     if report.commands:
         parts += ["## Commands", "```\n" + "\n".join(report.commands) + "\n```"]

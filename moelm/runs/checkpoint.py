@@ -98,7 +98,7 @@ def save_checkpoint(folder: Path, state: State, progress: Progress, ranks: Ranks
                     stack.close()
 
             _on_all_ranks(ranks, finish)
-    except (CheckpointException, RuntimeError) as error:
+    except (CheckpointException, RuntimeError, OSError) as error:
         raise OSError(f"{target.name} could not be written: {_cause(error)}") from error
     return target
 
@@ -270,7 +270,7 @@ def _on_all_ranks(ranks: Ranks, function: Callable[[], T]) -> list[T]:
     try:
         done = function()
     except OSError as error:
-        failure = str(error)
+        failure = error.strerror or str(error)
     results = ranks.gather((done, failure), ranks.checkpoint_group)
     for _, found in results:
         if found is not None:
@@ -293,7 +293,13 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> str:
+    """The reason of a failure; torch's writer raises errors of its own while it handles a full disk's."""
     if isinstance(error, CheckpointException) and error.failures:
         failure = next(iter(error.failures.values()))
-        return str(failure[0] if isinstance(failure, tuple) else failure)
+        error = failure[0] if isinstance(failure, tuple) else failure
+    chained: BaseException | None = error
+    while chained is not None:
+        if isinstance(chained, OSError) and chained.strerror:
+            return chained.strerror
+        chained = chained.__cause__ or chained.__context__
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -62,6 +62,16 @@ class RunDirectory:
         return self.path / "tokenizer.json"
 
     @property
+    def lock(self) -> Path:
+        """Names the process that trains the run; it exists while there is one, or if that process was killed."""
+        return self.path / "lock"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The run's id at Weights & Biases and its name, if it is logged there."""
+        return self.path / "wandb-id"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"

@@ -1,20 +1,24 @@
 """Loading the model, tokenizer and data of a run, and creating a run from existing weights."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moelm import __version__
 from moelm.atomic import atomic_directory
 from moelm.config import RunConfig, dump_config, load_config
-from moelm.data.loader import Rows, open_data
+from moelm.data.identity import check_record, folder_to_read, tokenizer_fingerprint
+from moelm.data.loader import Rows, open_folder
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.hardware import dtype_of, keep_memory, pick_device
 from moelm.model import Transformer, build_model
 from moelm.runs.checkpoint import fresh_progress, load_weights, save_checkpoint
 from moelm.runs.directory import RunDirectory
+from moelm.runs.identity import check_data_tokenizer, load_tokenizer, read_data_record
 
 
 class OpenedRun(NamedTuple):
@@ -24,6 +28,8 @@ class OpenedRun(NamedTuple):
     tokenizer: Tokenizer
     config: RunConfig
     rows: Rows
+    lossy: bool
+    """See `PreparedData`."""
     device: torch.device
     dtype: torch.dtype
     """Dtype of matrix products."""
@@ -44,7 +50,7 @@ def load_run(
     directory = RunDirectory.find(run)
     config = load_config(directory.config)
     path = directory.checkpoint(checkpoint)
-    tokenizer = Tokenizer.load(directory.tokenizer)
+    tokenizer = load_tokenizer(directory)
     model = build_model(config.model, config.seed)
     load_weights(path, model)
     return model.to(device).eval(), tokenizer, config
@@ -54,14 +60,20 @@ def open_run(run: str | Path, checkpoint: str, split: str) -> OpenedRun:
     """Load a trained model and the `train` or `val` split of its data.
 
     Raises:
-        MoelmError: no such run or checkpoint, a damaged one, or data that is not prepared.
+        MoelmError: no such run or checkpoint, a damaged one, data that is not prepared, or another data than the run's.
     """
     keep_memory()
     device = pick_device()
     model, tokenizer, config = load_run(run, checkpoint, device)
-    data = open_data(config)
+    directory = RunDirectory.find(run)
+    record = read_data_record(directory)
+    folder = folder_to_read(config.data, record)
+    if record is not None:
+        check_record(directory.path, record, config.data, folder)
+    data = open_folder(config, folder)
+    check_data_tokenizer(directory, data.record)
     rows = data.val if split == "val" else data.train
-    return OpenedRun(model, tokenizer, config, rows, device, dtype_of(config.train.precision, device))
+    return OpenedRun(model, tokenizer, config, rows, data.lossy, device, dtype_of(config.train.precision, device))
 
 
 def create_run(
@@ -82,6 +94,8 @@ def create_run(
             work.checkpoints.mkdir()
             save_checkpoint(work.checkpoints, {"model": weights}, {**fresh_progress(), "origin": origin})
             tokenizer.save(work.tokenizer)
+            recorded = {"tokenizer_fingerprint": tokenizer_fingerprint(work.tokenizer), "origin": origin}
+            work.environment.write_text(json.dumps({"moelm": __version__, **recorded}, indent=1), encoding="utf-8")
             work.metrics.touch()
             work.config.write_text(dump_config(config), encoding="utf-8")
     except OSError as error:

@@ -27,8 +27,8 @@ class MetricsFile:
         try:
             if path.exists():
                 # A kill can cut off the last line.
-                complete = [text for _, text in _lines(path) if text.endswith("}\n")]
-                lines = [text for text in complete if json.loads(text)["step"] <= resume_step]
+                complete = [(number, text) for number, text in _lines(path) if text.endswith("}\n")]
+                lines = [text for number, text in complete if _parse(path, number, text)["step"] <= resume_step]
                 with atomic_file(path) as work:
                     work.write_text("".join(lines), encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")

@@ -20,6 +20,9 @@ Array = npt.NDArray[np.float64]
 SYNTHETIC = "synthetic-"
 """Prefix of generated domains, which are much easier to predict than real text and are reported separately."""
 
+LOSSY_NOTE = "loses a part of the text: bits per byte are those of the rest, and not comparable with other tokenizers."
+"""What is said of a tokenizer if `lossy` is true in environment.json."""
+
 FINGERPRINTS = {
     "data_fingerprint": "data",
     "tokenizer_fingerprint": "tokenizer",
@@ -120,9 +123,9 @@ def read_run(run: str | Path) -> RunRecord:
         name=path.resolve().name,
         path=path,
         config=load_config(directory.config),
-        environment=_read_environment(directory.environment),
         train=tuple(line for line in lines if "train/loss" in line),
         val=_curve(lines, directory.metrics),
+        environment=_comparable_environment(directory),
         domains_at={line["step"]: _domains(line) for line in lines if line.get("val/domains")},
         documents=load_document_losses(directory.documents),
         load=_load(lines, directory.metrics),
@@ -145,24 +148,37 @@ def read_runs(runs: Sequence[str | Path]) -> tuple[RunRecord, ...]:
     return tuple(record if names.count(record.name) == 1 else replace(record, name=str(record.path)) for record in records)
 
 
-def _read_environment(path: Path) -> dict[str, Any]:
+def read_environment(run: RunDirectory) -> dict[str, Any]:
+    """The content of environment.json.
+
+    Raises:
+        MoelmError: it is missing or broken.
+    """
+    path = run.environment
     try:
         environment = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MoelmError(f"{path.parent} has no environment.json; it is not a run that moelm trained.") from None
+        raise MoelmError(f"{run.path} has no environment.json; it is not a run that moelm trained.") from None
     except OSError as error:
         raise MoelmError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise MoelmError(f"{path} is not a text file.") from None
     except json.JSONDecodeError as error:
         raise MoelmError(f"{path} is broken at line {error.lineno}: {error.msg}.") from None
+    if not isinstance(environment, dict):
+        raise MoelmError(f"{path} is not a JSON object.")
+    return environment
+
+
+def _comparable_environment(run: RunDirectory) -> dict[str, Any]:
+    environment, path = read_environment(run), run.environment
     for key in _REQUIRED:
-        node = environment
+        node: Any = environment
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, int if "." in key else str):
             raise MoelmError(f"{path} has no usable {key}, which a comparison needs.")
-    return dict(environment)
+    return environment
 
 
 def _curve(lines: Sequence[Line], path: Path) -> Curve:

@@ -5,12 +5,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from moelm.config import check_section, read_tree
-from moelm.config.base import Config
+from moelm.config import check_section, format_override, read_tree
+from moelm.config.base import Config, Seed
 from moelm.errors import MoelmError
 from moelm.formats import count_noun
 
@@ -37,11 +37,11 @@ class BudgetConfig(Config):
 class SweepConfig(Config):
     """One sweep, as in its YAML file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Prefix of the names of its runs, `NAME-VARIANT-SEED`."""
     config: str
     """The config that all runs are based on, relative to this file."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     """Every variant is trained once with each; all variants are trained with the first seed before the second."""
     variants: dict[str, dict[str, Any] | None] = Field(default={})
     """Settings by label and dotted key, as on the command line; empty is the config itself. The first is the reference."""
@@ -80,7 +80,7 @@ def variant_overrides(sweep: SweepConfig) -> dict[str, list[str]]:
             raise MoelmError(
                 f"The sweep {sweep.name} has two variants with the label {label}; different ones are expected."
             )
-        overrides[label] = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        overrides[label] = [format_override(key, value) for key, value in settings.items()]
     if len(set(sweep.seeds)) < len(sweep.seeds):
         raise MoelmError(f"The sweep {sweep.name} has the seeds {sweep.seeds}; different ones are expected.")
     return overrides

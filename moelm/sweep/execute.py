@@ -9,15 +9,16 @@ from types import FrameType
 
 from moelm.config import RunConfig, differing, load_config, trajectory_settings
 from moelm.console import log, warn
+from moelm.data.identity import check_record, folder_to_train_on
+from moelm.distributed.launcher import stop_signals
 from moelm.errors import MoelmError
 from moelm.runs.checkpoint import list_checkpoints, step_of
 from moelm.runs.directory import RunDirectory
+from moelm.runs.identity import read_data_record
 from moelm.runs.metrics import last_evaluation
 from moelm.sweep.config import BudgetConfig
 from moelm.sweep.plan import SweepVariant
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that make a run save and stop; they are forwarded to it."""
 RESOLVED_AT_START = ("train.precision", "init_from.checkpoint")
 """Settings whose values auto, last and best are resolved when a run starts."""
 TIME_TOLERANCE = 0.1
@@ -61,7 +62,7 @@ def _is_finished(run: RunDirectory, expected: RunConfig) -> bool:
     """Whether a run's last step is evaluated and saved, or all its checkpoints have been removed since.
 
     Raises:
-        MoelmError: the run exists with other settings.
+        MoelmError: the run exists with other settings or data.
     """
     if not run.config.exists():
         return False
@@ -77,7 +78,11 @@ def _is_finished(run: RunDirectory, expected: RunConfig) -> bool:
     if checkpoints and step_of(checkpoints[-1]) != expected.train.steps:
         return False
     last = last_evaluation(run.metrics)
-    return last is not None and last["step"] == expected.train.steps
+    if last is None or last["step"] != expected.train.steps:
+        return False
+    if (record := read_data_record(run)) is not None:
+        check_record(run.path, record, expected.data, folder_to_train_on(expected.data, record)[0])
+    return True
 
 
 def _run_process(command: Sequence[str]) -> int:
@@ -92,7 +97,7 @@ def _run_process(command: Sequence[str]) -> int:
 
 @contextmanager
 def _forwarded_signals() -> "Iterator[Callable[[subprocess.Popen[bytes]], None]]":
-    """Forward `SIGNALS` to the process that the yielded function is called with, including those received before."""
+    """Forward stop signals to the process that the yielded function is called with, including those received before."""
     processes: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 
@@ -106,7 +111,7 @@ def _forwarded_signals() -> "Iterator[Callable[[subprocess.Popen[bytes]], None]]
         for signum in received:
             process.send_signal(signum)
 
-    previous = {signum: signal.signal(signum, forward) for signum in SIGNALS}
+    previous = {signum: signal.signal(signum, forward) for signum in stop_signals()}
     try:
         yield forward_to
     finally:

@@ -3,12 +3,11 @@
 from moelm.config import InitFromConfig, ModelConfig, RunConfig, differing, flatten, load_config
 from moelm.console import log, warn
 from moelm.data.loader import PreparedData
-from moelm.data.tokenizer import Tokenizer
 from moelm.distributed.ranks import Ranks
-from moelm.errors import MoelmError
 from moelm.model import Transformer
 from moelm.runs.checkpoint import load_weights, step_of
 from moelm.runs.directory import RunDirectory
+from moelm.runs.identity import check_data_tokenizer
 
 WITHOUT_EFFECT = ("init_std", "max_seq_len", "ffn.balance", "ffn.capacity_factor")
 """Prefixes of model settings that do not change what given weights compute."""
@@ -32,19 +31,6 @@ def resolve_init_from(init_from: InitFromConfig | None, saved: RunConfig | None)
     return init_from.model_copy(update={"checkpoint": str(step_of(path))})
 
 
-def check_tokenizer(run: RunDirectory, data: PreparedData) -> None:
-    """Refuse to use a run's weights with another tokenizer.
-
-    Raises:
-        MoelmError: its tokenizer is not the data's.
-    """
-    if Tokenizer.load(run.tokenizer).content != data.tokenizer.content:
-        raise MoelmError(
-            f"The weights of {run.path} belong to another tokenizer than this data's; set data.tokenizer to "
-            f"{{kind: file, path: {run.tokenizer}}}."
-        )
-
-
 def load_initial_weights(
     init_from: InitFromConfig, config: ModelConfig, data: PreparedData, model: Transformer, ranks: Ranks
 ) -> None:
@@ -55,7 +41,7 @@ def load_initial_weights(
     """
     run = RunDirectory.find(init_from.run)
     path = run.checkpoint(init_from.checkpoint)
-    check_tokenizer(run, data)
+    check_data_tokenizer(run, data.record)
     load_weights(path, model, ranks)
     log(f"Initial weights: {path}.")
     theirs, ours = (_effective_settings(each) for each in (load_config(run.config).model, config))

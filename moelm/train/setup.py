@@ -1,6 +1,9 @@
 """Setting up a run, new or resumed: processes, data, config, model, optimizer, checkpoint."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,8 +19,8 @@ from moelm.config import (
     trajectory_settings,
 )
 from moelm.console import console, log, warn
-from moelm.data.loader import PreparedData, open_data
-from moelm.data.prepare import prepare
+from moelm.data.identity import DataRecord, check_record, folder_to_train_on
+from moelm.data.loader import PreparedData, open_folder
 from moelm.distributed.launcher import is_restart
 from moelm.distributed.parallel_dims import ParallelDims, resolve_parallel_dims
 from moelm.distributed.parallelize import parallelize
@@ -38,7 +41,10 @@ from moelm.runs.checkpoint import (
 )
 from moelm.runs.directory import RunDirectory
 from moelm.runs.environment import describe_code, describe_environment
-from moelm.train.init_from import check_tokenizer, load_initial_weights, resolve_init_from
+from moelm.runs.identity import check_data_tokenizer, read_data_record
+from moelm.runs.lock import RunLock
+from moelm.runs.record import LOSSY_NOTE
+from moelm.train.init_from import load_initial_weights, resolve_init_from
 from moelm.train.optimizer import build_optimizer
 from moelm.train.trainer import Execution, Trainer, TrainState
 
@@ -61,19 +67,38 @@ def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto", profile
     with distributed_context(2 * config.parallel.timeout_s) as ranks:
         console.quiet = not ranks.is_main
         try:
-            with Watchdog(ranks, config.parallel.timeout_s) as watchdog:
-                evaluation = _train(config, run, resume, profile, ranks, watchdog)
+            with _locked(run, ranks) as lock, Watchdog(ranks, config.parallel.timeout_s) as watchdog:
+                evaluation = _train(config, run, resume, profile, ranks, watchdog, lock)
         except MoelmError as error:
             error.reported = not ranks.first_to_report(str(error))
             raise
         return evaluation if ranks.is_main else None
 
 
+@contextmanager
+def _locked(run: RunDirectory, ranks: Ranks) -> Iterator[RunLock | None]:
+    """Hold the run's lock on rank 0, which yields it; the others get None.
+
+    Raises:
+        MoelmError: on all processes, if another launch trains the run.
+    """
+    with ExitStack() as stack:
+        with ranks.shared_outcome():
+            lock = stack.enter_context(RunLock(run)) if ranks.is_main else None
+        yield lock
+
+
 def _train(
-    config: RunConfig, run: RunDirectory, resume: Resume, profile: bool, ranks: Ranks, watchdog: Watchdog
+    config: RunConfig,
+    run: RunDirectory,
+    resume: Resume,
+    profile: bool,
+    ranks: Ranks,
+    watchdog: Watchdog,
+    lock: RunLock | None,
 ) -> Evaluation:
     try:
-        trainer = build_trainer(config, run, resume, ranks, watchdog)
+        trainer = build_trainer(config, run, resume, ranks, watchdog, lock)
         watchdog.heartbeat()
         return trainer.fit(profile)
     except RuntimeError as error:
@@ -83,16 +108,22 @@ def _train(
         raise lost from error
 
 
-def build_trainer(config: RunConfig, run: RunDirectory, resume: Resume, ranks: Ranks, watchdog: Watchdog) -> Trainer:
+def build_trainer(
+    config: RunConfig, run: RunDirectory, resume: Resume, ranks: Ranks, watchdog: Watchdog, lock: RunLock | None
+) -> Trainer:
     """A trainer at step 0 or at the newest intact checkpoint."""
     dims = resolve_parallel_dims(config, ranks.size)
-    data = _open_data(config, ranks)
+    saved, record = _read_saved(run, ranks)
+    if saved is not None:
+        if resume == "never" and not is_restart():
+            run.require_new()
+        _check_same_settings(config, saved, run, prefix="data.")
+    data = _open_data(config, run, record, ranks)
     device = pick_device()
-    saved = ranks.broadcast(load_config(run.config) if ranks.is_main and run.config.exists() else None)
     config = _resolve(config, data.tokenizer.vocab_size, device, saved, ranks)
     _check_ranks_agree(config, data, ranks)
     if saved is not None:
-        _check_same_run(config, saved, run, "auto" if is_restart() else resume)
+        _check_same_settings(config, saved, run)
     dtype = dtype_of(config.train.precision, device)
     model = build_parallel_model(config, device, dtype, dims)
     optimizer = build_optimizer(model, config.optim)
@@ -106,14 +137,14 @@ def build_trainer(config: RunConfig, run: RunDirectory, resume: Resume, ranks: R
         load_initial_weights(config.init_from, config.model, data, model, ranks)
     if progress is None or "origin" in progress:
         if progress is not None:
-            check_tokenizer(run, data)
+            check_data_tokenizer(run, data.record)
         if ranks.is_main:
             _create_directory(run, config, data, describe_environment(config, data, device, dtype, dims))
         progress = fresh_progress()
     if ranks.size > 1:
         log(f"{ranks.size} processes, {dims}.")
     state = TrainState(model, optimizer, progress)
-    return Trainer(config, run, data, state, Execution(device, dtype, ranks, dims, watchdog))
+    return Trainer(config, run, data, state, Execution(device, dtype, ranks, dims, watchdog, lock))
 
 
 def build_parallel_model(config: RunConfig, device: torch.device, dtype: torch.dtype, dims: ParallelDims) -> Transformer:
@@ -129,15 +160,31 @@ def build_parallel_model(config: RunConfig, device: torch.device, dtype: torch.d
     return model
 
 
-def _open_data(config: RunConfig, ranks: Ranks) -> PreparedData:
-    """Open the data. Rank 0 prepares it if necessary, and other ranks do so if they do not see its files."""
+def _read_saved(run: RunDirectory, ranks: Ranks) -> tuple[RunConfig | None, DataRecord | None]:
+    """The config and the data that an existing run has recorded, as rank 0 reads them."""
+    saved: tuple[RunConfig | None, DataRecord | None] = (None, None)
+    with ranks.shared_outcome():
+        if ranks.is_main and run.config.exists():
+            saved = load_config(run.config), read_data_record(run)
+    return ranks.broadcast(saved)
+
+
+def _open_data(config: RunConfig, run: RunDirectory, record: DataRecord | None, ranks: Ranks) -> PreparedData:
+    """Open the data. Rank 0 prepares it if necessary, and other ranks do so if they do not see its files.
+
+    Raises:
+        MoelmError: on all processes; also if it is not the data of a run that resumes.
+    """
     for main_turn in (True, False):
-        if main_turn == ranks.is_main:
-            folder, worked = prepare(config.data)
-            if worked:
-                log(f"The data has been prepared in {folder}.")
-        ranks.barrier()
-    return open_data(config)
+        with ranks.shared_outcome():
+            if main_turn == ranks.is_main:
+                folder, worked = folder_to_train_on(config.data, record)
+                if record is not None:
+                    check_record(run.path, record, config.data, folder)
+                data = open_folder(config, folder)
+    if data.lossy and not worked:  # otherwise the preparation has said so
+        warn(f"the tokenizer {LOSSY_NOTE}")
+    return data
 
 
 def _resolve(config: RunConfig, vocab_size: int, device: torch.device, saved: RunConfig | None, ranks: Ranks) -> RunConfig:
@@ -165,8 +212,8 @@ def _resolve(config: RunConfig, vocab_size: int, device: torch.device, saved: Ru
 def _check_ranks_agree(config: RunConfig, data: PreparedData, ranks: Ranks) -> None:
     """Refuse processes that would not train the same run."""
     own = flatten(config) | {
-        "data": data.data_fingerprint,
-        "tokenizer": data.tokenizer_fingerprint,
+        "data": data.record.data_fingerprint,
+        "tokenizer": data.record.tokenizer_fingerprint,
         "moelm's code": describe_code(),
         "torch": torch.__version__,
     }
@@ -180,12 +227,13 @@ def _check_ranks_agree(config: RunConfig, data: PreparedData, ranks: Ranks) -> N
             )
 
 
-def _check_same_run(config: RunConfig, saved: RunConfig, run: RunDirectory, resume: Resume) -> None:
-    """Refuse to continue a run with settings that change its trajectory."""
-    if resume == "never":
-        run.require_new()
-    before, now = trajectory_settings(saved), trajectory_settings(config)
-    if saved.train.precision == "auto":  # an imported run that has never been trained
+def _check_same_settings(config: RunConfig, saved: RunConfig, run: RunDirectory, prefix: str = "") -> None:
+    """Refuse to continue a run with settings (of those with this prefix) that change its trajectory."""
+    before, now = (
+        {key: value for key, value in trajectory_settings(each).items() if key.startswith(prefix)}
+        for each in (saved, config)
+    )
+    if saved.train.precision == "auto" and not prefix:  # an imported run that has never been trained
         before["train.precision"] = now["train.precision"]
     if different := differing(before, now):
         raise MoelmError(
@@ -199,7 +247,7 @@ def _create_directory(run: RunDirectory, config: RunConfig, data: PreparedData, 
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         run.metrics.unlink(missing_ok=True)
-        data.tokenizer.save(run.tokenizer)
+        shutil.copyfile(data.folder / "tokenizer.json", run.tokenizer)
         run.environment.write_text(json.dumps(environment, indent=1), encoding="utf-8")
         with atomic_file(run.config) as work:
             work.write_text(dump_config(config), encoding="utf-8")

@@ -17,7 +17,7 @@ import torch
 from moelm.config import MoEFFNConfig, RunConfig
 from moelm.console import ProgressLine, log, warn
 from moelm.data.loader import Batch, PreparedData, TrainOrder
-from moelm.distributed.launcher import STOP_SIGNALS
+from moelm.distributed.launcher import STOP_SIGNALS, stop_signals
 from moelm.distributed.parallel_dims import ParallelDims
 from moelm.distributed.parallelize import set_gradient_sync
 from moelm.distributed.ranks import Ranks
@@ -31,6 +31,7 @@ from moelm.model.forward import forward_batch
 from moelm.model.moe.balance import LayerSums, add_layer_sums, map_layer_sums
 from moelm.runs.checkpoint import Progress, checkpoint_path, list_checkpoints
 from moelm.runs.directory import RunDirectory
+from moelm.runs.lock import RunLock
 from moelm.runs.metrics import Line
 from moelm.train.checkpoint_saver import CheckpointSaver
 from moelm.train.metrics import MetricsLogger
@@ -73,6 +74,8 @@ class Execution(NamedTuple):
     ranks: Ranks
     dims: ParallelDims
     watchdog: Watchdog
+    lock: RunLock | None
+    """None on all processes but the main one."""
 
 
 class MicroBatch(NamedTuple):
@@ -91,7 +94,7 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.data = config, run, data
         self.model, self.optimizer, self.progress = state
-        self.device, self.dtype, self.ranks, self.dims, self.watchdog = execution
+        self.device, self.dtype, self.ranks, self.dims, self.watchdog, self.lock = execution
         compiled = should_compile(config.parallel.compile, self.device)
         # On several processes the blocks are compiled already.
         self.forward = torch.compile(self.model) if compiled and self.ranks.size == 1 else self.model
@@ -136,6 +139,8 @@ class Trainer:
                     step = line["step"]
                     after_step()
                     self.watchdog.heartbeat(step)
+                    if self.lock is not None:
+                        self.lock.check()
                     if step % config.train.eval_every == 0 or step == steps:
                         progress_line.update(f"{config.name}: evaluating at step {step:,} …")
                         evaluation = self._evaluate_and_log(line)
@@ -337,11 +342,11 @@ class Trainer:
             if self.ranks.size == 1:
                 signal.signal(signum, previous[signum])  # a launcher may send a signal twice, and kills hanging processes
 
-        previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-        for signum in STOP_SIGNALS:
+        previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in stop_signals()}
+        for signum in previous:
             signal.signal(signum, record)
         try:
             yield
         finally:
-            for signum in STOP_SIGNALS:
-                signal.signal(signum, previous[signum])
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from moelm.analyze.report import analyze_run
+from moelm.cli.app import main
 from moelm.errors import MoelmError
 from tests.conftest import Moelm
-from tests.distributed.launching import torchrun
+from tests.processes import run_ranks
 
 LAYER_KEYS = {
     "layer", "load", "load_max_over_mean", "load_cv", "dead_experts", "shares", "association", "repetition", "entropy",
@@ -75,6 +76,6 @@ def test_two_processes_count_what_one_counts(moelm: Moelm, trained: Path, tmp_pa
     argv = ["analyze", "tiny-moe", "--split", "train", "--json", "--permutations", "9"]
     alone = moelm(*argv, "--out", str(tmp_path / "one"), cwd=trained)
     assert alone.returncode == 0, alone.stderr
-    both = torchrun(trained, 2, "moelm", *argv, "--out", str(tmp_path / "two"))
+    both = run_ranks(main, ["moelm", *argv, "--out", str(tmp_path / "two")], trained, 2)
     assert both.returncode == 0, both.stderr
     assert json.loads(both.stdout) == json.loads(alone.stdout)

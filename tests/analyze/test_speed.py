@@ -27,7 +27,7 @@ def cpu_time(function: Callable[[], object]) -> float:
 def test_analyzing_a_model_of_the_demos_shape_takes_less_than_three_evaluations(tmp_path: Path) -> None:
     rng = random.Random(0)
     (tmp_path / "text.txt").write_text(
-        "\n".join("".join(rng.choices("abcdefgh ", k=rng.randint(50, 400))) for _ in range(400))
+        "\n".join("".join(rng.choices("abcdefgh ", k=rng.randint(50, 400))) for _ in range(200))
     )
     config = check_config(
         {
@@ -55,7 +55,7 @@ def test_analyzing_a_model_of_the_demos_shape_takes_less_than_three_evaluations(
         rows = open_data(config).val
         model = build_model(config.model, seed=0)
         ratios = []
-        for _ in range(4):
+        for _ in range(3):
             evaluated = cpu_time(lambda: evaluate(model, rows, torch.float32))
             analyzed = cpu_time(lambda: collect_routing(model, rows, 10**6, 0, torch.float32))
             ratios.append(analyzed / evaluated)

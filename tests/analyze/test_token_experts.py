@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers
 
 from moelm.analyze.layers import layer_number
-from moelm.analyze.token_experts import SampleWithExperts, TokenExperts, sample_with_experts, token_texts
+from moelm.analyze.token_experts import SampleWithExperts, TokenExperts, sample_with_experts, token_name, token_texts
 from moelm.cli.sample import print_samples
 from moelm.config import ModelConfig, TokenizerConfig
 from moelm.data.tokenizer import Tokenizer, build_tokenizer
@@ -22,6 +22,7 @@ from moelm.inference.generate import Sampling
 from moelm.model import KVCache, build_model
 from moelm.report.palette import expert_colors, text_color_on
 from tests.conftest import Moelm
+from tests.tokenizers import SHAPES
 
 BYTES = build_tokenizer(TokenizerConfig(kind="byte"), ())
 SAMPLING = Sampling(max_new_tokens=40, temperature=1.5, seed=3)
@@ -37,7 +38,7 @@ def model_config(num_layers: int = 4, **ffn: object) -> ModelConfig:
 @pytest.mark.parametrize("text", ["plain", "hé🙂llo", "🙂"])
 def test_token_texts_add_up_and_a_character_belongs_to_its_last_byte(text: str) -> None:
     ids = BYTES.encode_prompt(text)[1:]
-    parts = token_texts(BYTES, BYTES.bos_id, ids, text)
+    parts = token_texts(BYTES, [BYTES.bos_id], ids, text)
     assert "".join(parts) == text
     assert [len(part.encode()) for part in parts if part] == [len(character.encode()) for character in text]
     ends = [len(text[: i + 1].encode()) - 1 for i in range(len(text))]
@@ -48,10 +49,10 @@ def test_an_incomplete_character_and_a_truncated_text() -> None:
     ids = BYTES.encode_prompt("ab🙂")[1:-1]
     text = BYTES.decode(ids)
     assert text.startswith("ab\ufffd")
-    assert "".join(token_texts(BYTES, BYTES.bos_id, ids, text)) == text
-    assert token_texts(BYTES, BYTES.bos_id, ids, "a") == ["a", "", "", "", ""]
-    assert "".join(token_texts(BYTES, BYTES.bos_id, BYTES.encode_prompt("a\ufffdb")[1:], "a\ufffdb")) == "a\ufffdb"
-    assert token_texts(BYTES, BYTES.bos_id, [], "") == []
+    assert "".join(token_texts(BYTES, [BYTES.bos_id], ids, text)) == text
+    assert token_texts(BYTES, [BYTES.bos_id], ids, "a") == ["a", "", "", "", ""]
+    assert "".join(token_texts(BYTES, [BYTES.bos_id], BYTES.encode_prompt("a\ufffdb")[1:], "a\ufffdb")) == "a\ufffdb"
+    assert token_texts(BYTES, [BYTES.bos_id], [], "") == []
 
 
 def test_words_that_begin_with_a_space_keep_it() -> None:
@@ -59,7 +60,35 @@ def test_words_that_begin_with_a_space_keep_it() -> None:
     raw.add_special_tokens(["<s>", "</s>"])
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    assert token_texts(Tokenizer(raw), 4, [4, 3, 4], " aa a") == [" a", "a", " a"]
+    assert token_texts(Tokenizer(raw), [4], [4, 3, 4], " aa a") == [" a", "a", " a"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_token_texts_add_up_for_each_shape(shape: str) -> None:
+    tokenizer = Tokenizer(SHAPES[shape]())
+    context, ids = tokenizer.encode_prompt("the red 日本"), tokenizer.encode_batch(["a cat sees 日本 birds"])[0]
+    text = tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)) :]
+    parts = token_texts(tokenizer, context, ids, text)
+    assert "".join(parts) == text
+    assert not any("\ufffd" in part for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "piece", "name"),
+    [
+        ("byte_fallback", "<0xE6>", "<0xE6>"),
+        ("byte_fallback", "\u2581", " "),
+        ("byte_level", "Ġa", " a"),
+        ("unigram", "\u2581", " "),
+        ("word_piece", "##e", "e"),
+        ("word_level", "cat", " cat"),
+        ("byte_level", "</s>", "</s>"),
+    ],
+)
+def test_names_of_tokens(shape: str, piece: str, name: str) -> None:
+    tokenizer = Tokenizer(SHAPES[shape]())
+    assert token_name(tokenizer, tokenizer.raw.token_to_id(piece)) == name
+    assert token_name(tokenizer, 10**6) == "#1000000"
 
 
 @pytest.mark.parametrize("stop", [(), ("e",)])

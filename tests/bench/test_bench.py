@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from moelm.bench import BenchVariant, Timing, list_variants
+from moelm.bench.timing import _start_workers
+from moelm.bench.workloads import Workload
 from moelm.config import load_config
 from moelm.errors import MoelmError
 from tests.conftest import Moelm
@@ -75,7 +77,13 @@ def test_training_steps_are_timed(moelm: Moelm, workplace: Path) -> None:
 def test_a_failed_process_is_an_error(moelm: Moelm) -> None:
     done = moelm("bench", "moe.yaml", "model.ffn.router.kind=expert_choice", "--rounds", "1", "--generate", "1")
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("The process of a variant ended early; its error message is above.")
+    assert done.stderr.strip().endswith("so it cannot generate token by token; another router can.")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_config_is_needed() -> None:
+    with pytest.raises(MoelmError, match="no config among 'seed=1'"):
+        list_variants([], ["seed=1"], None, peers=False)
 
 
 def test_missing_peers_are_an_error(workplace: Path) -> None:
@@ -125,3 +133,8 @@ def test_the_gpu_table_is_printed_on_any_machine(workplace: Path) -> None:
     assert done.returncode == 0, done.stderr
     sparse = next(line for line in done.stdout.splitlines() if "tiny-moe" in line)
     assert sparse.rstrip().endswith("%")
+
+
+def test_a_killed_process_is_an_error() -> None:
+    with pytest.raises(MoelmError, match="The process of a variant was killed"), _start_workers([], Workload()):
+        raise EOFError

@@ -11,6 +11,7 @@ from moelm import __version__
 from tests.conftest import Moelm
 
 COMMANDS = [
+    "config",
     "prepare",
     "train",
     "eval",
@@ -69,7 +70,7 @@ def test_every_step_from_text_to_comparison(moelm: Moelm, workplace: Path) -> No
         assert moelm("train", f"{kind}.yaml", "train.eval_every=2").returncode == 0
 
     for arguments in (
-        ["prepare", "moe.yaml", "--json"],
+        ["prepare", "moe.yaml", "optim.warmup_steps=3", "--json"],
         ["plan", "moe.yaml", "--json"],
         ["eval", "tiny-moe", "--json"],
         ["sample", "tiny-moe", "--prompt", "the cat", "--max-new-tokens", "5", "--json"],
@@ -97,7 +98,9 @@ def test_load_gives_a_model_that_scores_tokens(moelm: Moelm, workplace: Path) ->
 
     import moelm as package
 
-    assert moelm("train", "moe.yaml", "train.steps=2").returncode == 0
+    done = moelm("train", "moe.yaml", "train.steps=2", "optim.warmup_steps=3")
+    assert done.returncode == 0
+    assert done.stderr.count("Warning: optim.warmup_steps is 3 and train.steps is 2") == 1
     model, tokenizer, config = package.load(workplace / "runs/tiny-moe")
     tokens = torch.tensor([tokenizer.encode_prompt("the cat")])
     assert model(tokens).logits.shape == (1, tokens.shape[1], config.model.vocab_size)

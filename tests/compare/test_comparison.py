@@ -183,21 +183,31 @@ def test_config_differences_are_dotted_and_leave_out_the_name(pair: list[Path]) 
 
 
 @pytest.mark.parametrize(
-    ("key", "name"),
+    ("key", "message"),
     [
-        ("data_fingerprint", "data"),
-        ("tokenizer_fingerprint", "tokenizer"),
-        ("eval_fingerprint", "evaluation set"),
+        ("data_fingerprint", "were trained on different data, so their losses differ for that reason too"),
+        ("tokenizer_fingerprint", r"differ in tokenizer, so .* not comparable \(only bits per byte are\)"),
+        ("eval_fingerprint", "differ in evaluation set, so their losses are not comparable"),
     ],
 )
-def test_runs_on_other_data_are_refused_unless_forced(tmp_path: Path, key: str, name: str) -> None:
+def test_runs_on_other_data_are_refused_unless_forced(tmp_path: Path, key: str, message: str) -> None:
     a = write_run(tmp_path / "a", slope=0.5)
     b = write_run(tmp_path / "b", slope=0.6, environment={key: "other"})
-    with pytest.raises(MoelmError, match=rf"a and b differ in {name}, .*--force"):
+    with pytest.raises(MoelmError, match=rf"a and b {message}.*--force"):
         compared([a, b])
     forced = compared([a, b], force=True)
     assert len(forced.warnings) == 1
     assert forced.verdict.winner == "b"
+
+
+def test_a_tokenizer_that_loses_text_is_noted(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", slope=0.5)
+    b = write_run(tmp_path / "b", slope=0.6, environment={"lossy": True})
+    notes = compared([a, b]).notes
+    assert [note.split(" loses ")[0] for note in notes if " loses " in note] == ["The tokenizer of b"]
+    c = write_run(tmp_path / "c", slope=0.6, environment={"lossy": True, "tokenizer_fingerprint": "other"})
+    with pytest.raises(MoelmError, match=r"a and c differ in tokenizer, so their losses are not comparable\. Use"):
+        compared([a, c])
 
 
 def test_one_run_is_refused(pair: list[Path]) -> None:
@@ -252,7 +262,7 @@ def test_missing_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ),
         ("environment.json", None, "dense has no environment.json"),
         ("environment.json", "{\n,", "environment.json is broken at line 2"),
-        ("environment.json", "[]", "no usable data_fingerprint"),
+        ("environment.json", "[]", "environment.json is not a JSON object"),
         ("environment.json", b"\xff\xfe", "environment.json is not a text file"),
         ("config.yaml", "name: [", "config.yaml is not valid YAML"),
     ],

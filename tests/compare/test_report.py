@@ -103,17 +103,21 @@ def test_page_begins_with_the_verdict_and_is_self_contained(pair: list[str], tmp
     assert not re.search(r"https?://", text)
 
 
+COMMAND = "<script>a|b</script> caf\udce9"
+"""With a byte that is not UTF-8."""
+
+
 def test_page_escapes_text_from_runs(tmp_path: Path) -> None:
-    runs = [str(write_run(tmp_path / name, slope=0.5, environment={"command": "<script>a|b</script>"})) for name in "ab"]
+    runs = [str(write_run(tmp_path / name, slope=0.5, environment={"command": COMMAND})) for name in "ab"]
     compare_runs(runs, tmp_path / "report")
     assert "<script>" not in (tmp_path / "report" / "report.html").read_text()
-    assert "<script>a|b</script>" in (tmp_path / "report" / "report.md").read_text()
+    assert r"<script>a|b</script> caf\udce9" in (tmp_path / "report" / "report.md").read_text()
     assert not (tmp_path / "report" / "load.png").exists()
 
 
 def test_forced_report_has_its_warning(tmp_path: Path) -> None:
     runs = [str(write_run(tmp_path / name, slope=0.5, environment={"data_fingerprint": name})) for name in "ab"]
-    with pytest.raises(MoelmError, match="differ in data"):
+    with pytest.raises(MoelmError, match="were trained on different data"):
         compare_runs(runs, tmp_path / "report")
     assert not (tmp_path / "report").exists()
     comparison = compare_runs(runs, tmp_path / "report", force=True)
@@ -121,7 +125,7 @@ def test_forced_report_has_its_warning(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert (report["forced"], report["warnings"]) == (True, [warning])
     assert all(warning in (tmp_path / "report" / name).read_text() for name in ("report.md", "report.html"))
-    assert "Warning: a and b differ" in _printed(runs, tmp_path / "report", force=True)
+    assert "Warning: a and b were trained on different data" in _printed(runs, tmp_path / "report", force=True)
 
 
 def test_an_earlier_report_is_replaced(pair: list[str], tmp_path: Path) -> None:

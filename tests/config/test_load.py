@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moelm.config import DenseFFNConfig, check_config, dump_config, load_config
+from moelm.config import DenseFFNConfig, apply_overrides, check_config, dump_config, format_override, load_config, read_tree
 from moelm.errors import MoelmError
 
 TINY = "kind: moe, hidden_dim: 8, num_experts: 4, top_k: 2"
@@ -29,7 +29,7 @@ MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
         ("train.micro_batch_tokens=few", "a whole number or 'auto'"),
         ("name=a b", "letters, digits, dots"),
         ("model.ffn.balance=5", "a section of settings"),
-        ("parallel.dp_shard=0", "dp_shard is 0; at least 1, or auto, is expected"),
+        ("parallel.dp_shard=0", "parallel.dp_shard is 0, but it should be greater than 0 or 'auto'"),
         ("model.ffn.router.kind=softmax", "expected one of 'topk', 'noisy_topk'"),
         ("model.ffn.router.normalise=true", "did you mean normalize"),
         ("model.ffn.router.normalize=3", "router.normalize is 3, but it should be true or false"),
@@ -53,6 +53,98 @@ def test_an_invalid_setting_is_described_in_one_sentence(override: str, message:
         load_config(MOE, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=nan", "optim.lr is 'nan', but it should be a number"),
+        ("optim.lr=.nan", "optim.lr is nan, but it should be a finite number"),
+        ("optim.weight_decay=1e400", "should be a finite number"),
+        ("optim.eps=1e-60", "optim.eps is 1e-60"),
+        ("train.steps=true", "train.steps is True, but it should be a whole number"),
+        ("train.steps=010", "train.steps is '010', but it should be a whole number"),
+        ("train.steps=1:30", "train.steps is '1:30'"),
+        ("train.steps=99999999999999999999", "less than or equal to"),
+        ("train.micro_batch_tokens=0", "train.micro_batch_tokens is 0"),
+        ("train.micro_batch_tokens=-256", "train.micro_batch_tokens is -256"),
+        ("seed=9223372036854775808", "less than 9223372036854775808"),
+        ("model.num_layers=1000000000", "less than or equal to 10000"),
+        ("model.ffn.every=5", "ffn.every is 5, so that none of num_layers = 4 would be sparse"),
+        ("model.ffn.router.kind=[topk]", "model.ffn.router.kind is ['topk']; expected one of"),
+        ("parallel.timeout_s=1e300", "less than or equal to 10000000"),
+        ("model.qk_norm=yes", "model.qk_norm is 'yes', but it should be true or false"),
+        ("model=null", "model is empty (null), but it should be a section of settings"),
+        ("model.dim=", "'model.dim=' has no value; model.dim=null stands for the default"),
+        ("data.sources=[]", "data.sources is [], but it should be a list with something in it"),
+        ("data.sources.²=x", "'²' is not an item of a list of 1"),
+        (f"data.sources.{'9' * 5000}=x", "is not an item of a list of 1"),
+        ("data.sources=[{path: a #b}]", "is not a YAML value"),
+        ("data.sources=[{path: a}] #b", "a # after a space starts a comment in YAML"),
+        ("data.dir=''", "'' is not a path"),
+        (f"name={'a' * 300}", "at most 200 characters long"),
+        (f"name={'a' * 300}", "aaa…"),
+        ("name=..", "letters, digits, dots"),
+        ("name=null", "name is empty (null), but it should be text"),
+        ("wandb.project=a/b", "is no name that W&B takes"),
+        ("base=other.yaml", "only a file has a base"),
+        (f"train.steps={'1' * 5000}", "too many digits"),
+        (f"train.steps={'[' * 1000}", "nested too deeply"),
+    ],
+)
+def test_a_value_at_the_edge_is_described_in_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(MoelmError) as caught:
+        load_config(MOE, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("notes #1.txt", "notes #1.txt"),
+        ("#1.txt", "#1.txt"),
+        ("[x].txt", "[x].txt"),
+        ("my texts [2024]/*.txt", "my texts [2024]/*.txt"),
+        ("*.txt", "*.txt"),
+        ("&a", "&a"),
+        ("!x", "!x"),
+        ("%d", "%d"),
+        ("@a", "@a"),
+        ("`a`", "`a`"),
+        ("a: b.txt", "a: b.txt"),
+        ("{a}", "{a}"),
+        ("- a", "- a"),
+        ("-", "-"),
+        ("007", "007"),
+        ("1e5", "1e5"),
+        ("no", "no"),
+        ("2024-01-01", "2024-01-01"),
+        ("1:30", "1:30"),
+        ("~", str(Path.home())),
+        ("~/a.txt", str(Path.home() / "a.txt")),
+        ("'a #b'", "a #b"),
+        ('"a\\tb"', "a\tb"),
+        ("'null'", "null"),
+        ("'a", "'a"),
+        ("'a' 'b'", "'a' 'b'"),
+        ("'a' #b", "'a' #b"),
+        (" a ", " a "),
+        ("a\nb", "a\nb"),
+    ],
+)
+def test_the_text_of_an_override_is_taken_as_written(tmp_path: Path, text: str, value: str) -> None:
+    config = load_config(MOE, [f"data.dir={text}"])
+    assert config.data.dir == value
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("value", ["a #b", "é😀", "007", "null", 3, 1e22, [1, "b"], {"a": None, "b": True}, None])
+def test_a_formatted_override_gives_its_value(value: object) -> None:
+    tree: dict[str, object] = {}
+    apply_overrides(tree, [format_override("data.dir" if isinstance(value, str) else "model", value)])
+    assert tree == ({"data": {"dir": value}} if isinstance(value, str) else {"model": value})
 
 
 @pytest.mark.parametrize(
@@ -107,11 +199,61 @@ def test_the_demo_configs_differ_only_in_the_ffn() -> None:
     assert sparse == dense
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "a: [", "base: other.yaml\nname: x"])
-def test_unusable_files_are_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(MoelmError):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no settings"),
+        (b"- 1", "holds no settings"),
+        (b"a: [", "is not valid YAML at line 1"),
+        (b"base: other.yaml\nname: x", "There is no config file"),
+        (b"base: [a]", "base is ['a']"),
+        (b"base: .", "cannot be read: Is a directory"),
+        (b'base: "a\\0"', "is not the name of a file"),
+        ("name: é".encode("latin-1"), "is not text in UTF-8"),
+        ("name: a".encode("utf-16"), "is not text in UTF-8"),
+        (b"name: a\0", "the character '\\x00' is not allowed"),
+        (b"#" * 2**21, "more than 1,048,576 bytes"),
+        (b"1: a", "the key 1 is not text"),
+        (b"name: a\nmodel.dim: 3", "there is no setting 'model.dim'; in a file, each part of a dotted name is a section"),
+    ],
+)
+def test_unusable_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(MoelmError) as caught:
         load_config(tmp_path / "config.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").symlink_to("config.yaml")
+    with pytest.raises(MoelmError, match="cannot be read: Too many levels of symbolic links"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xef\xbb\xbfname: a\r\nseed: 1\r\n")
+    assert read_tree(tmp_path / "config.yaml") == {"name": "a", "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("base", "file", "merged"),
+    [
+        ("router: {normalize: false}", "router: {kind: topk}", {"router": {"normalize": False, "kind": "topk"}}),
+        ("router: {normalize: false}", "router: {kind: sigmoid}", {"router": {"kind": "sigmoid"}}),
+        (
+            "router: {kind: sigmoid, scale: 2}",
+            "router: {normalize: false}",
+            {"router": {"kind": "sigmoid", "scale": 2, "normalize": False}},
+        ),
+        ("tokenizer: {vocab_size: 999}", "tokenizer: {kind: byte}", {"tokenizer": {"kind": "byte"}}),
+        ("ffn: {depth: 2}", "ffn: {kind: dense}", {"ffn": {"depth": 2, "kind": "dense"}}),
+    ],
+)
+def test_a_section_is_merged_unless_its_kind_changes(tmp_path: Path, base: str, file: str, merged: object) -> None:
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "config.yaml").write_text(f"base: base.yaml\n{file}")
+    assert read_tree(tmp_path / "config.yaml") == merged
 
 
 def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:

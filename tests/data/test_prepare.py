@@ -1,6 +1,7 @@
 """Prepared data, from files to rows of tokens: file formats, errors, interruption, packing and order."""
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from hypothesis import strategies as st
 from moelm.config import DataConfig
 from moelm.data.loader import IGNORE, Rows, TrainOrder
 from moelm.data.packing import pack
-from moelm.data.prepare import prepare, prepared_folder
-from moelm.data.shards import Split, read_manifest
+from moelm.data.prepare import find_prepared, prepare, prepared_folder
+from moelm.data.shards import Split, SplitWriter, read_manifest
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 
@@ -177,7 +179,7 @@ def test_a_local_directory_streams_like_the_hub(tmp_path: Path) -> None:
 
 
 def test_a_killed_preparation_leaves_no_dataset(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", [f"{i} " * 400 for i in range(20_000)])
+    write(tmp_path / "a.jsonl", [f"{i} " * 400 for i in range(3_000)])
     wanted = config(tmp_path, {"path": str(tmp_path / "a.jsonl"), "column": "body"})
     program = (
         "from moelm.config import *; from moelm.data.prepare import prepare; import sys\n"
@@ -193,6 +195,144 @@ def test_a_killed_preparation_leaves_no_dataset(tmp_path: Path) -> None:
     folder, worked = prepare(wanted)
     assert worked
     assert list((tmp_path / "data").iterdir()) == [folder]
+
+
+def write_lines(path: Path, count: int) -> dict[str, Any]:
+    path.write_text("".join(f"line {i}\n" for i in range(count)))
+    return {"path": str(path), "documents": "line"}
+
+
+def test_prepared_data_outlives_its_sources(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wanted = config(tmp_path, write_lines(tmp_path / "a.txt", 30))
+    folder, _ = prepare(wanted)
+    (tmp_path / "a.txt").unlink()
+    capfd.readouterr()
+    assert prepare(wanted) == (folder, False) == (find_prepared(wanted), False)
+    assert str(folder) in "".join(capfd.readouterr().err.split("\n"))
+    assert find_prepared(wanted, manifest_of(folder)["data_sha256"]) == folder
+    assert find_prepared(wanted, "another") is None
+    assert find_prepared(config(tmp_path, {"path": str(tmp_path / "a.txt")})) is None
+    with pytest.raises(MoelmError, match="does not exist"):
+        prepare(wanted.model_copy(update={"val_fraction": 0.3}))
+
+
+def test_the_tokenizer_file_may_be_gone_too(tmp_path: Path) -> None:
+    folder, _ = prepare(config(tmp_path, write_lines(tmp_path / "a.txt", 30)))
+    copy = tmp_path / "tokenizer.json"
+    copy.write_bytes((folder / "tokenizer.json").read_bytes())
+    wanted = config(tmp_path, write_lines(tmp_path / "a.txt", 30), tokenizer={"kind": "file", "path": str(copy)})
+    folder, _ = prepare(wanted)
+    copy.unlink()
+    assert prepare(wanted) == (folder, False)
+
+
+def test_which_content_is_meant_must_be_known(tmp_path: Path) -> None:
+    folders = []
+    for count in (30, 31):
+        wanted = config(tmp_path, write_lines(tmp_path / "a.txt", count))
+        folders.append(prepare(wanted)[0])
+    os.utime(tmp_path / "a.txt", (1, 1))
+    same, worked = prepare(wanted)  # the same content under another name
+    assert worked
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(MoelmError) as caught:
+        prepare(wanted)
+    assert str(folders[0]) in str(caught.value)
+    assert str(min(folders[1], same)) in str(caught.value)
+    assert find_prepared(wanted, manifest_of(folders[0])["data_sha256"]) == folders[0]
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "val-00000.bin", "train.documents.bin", "val.documents.bin"])
+def test_damaged_files_are_found(tmp_path: Path, name: str) -> None:
+    wanted = config(tmp_path, write_lines(tmp_path / "a.txt", 30))
+    folder, _ = prepare(wanted)
+    assert prepare(wanted, verify=True) == (folder, False)
+    whole = (folder / name).read_bytes()
+    for damage in (bytes([whole[0] ^ 1]) + whole[1:], whole[:-1], whole + b"\0", None):
+        if damage is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(damage)
+        with pytest.raises(MoelmError, match=f"{folder} is damaged: {name}"):
+            prepare(wanted, verify=True)
+        if damage is None or len(damage) != len(whole):
+            with pytest.raises(MoelmError, match=f"{folder} is damaged: {name}"):
+                Split(folder, name[: -len(name.lstrip("trainvl"))], manifest_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format=1), "was prepared by another version of moelm"),
+        (lambda m: m.update(domains=["other"]), "the hashes in manifest.json do not agree"),
+        (lambda m: m.update(domains=None), "domains of manifest.json is not valid"),
+        (lambda m: m.update(dtype="O"), "dtype of manifest.json is not valid"),
+        (lambda m: m["splits"].pop("val"), "splits.val of manifest.json is not valid"),
+        (lambda m: m["splits"]["val"].update(tokens=-1), "splits.val.tokens of manifest.json is not valid"),
+        (lambda m: m["splits"]["val"]["shards"][0].update(file="/etc/passwd"), "file of manifest.json is not valid"),
+        (lambda m: m.clear(), "of manifest.json is not valid"),
+    ],
+)
+def test_damaged_manifests_are_found(tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    wanted = config(tmp_path, write_lines(tmp_path / "a.txt", 30))
+    folder, _ = prepare(wanted)
+    manifest = manifest_of(folder)
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MoelmError, match=message):
+        prepare(wanted, verify=True)
+    (folder / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(MoelmError, match=r"manifest.json is not valid JSON"):
+        prepare(wanted)
+
+
+def test_hashes_name_the_content(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.txt", 200)
+    first = manifest_of(prepare(config(tmp_path, source))[0])
+    assert first["data_sha256"] != first["eval_sha256"]
+    os.utime(tmp_path / "a.txt", (1, 1))
+    again = manifest_of(prepare(config(tmp_path, source))[0])
+    assert [again[key] for key in ("data_sha256", "eval_sha256")] == [first[key] for key in ("data_sha256", "eval_sha256")]
+    for change in ({"domain": "other"}, {"max_documents": 150}):
+        other = manifest_of(prepare(config(tmp_path, {**source, **change}))[0])
+        assert other["data_sha256"] != first["data_sha256"]
+        assert other["eval_sha256"] != first["eval_sha256"]
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = config(tmp_path, write_lines(tmp_path / "a.txt", 30))
+    add = SplitWriter.add
+
+    def append(self: SplitWriter, *values: Any) -> None:
+        with (tmp_path / "a.txt").open("a") as file:
+            file.write("more\n")
+        add(self, *values)
+
+    monkeypatch.setattr(SplitWriter, "add", append)
+    with pytest.raises(MoelmError, match=r"a.txt has changed while it was read"):
+        prepare(wanted)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fail(self: SplitWriter, *values: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(SplitWriter, "add", fail)
+    reason = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded"}[code]
+    with pytest.raises(MoelmError, match=f"cannot be written under .*: {reason}"):
+        prepare(config(tmp_path, write_lines(tmp_path / "a.txt", 30)))
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_more_domains_and_sources_than_16_bits_count(tmp_path: Path) -> None:
+    writer = SplitWriter(tmp_path, "train", vocab_size=300)
+    writer.add([1, 2], size=1, domain=70_000, source=70_001, digest=2**64 - 1)
+    manifest = {"splits": {"train": writer.close()}, "dtype": "<u2", "domains": ["x"] * 70_001}
+    assert Split(tmp_path, "train", manifest).documents.tolist() == [(2, 1, 70_000, 70_001, 2**64 - 1)]
+    with pytest.raises(MoelmError, match=r"train.documents.bin does not agree with the manifest"):
+        Split(tmp_path, "train", {**manifest, "domains": ["x"]})
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,25 +1,12 @@
 """Starting several processes in a test."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 NO_NEAR_TIES = ("model.init_std=0.1", "model.qk_norm=true", "optim.lr=0.005", "train.batch_tokens=512")
 """With these settings no token of the small runs is so near to a tie of two experts that rounding decides."""
-
-
-def torchrun(folder: Path, processes: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`torchrun -m ARGUMENTS` in a folder."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*launch, *arguments], cwd=folder, capture_output=True, text=True, timeout=500, env=environment, **options
-    )
 
 
 def wait_for_steps(folder: Path, steps: int, timeout_s: float = 90) -> None:

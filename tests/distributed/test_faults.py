@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from moelm.runs.checkpoint import list_checkpoints, verify
+from moelm.runs.directory import RunDirectory
+from moelm.runs.lock import RunLock
 from tests.conftest import Moelm, metrics_lines, train_here
 from tests.distributed.launching import NO_NEAR_TIES, ROOT, count_steps, wait_for_steps
 
@@ -81,6 +83,24 @@ def test_a_signal_of_a_scheduler_saves_a_checkpoint(workplace: Path, signum: sig
     newest = list_checkpoints(workplace / "runs/tiny-moe/checkpoints")[-1]
     verify(newest)
     assert int(newest.name.rpartition("-")[2]) == count_steps(workplace)
+
+
+@pytest.mark.slow
+def test_the_orphans_of_a_killed_launcher_keep_the_run(moelm: Moelm, workplace: Path) -> None:
+    process = start_training(workplace, *ENDLESS)
+    wait_for_steps(workplace, 3)
+    orphans = workers(process.pid)
+    process.kill()
+    process.wait()
+    wait_for_steps(workplace, count_steps(workplace))
+    refused = moelm("train", "moe.yaml", *ENDLESS, "--nproc", "2", "--max-restarts", "2")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"moelm: runs/tiny-moe is being trained by process {orphans[0]} on ")
+    assert refused.stderr.count("\n") == 1
+    for orphan in orphans:
+        os.kill(orphan, signal.SIGKILL)
+    with RunLock(RunDirectory(workplace / "runs/tiny-moe")):
+        pass
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ import pytest
 
 from moelm.runs.checkpoint import list_checkpoints
 from tests.conftest import largest_deviation, train_here
-from tests.distributed.launching import NO_NEAR_TIES, torchrun
+from tests.distributed.launching import NO_NEAR_TIES
+from tests.distributed.train_runs import main as train_runs
+from tests.processes import run_ranks
 from tests.train.test_routers import SETTINGS
 
 LAYOUTS: dict[int, dict[str, str]] = {
@@ -35,10 +37,15 @@ TOLERANCE = 1e-5
 """Of every metric at every step, relative; 1e-6 was measured."""
 
 
+def steps(count: int) -> list[str]:
+    """Settings of a run of so many steps, with one evaluation in the middle, one at the end, and one checkpoint."""
+    return [f"train.steps={count}", f"train.eval_every={count // 2}", f"train.checkpoint_every={count}"]
+
+
 def train_distributed(folder: Path, processes: int, runs: dict[str, list[str]]) -> None:
     """Train several runs, each on all processes."""
     arguments = ["|".join([f"name={name}", *overrides]) for name, overrides in runs.items()]
-    done = torchrun(folder, processes, "tests.distributed.train_runs", "moe.yaml", *arguments)
+    done = run_ranks(train_runs, ["train_runs", "moe.yaml", *arguments], folder, processes)
     assert done.returncode == 0, done.stderr
 
 
@@ -57,20 +64,19 @@ def check_deviations(deviations: dict[str, float]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", LAYOUTS)
-def test_fifty_steps_agree_on_every_layout(workplace: Path, processes: int) -> None:
-    steps = ["train.steps=50", "train.eval_every=25", "train.checkpoint_every=50"]
-    check_layouts(workplace, processes, [*NO_NEAR_TIES, *steps])
+def test_every_step_agrees_on_every_layout(workplace: Path, processes: int) -> None:
+    check_layouts(workplace, processes, [*NO_NEAR_TIES, *steps(20)])
 
 
 @pytest.mark.slow
 def test_repeated_layers_and_deep_experts_agree_on_every_layout(workplace: Path) -> None:
     depth = ["model.num_layers=4", "model.unique_layers=2", "model.ffn.depth=2"]
-    check_layouts(workplace, 2, [*NO_NEAR_TIES, "train.steps=10", *depth])
+    check_layouts(workplace, 2, [*NO_NEAR_TIES, *steps(8), *depth])
 
 
 @pytest.mark.slow
 def test_every_router_agrees_with_sharded_experts(workplace: Path) -> None:
-    common = {name: [*NO_NEAR_TIES, "train.steps=10", *overrides] for name, overrides in SETTINGS.items()}
+    common = {name: [*NO_NEAR_TIES, *steps(6), *overrides] for name, overrides in SETTINGS.items()}
     sharded = ["parallel.ep=2", "parallel.dp_shard=2"]
     train_distributed(workplace, 4, {f"{name}-sharded": [*overrides, *sharded] for name, overrides in common.items()})
     deviations = {}
@@ -82,7 +88,7 @@ def test_every_router_agrees_with_sharded_experts(workplace: Path) -> None:
 
 @pytest.mark.slow
 def test_a_number_of_experts_that_does_not_divide_is_sharded(workplace: Path) -> None:
-    common = [*NO_NEAR_TIES, "train.steps=10", "model.ffn.num_experts=6"]
+    common = [*NO_NEAR_TIES, *steps(8), "model.ffn.num_experts=6"]
     train_distributed(workplace, 4, {"sharded": [*common, "parallel.dp_shard=4"]})
     reference = train_here(workplace, "moe", *common, "name=one")
     check_deviations({"sharded": largest_deviation(workplace / "runs/sharded", reference)})
@@ -90,12 +96,12 @@ def test_a_number_of_experts_that_does_not_divide_is_sharded(workplace: Path) ->
 
 @pytest.mark.slow
 def test_a_checkpoint_of_any_layout_resumes_on_any_other(workplace: Path) -> None:
-    """Steps 1-20 on four processes, to 30 on one, to 40 on two, to 50 on four, each with another layout."""
+    """Steps 1-4 on four processes, to 8 on one, to 12 on two, to 16 on four, each with another layout."""
     common = [
         *NO_NEAR_TIES,
-        "train.steps=50",
-        "train.eval_every=50",
-        "train.checkpoint_every=10",
+        "train.steps=16",
+        "train.eval_every=16",
+        "train.checkpoint_every=4",
         "model.ffn.router.kind=sigmoid",
     ]
     reference = train_here(workplace, "moe", *common, "name=one")
@@ -110,10 +116,10 @@ def test_a_checkpoint_of_any_layout_resumes_on_any_other(workplace: Path) -> Non
 
     keep_all = "train.keep_checkpoints=9"
     train_to_the_end(4, keep_all, "parallel.ep=2", "parallel.dp_shard=2")
-    delete_checkpoints_after(20)
+    delete_checkpoints_after(4)
     train_here(workplace, "moe", *common, keep_all, "name=moving")
-    delete_checkpoints_after(30)
+    delete_checkpoints_after(8)
     train_to_the_end(2, keep_all, "parallel.ep=2")
-    delete_checkpoints_after(40)
+    delete_checkpoints_after(12)
     train_to_the_end(4, keep_all, "parallel.dp_shard=4")
     check_deviations({"moving": largest_deviation(workplace / "runs/moving", reference)})

@@ -1,6 +1,6 @@
 """Training of several runs one after another in the same processes, because starting processes takes seconds.
 
-torchrun --nproc-per-node N -m tests.distributed.train_runs CONFIG "KEY=VALUE|..." "KEY=VALUE|..."
+Its arguments: CONFIG "KEY=VALUE|..." "KEY=VALUE|..."
 """
 
 import sys
@@ -17,7 +17,3 @@ def main() -> None:
     for overrides in runs:
         config = load_config(path, overrides.split("|"))
         train(config, RunDirectory(Path("runs") / config.name))
-
-
-if __name__ == "__main__":
-    main()

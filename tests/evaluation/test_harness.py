@@ -1,5 +1,6 @@
 """The lm-evaluation-harness on a run, compared with the harness's `hf` model on the exported run."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -20,6 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from moelm.evaluation import harness
 from moelm.evaluation.harness import HarnessModel, evaluate_tasks
 
 RTOL = 2e-6
@@ -63,6 +65,12 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def only_local_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness needs seconds to read the thousands of its own tasks; the test of the command does that."""
+    monkeypatch.setattr(harness, "TaskManager", functools.partial(TaskManager, include_defaults=False))
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tasks whose data is a local file."""
@@ -98,7 +106,7 @@ def numbers(results: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.usefixtures("random_run")
 def test_results_equal_those_of_the_export(tasks: Path) -> None:
     results = evaluate_tasks("run", list(TASKS), batch_size=3, include=tasks)["results"]
-    manager = TaskManager(include_path=str(tasks))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     expected = simple_evaluate(hf_harness_model(), tasks=list(TASKS), task_manager=manager, log_samples=False)["results"]
     assert results.keys() == expected.keys() == TASKS.keys()
     for task in TASKS:
@@ -131,6 +139,8 @@ def test_answers_equal_those_of_the_export() -> None:
     requests = [Instance("generate_until", {}, (text, settings[n % 3]), n) for n, text in enumerate(prompts)]
     continuations = model.generate_until(requests)
     assert continuations == hf_model.generate_until(requests)
+    no_limit = [Instance("generate_until", {}, ("b", {"max_gen_toks": 9, "do_sample": True, "top_k": 0}), 0)]
+    assert model.generate_until(no_limit)
     assert len(set(continuations)) == len(prompts)
 
 

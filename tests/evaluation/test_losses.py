@@ -3,19 +3,19 @@
 import contextlib
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from moelm.cli.app import main
 from moelm.data.loader import IGNORE, open_data
 from moelm.evaluation.losses import EVAL_TOKENS, Evaluation, evaluate
 from moelm.runs.document_losses import load_document_losses
 from moelm.runs.load import load_run, open_run
 from tests.conftest import Moelm, fill, metrics_lines, train_here
+from tests.processes import run_ranks
 
 FLOAT64 = 1e-12
 """Relative tolerance of sums of float64 losses; the losses themselves are computed in float32."""
@@ -105,14 +105,7 @@ def test_evaluation_restores_the_training_mode(trained: Path) -> None:
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_two_processes_give_equal_digits(moelm: Moelm, trained: Path, split: str) -> None:
     arguments = ["eval", "tiny-moe", "--split", split, "--json"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moelm"]
-    two = subprocess.run(
-        [sys.executable, *launch, *arguments],
-        cwd=trained,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    two = run_ranks(main, ["moelm", *arguments], trained, 2)
     assert two.returncode == 0, two.stderr
     found = json.loads(two.stdout)
     assert found == json.loads(moelm(*arguments, cwd=trained).stdout)

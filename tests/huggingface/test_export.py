@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from moelm.config import TokenizerConfig, check_config, load_config
+from moelm.data.special_tokens import declared_by_user
 from moelm.data.tokenizer import Tokenizer, build_tokenizer
 from moelm.errors import MoelmError
 from moelm.huggingface.architectures import architecture_for
@@ -21,6 +22,7 @@ from moelm.runs.directory import RunDirectory
 from moelm.runs.load import create_run, load_run
 from tests.conftest import Moelm
 from tests.huggingface.hf_models import read_tensors, transformers
+from tests.tokenizers import SHAPES
 
 MODEL: dict[str, Any] = {"dim": 16, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "max_seq_len": 64, "init_std": 0.3}
 MOE: dict[str, Any] = {"kind": "moe", "hidden_dim": 12, "num_experts": 4, "top_k": 2}
@@ -52,12 +54,14 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 TEXT = "the red cat sees the old dog and likes a green stone but the bird sleeps " * 20
 
 
-def create_random_run(tokenizer_kind: str, ffn: dict[str, Any], changes: dict[str, Any]) -> None:
+def create_random_run(
+    tokenizer_kind: str, ffn: dict[str, Any], changes: dict[str, Any], tokenizer: Tokenizer | None = None
+) -> None:
     """Create `runs/run` in the current folder; its weights are all random, those of norms and biases included."""
     tokenizer_config: dict[str, Any] = {"kind": tokenizer_kind}
     if tokenizer_kind == "bpe":
         tokenizer_config["vocab_size"] = 290
-    tokenizer = build_tokenizer(TokenizerConfig.model_validate(tokenizer_config), [TEXT])
+    tokenizer = tokenizer or build_tokenizer(TokenizerConfig.model_validate(tokenizer_config), [TEXT])
     config = check_config(
         {
             "name": "run",
@@ -178,6 +182,26 @@ def test_exported_tokenizers_encode_as_moelm_does(tmp_path: Path, monkeypatch: p
         assert hf_tokenizer.decode(hf_tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert (hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     assert hf_tokenizer(["a", "the cat"], padding=True)["attention_mask"][0].count(0) > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokenizers_of_others_are_exported_with_all_end_tokens(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = SHAPES[shape]()
+    last = raw.get_vocab_size() - 1
+    tokenizer = Tokenizer(raw, [declared_by_user(None, [raw.token_to_id("</s>"), last])])
+    create_random_run("byte", DENSE, {"vocab_size": tokenizer.vocab_size}, tokenizer)
+    export_run("run", Path("out"))
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    for text in ("the red  cat, 日本", "a", "the ☃ cat"):
+        assert hf_tokenizer(text)["input_ids"] == tokenizer.encode_prompt(text)
+    assert (hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads(Path("out", name).read_text())["eos_token_id"] == [tokenizer.eos_id, last]
+    import_model(Path("out"), "again", ["data.seq_len=32"])
+    assert load_run("again")[1].eos_ids == tokenizer.eos_ids
 
 
 def test_large_weights_are_split_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from moelm.analyze.report import analyze_run
 from moelm.config import load_config
 from moelm.data.prepare import prepare
+from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.evaluation.losses import evaluate
 from moelm.huggingface.config_json import from_hf_config
@@ -172,15 +173,118 @@ def test_overrides_of_the_model_are_refused(hf_dir: Path, override: str) -> None
         import_model(hf_dir, "run", [override])
 
 
-def test_start_and_end_tokens_must_be_among_the_models(hf_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = json.loads((hf_dir / "config.json").read_text())
-    (hf_dir / "config.json").write_text(json.dumps({**settings, "eos_token_id": [7, 1]}))
-    import_model(hf_dir, "run")
-    assert "eos_token_id is 7 in config.json, but moelm uses 1 (<|eos|>)" in capsys.readouterr().err
+def rename_special_tokens(hf_dir: Path) -> None:
     text = (hf_dir / "tokenizer.json").read_text().replace("<|bos|>", "[S]").replace("<|eos|>", "[E]")
     (hf_dir / "tokenizer.json").write_text(text)
-    with pytest.raises(MoelmError, match=r"<\|bos\|>, <\|eos\|> would be new to the model"):
-        import_model(hf_dir, "other")
+
+
+def write_settings(hf_dir: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Change keys of JSON files; those that do not exist are created."""
+    for name, changes in files.items():
+        path = hf_dir / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**content, **changes}))
+
+
+NONE = {"bos_token_id": None, "eos_token_id": None}
+NO_IDS = {"config.json": NONE, "generation_config.json": NONE}
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "expected"),
+    [
+        ({}, [], (0, (1,))),
+        ({"config.json": {"eos_token_id": [1, 7]}}, [], (0, (1, 7))),
+        ({"config.json": {"eos_token_id": []}, "generation_config.json": {"eos_token_id": [1, 9]}}, [], (0, (1, 9))),
+        ({"generation_config.json": {"bos_token_id": 0, "eos_token_id": [7, 1]}}, [], (0, (1, 7))),
+        (
+            {**NO_IDS, "tokenizer_config.json": {"bos_token": "[S]", "eos_token": {"content": "[E]"}}},
+            [],
+            (0, (1,)),
+        ),
+        (
+            {
+                **NO_IDS,
+                "config.json": {**NONE, "vocab_size": 259},
+                "tokenizer_config.json": {
+                    "bos_token": None,
+                    "eos_token": "<|im_end|>",
+                    "added_tokens_decoder": {"258": {"content": "<|im_end|>", "special": True}},
+                },
+            },
+            [],
+            (258, (258,)),
+        ),
+        (NO_IDS, ["data.tokenizer.bos=0", "data.tokenizer.eos=['[E]', 7]"], (0, (1, 7))),
+        ({"config.json": {"eos_token_id": [1, 7]}}, ["data.tokenizer.eos=7"], (0, (7,))),
+        ({"config.json": {"eos_token_id": [9999, 1]}}, [], (0, (1,))),
+    ],
+)
+def test_start_and_end_tokens_are_those_of_the_files_or_of_the_user(
+    hf_dir: Path, files: dict[str, dict[str, Any]], overrides: list[str], expected: tuple[int, tuple[int, ...]]
+) -> None:
+    rename_special_tokens(hf_dir)
+    write_settings(hf_dir, files)
+    if "vocab_size" in files.get("config.json", {}):
+        resize_embedding(hf_dir, 259)
+    import_model(hf_dir, "run", overrides)
+    tokenizer = load_run("run")[1]
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == expected
+    export_run("run", Path("out"))
+    for name in ("config.json", "generation_config.json"):
+        eos = json.loads(Path("out", name).read_text())["eos_token_id"]
+        assert eos == (list(expected[1]) if len(expected[1]) > 1 else expected[1][0])
+    import_model(Path("out"), "again")
+    tokenizer = load_run("again")[1]
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == expected
+    config = load_config("runs/run/config.yaml").data.tokenizer
+    prepared = Tokenizer.load(Path(config.path or ""), config.bos, config.eos)
+    assert (prepared.eos_ids, prepared.content) == (expected[1], load_run("run")[1].content)
+
+
+def resize_embedding(hf_dir: Path, vocab_size: int) -> None:
+    weights = load_file(hf_dir / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:vocab_size].clone()
+    save_file(weights, hf_dir / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "message"),
+    [
+        (
+            NO_IDS,
+            [],
+            r"<\|bos\|>, <\|eos\|> would be new to the model; name its own with data.tokenizer.bos",
+        ),
+        ({**NO_IDS, "config.json": {"bos_token_id": 0, "eos_token_id": None}}, [], r"<\|eos\|> would be new to the model"),
+        ({**NO_IDS, "config.json": {"bos_token_id": 0, "eos_token_id": 9999}}, [], r"<\|eos\|> would be new to the model"),
+        (
+            {"config.json": {"eos_token_id": 1.5}},
+            [],
+            "config.json: eos_token_id is 1.5; an id or a list of ids is expected",
+        ),
+        ({}, ["data.tokenizer.eos=</s>"], "data.tokenizer.eos is '</s>', which is not a token of the tokenizer"),
+        ({}, ["data.tokenizer.bos=-1"], "bos is -1; the text of a token or an id from 0 is expected"),
+        ({}, ["data.tokenizer.eos=[]"], r"eos is \[\]; the text of a token"),
+    ],
+)
+def test_unknown_start_and_end_tokens_are_refused(
+    hf_dir: Path, files: dict[str, dict[str, Any]], overrides: list[str], message: str
+) -> None:
+    rename_special_tokens(hf_dir)
+    write_settings(hf_dir, files)
+    with pytest.raises(MoelmError, match=message):
+        import_model(hf_dir, "run", overrides)
+    assert not Path("runs").exists()
+
+
+def test_contradictions_and_ordinary_end_tokens_are_told(hf_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_settings(hf_dir, {"config.json": {"eos_token_id": [7]}, "generation_config.json": {"eos_token_id": 1}})
+    import_model(hf_dir, "run")
+    output = capsys.readouterr().err
+    assert re.search("The end token is 7 in .*/config.json, but 1 in .*/generation_config.json", output)
+    assert "(7) starts or ends texts, but is ordinary text too" in output
+    assert (load_run("run")[1].eos_id, load_run("run")[1].eos_ids) == (1, (7, 1))
 
 
 def test_an_index_must_match_the_files(hf_dir: Path) -> None:

@@ -1,5 +1,7 @@
 """Text generation: batches of prompts, sampling settings, stop texts, streaming, contexts."""
 
+import re
+
 import pytest
 import torch
 from tokenizers import Tokenizer as RawTokenizer
@@ -8,8 +10,10 @@ from tokenizers import decoders, models, normalizers
 from moelm.config import ModelConfig, TokenizerConfig
 from moelm.data.tokenizer import Tokenizer, build_tokenizer
 from moelm.errors import MoelmError
-from moelm.inference.generate import Continuation, Sampling, generate_text, sample_token
+from moelm.inference.continuation import Continuation
+from moelm.inference.generate import Sampling, encode_prompts, generate_rows, generate_text, sample_token
 from moelm.model import Transformer, build_model
+from tests.tokenizers import SHAPES
 
 TOKENIZER = build_tokenizer(TokenizerConfig(kind="byte"), ())
 
@@ -50,6 +54,52 @@ def test_the_strictest_limits_are_greedy(model: Transformer, limit: dict[str, fl
     assert sampled == generate_text(model, TOKENIZER, ["hello"], GREEDY)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-20, 1e-9])
+def test_tiny_temperatures_are_greedy(model: Transformer, temperature: float) -> None:
+    sampled = generate_text(model, TOKENIZER, ["hello"], GREEDY._replace(temperature=temperature))
+    assert sampled == generate_text(model, TOKENIZER, ["hello"], GREEDY)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"temperature": value} for value in (-1.0, float("nan"), float("inf"), 1e300)),
+        *({name: value} for name in ("top_p", "min_p") for value in (-0.1, 1.1, float("nan"))),
+        *({"repetition_penalty": value} for value in (0.0, -1.0, 1e300, float("nan"))),
+        *({"seed": value} for value in (-(2**63) - 1, 2**64)),
+        {"top_k": 0},
+        {"max_new_tokens": 0},
+    ],
+)
+def test_settings_out_of_range_are_refused(model: Transformer, setting: dict[str, float]) -> None:
+    name, value = next(iter(setting.items()))
+    with pytest.raises(MoelmError, match=rf"{name} is {re.escape(str(value))}; a .*number .* is expected"):
+        generate_text(model, TOKENIZER, ["hello"], Sampling(**setting))  # type: ignore[arg-type]
+
+
+def test_an_empty_stop_text_is_refused(model: Transformer) -> None:
+    with pytest.raises(MoelmError, match="A stop text is empty"):
+        generate_text(model, TOKENIZER, ["hello"], GREEDY._replace(stop=("x", "")))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"seed": -(2**63)},
+        {"seed": 2**64 - 1},
+        {"top_p": 0.0},
+        {"min_p": 1.0},
+        {"top_k": 2**70},
+        {"temperature": 1e6},
+        {"temperature": 1e6, "repetition_penalty": 100.0},
+        {"temperature": 1e-11, "repetition_penalty": 0.01},
+    ],
+)
+def test_settings_at_the_edge_of_their_range_give_tokens(model: Transformer, setting: dict[str, float]) -> None:
+    sampling = Sampling(max_new_tokens=3, **setting)  # type: ignore[arg-type]
+    assert len(generate_rows(model, TOKENIZER, [TOKENIZER.encode_prompt("hello")], sampling)[0].ids) > 0
+
+
 def test_the_seed_determines_the_text(model: Transformer) -> None:
     sampling = Sampling(max_new_tokens=30, temperature=1.0, seed=1)
     first = generate_text(model, TOKENIZER, ["hello"], sampling)
@@ -75,6 +125,24 @@ def test_the_repetition_penalty_applies_to_seen_tokens() -> None:
     assert int(sample_token(logits, seen, sampling, torch.Generator())) == 1
 
 
+def test_generation_stops_at_each_end_token(model: Transformer) -> None:
+    tokenizer = build_tokenizer(TokenizerConfig(kind="byte"), ())
+    whole = generate_rows(model, tokenizer, [[0, 9], [0, 30]], GREEDY)
+    first, second = whole[0].ids[2], whole[1].ids[3]
+    tokenizer.eos_ids = (tokenizer.eos_id, first, second)
+    for continuation, old in zip(generate_rows(model, tokenizer, [[0, 9], [0, 30]], GREEDY), whole, strict=True):
+        end = min(old.ids.index(token) for token in (first, second) if token in old.ids)
+        assert continuation.ids == old.ids[:end]
+
+
+def test_what_the_tokenizer_cannot_read_of_a_prompt_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer(SHAPES["metaspace_bpe"]())
+    assert encode_prompts(tokenizer, ["the cat"]) == [tokenizer.encode_prompt("the cat")]
+    assert capsys.readouterr().err == ""
+    encode_prompts(tokenizer, ["the ☃ cat"])
+    assert "0 characters of the prompt as unknown, and drops or changes 1" in capsys.readouterr().err
+
+
 def test_a_word_that_begins_with_a_space_keeps_it() -> None:
     raw = RawTokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "\u2581": 2, "a": 3, "\u2581a": 4}, merges=[("\u2581", "a")]))
     raw.add_special_tokens(["<s>", "</s>"])
@@ -83,11 +151,11 @@ def test_a_word_that_begins_with_a_space_keeps_it() -> None:
     tokenizer = Tokenizer(raw)
     prompt = tokenizer.encode_prompt("a a")
     assert prompt == [0, 4, 4]
-    continuation = Continuation(tokenizer, GREEDY, None, prompt[-1])
+    continuation = Continuation(tokenizer, prompt)
     for token in (4, 3, 4):
         continuation.add(token)
     assert "a a" + continuation.finish() == "a a aa a"
-    from_start = Continuation(tokenizer, GREEDY, None, tokenizer.bos_id)
+    from_start = Continuation(tokenizer, [tokenizer.bos_id])
     from_start.add(4)
     assert from_start.finish() == "a"
 

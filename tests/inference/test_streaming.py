@@ -6,7 +6,8 @@ import torch
 from moelm.config import ModelConfig, TokenizerConfig
 from moelm.data.tokenizer import build_tokenizer
 from moelm.errors import MoelmError
-from moelm.inference.generate import Continuation, Sampling, generate_text
+from moelm.inference.continuation import Continuation
+from moelm.inference.generate import Sampling, generate_text
 from moelm.model import KVCache, build_model
 
 TOKENIZER = build_tokenizer(TokenizerConfig(kind="byte"), ())
@@ -15,7 +16,7 @@ TOKENIZER = build_tokenizer(TokenizerConfig(kind="byte"), ())
 def stream(text: str, stop: tuple[str, ...] = (), missing: int = 0) -> tuple[str, list[str]]:
     """Add the bytes of a text, except the last `missing`, to a Continuation one by one; returns its text and the pieces."""
     pieces: list[str] = []
-    continuation = Continuation(TOKENIZER, Sampling(stop=stop), pieces.append, TOKENIZER.bos_id)
+    continuation = Continuation(TOKENIZER, [TOKENIZER.bos_id], stop, pieces.append)
     ids = TOKENIZER.encode_prompt(text)[1:]
     assert len(ids) == len(text.encode())
     for number in ids[: len(ids) - missing]:

@@ -1,6 +1,6 @@
 """Memory of one real training step by purpose, the mean over its processes, printed as one JSON object.
 
-torchrun --nproc-per-node N -m tests.plan.measured CONFIG [KEY=VALUE]...
+Its arguments are those of a command: CONFIG [KEY=VALUE]...
 """
 
 import json
@@ -115,7 +115,3 @@ def main() -> None:
         total = {kind: sum(other[kind] for other in ranks.gather(measured)) for kind in measured}
         if ranks.is_main:
             print(json.dumps({kind: amount / ranks.size for kind, amount in total.items()}))
-
-
-if __name__ == "__main__":
-    main()

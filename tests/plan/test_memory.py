@@ -1,8 +1,6 @@
 """Estimated memory against the tensors of real runs."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,8 @@ from moelm.distributed.parallel_dims import resolve_parallel_dims
 from moelm.plan import count_model
 from moelm.plan.memory import estimate_memory
 from moelm.plan.strategy import Strategy
+from tests.plan.measured import main as measured_step
+from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("train.precision=fp32", "train.batch_tokens=2048")
@@ -42,10 +42,7 @@ def layer_activations(config: RunConfig, strategy: Strategy) -> int:
 def test_estimates_agree_with_a_real_step(case: str) -> None:
     name, processes, overrides = CASES[case]
     arguments = [str(ROOT / f"configs/{name}.yaml"), *SMALL, *overrides]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.plan.measured", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_ranks(measured_step, ["measured", *arguments], ROOT, processes)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     _, config = count_model(load_config(arguments[0], arguments[1:]))

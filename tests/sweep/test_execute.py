@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moelm.runs.directory import RunDirectory
+from moelm.runs.lock import RunLock
 from tests.conftest import Moelm
 
 
@@ -87,6 +89,17 @@ def test_a_run_with_an_additional_setting_is_another_run(moelm: Moelm, workplace
     done = moelm("sweep", "sweep.yaml")
     assert done.returncode == 2
     assert "study-dense-0 exists already with another model.window" in done.stderr
+
+
+def test_a_sweep_stops_at_a_run_that_is_being_trained(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=2)
+    with RunLock(RunDirectory(workplace / "runs/study-dense-0")):
+        done = moelm("sweep", "sweep.yaml")
+        assert list((workplace / "runs/study-dense-0").iterdir()) == [workplace / "runs/study-dense-0/lock"]
+    assert done.returncode == 2
+    refusal, last = done.stderr.splitlines()[-2:]
+    assert refusal.startswith("moelm: runs/study-dense-0 is being trained by process ")
+    assert last == "moelm: The sweep stopped; run the same command again to continue with study-dense-0."
 
 
 def test_an_unusable_report_directory_is_refused_before_training(moelm: Moelm, workplace: Path) -> None:

@@ -36,8 +36,8 @@ def test_variants_are_the_listed_ones_and_then_the_grid() -> None:
         "a-dense-one",
         *(f"num_experts-{count}-router-{kind}" for count in (4, 8) for kind in ("topk", "hash")),
     ]
-    assert overrides["a-dense-one"] == ['model.ffn.kind="dense"']
-    assert overrides["num_experts-4-router-hash"] == ["model.ffn.num_experts=4", 'model.ffn.router={"kind": "hash"}']
+    assert overrides["a-dense-one"] == ["model.ffn.kind=dense"]
+    assert overrides["num_experts-4-router-hash"] == ["model.ffn.num_experts=4", "model.ffn.router={kind: hash}"]
 
 
 def test_runs_are_named_and_seeded(workplace: Path) -> None:

@@ -1,17 +1,24 @@
 """Starting, resuming and stopping a run in this process, which is faster than the command line."""
 
 import contextlib
+import os
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+import moelm.cli.train
+import moelm.runs.lock
 import moelm.train.trainer
+from moelm.cli.boundary import OutputClosed
 from moelm.errors import MoelmError
 from moelm.runs.checkpoint import best_checkpoint, list_checkpoints, read_progress
 from moelm.runs.directory import RunDirectory
 from moelm.runs.load import load_run
+from moelm.runs.lock import RunLock
 from tests.conftest import Moelm, losses_by_step, metrics_lines, train_here
 
 
@@ -95,6 +102,52 @@ def test_the_last_good_checkpoint_is_the_one_before_the_diverged_step(
     assert "at step 6; the last good checkpoint is" in str(caught.value)
     assert "step-00000004." in str(caught.value)
     assert checkpoint_steps(workplace / "runs/tiny-dense") == [3, 4, 5]
+
+
+def test_a_second_training_of_the_same_name_writes_nothing(workplace: Path) -> None:
+    with (
+        RunLock(RunDirectory(workplace / "runs/tiny-dense")),
+        pytest.raises(MoelmError, match="is being trained by process"),
+    ):
+        train_here(workplace, "dense")
+    assert not (workplace / "runs").exists()
+    train_here(workplace, "dense", "train.steps=2")
+    assert not (workplace / "runs/tiny-dense/lock").exists()
+
+
+def test_a_training_that_was_taken_over_ends_without_saving(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunLock, "_new_owner", lambda self: "process 7 on elsewhere")
+    monkeypatch.setattr(moelm.runs.lock, "BEAT_S", 0.01)
+    with pytest.raises(MoelmError, match="has been taken over by process 7 on elsewhere"):
+        train_here(workplace, "dense", "train.steps=100000", "train.checkpoint_every=100000")
+    assert not checkpoint_steps(workplace / "runs/tiny-dense")
+
+
+def test_an_ignored_hangup_does_not_stop_a_training(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    evaluate = moelm.train.trainer.evaluate
+
+    def hang_up(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(moelm.train.trainer, "evaluate", hang_up)
+    with pytest.raises(MoelmError, match="Stopped by SIGHUP"):
+        train_here(workplace, "dense", "name=other", "train.steps=12")
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert checkpoint_steps(train_here(workplace, "dense"))[-1] == 8
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_closed_stdout_does_not_fail_a_finished_training(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(message: str) -> None:
+        raise OutputClosed("Standard output is closed.")
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(typer, "echo", fail)
+    moelm.cli.train.train(Path("dense.yaml"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,141 @@
+"""What is kept of a source's documents: deduplication, the two splits, and the limits of the source."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from moelm.config import DataConfig, SourceConfig
+from moelm.data.document import Document
+from moelm.data.tokenizer import Tokenizer
+
+
+class Part(NamedTuple):
+    """The text of a document that belongs to one split."""
+
+    text: str
+    split: str
+
+
+class SplitDocument(NamedTuple):
+    """A document that is neither blank nor a duplicate, and how many the source had up to it."""
+
+    parts: tuple[Part, ...]
+    domain: str
+    hash: int
+    read: int
+    duplicates: int
+    blank: int
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each part."""
+        return [part.text for part in self.parts]
+
+
+@dataclass
+class Account:
+    """What became of the documents of one source; read = kept + duplicates + blank."""
+
+    label: str
+    read: int = 0
+    kept: int = 0
+    duplicates: int = 0
+    blank: int = 0
+    cut: int = 0
+    """Kept documents of which only the start fits into `max_tokens`."""
+    tokens: int = 0
+    """Of the kept documents, end tokens included."""
+    bytes: int = 0
+    characters: int = 0
+    unknown_tokens: int = 0
+    unknown_characters: int = 0
+    """Characters that have become unknown tokens."""
+    lost_characters: int = 0
+    """Characters that the tokenizer drops or changes."""
+
+    def add_losses(self, unknown_tokens: int, unknown_characters: int, lost_characters: int) -> None:
+        """Add what the tokenizer does not represent."""
+        self.unknown_tokens += unknown_tokens
+        self.unknown_characters += unknown_characters
+        self.lost_characters += lost_characters
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts for the manifest."""
+        return asdict(self)
+
+
+class Splitter:
+    """The documents of one source without blanks and exact duplicates, each in its split.
+
+    A split is chosen by the hash of the text, independently of other documents.
+
+    Args:
+        seen: hashes of the documents of all sources so far; those of this source are added.
+    """
+
+    def __init__(self, documents: Iterable[Document], data: DataConfig, source: SourceConfig, seen: set[int]) -> None:
+        self.data, self.source = data, source
+        self.read = self.duplicates = self.blank = 0
+        self.stopped = False
+        """Set to read no further document."""
+        self._documents, self._seen = documents, seen
+
+    def __iter__(self) -> Iterator[SplitDocument]:
+        kept = 0
+        for document in self._documents:
+            if self.stopped:
+                return
+            self.read += 1
+            if not document.text or document.text.isspace():
+                self.blank += 1
+                continue
+            digest = int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), "big")
+            if digest in self._seen:
+                self.duplicates += 1
+                continue
+            self._seen.add(digest)
+            kept += 1
+            parts = split_text(document.text, digest, self.data)
+            yield SplitDocument(parts, document.domain, digest, self.read, self.duplicates, self.blank)
+            if kept == self.source.max_documents:
+                return
+
+    def leave_out(self, document: SplitDocument) -> None:
+        """Stop reading, and forget a document that was read ahead of the limit, so that another source may have it."""
+        self.stopped = True
+        self._seen.discard(document.hash)
+
+
+def split_text(text: str, digest: int, data: DataConfig) -> tuple[Part, ...]:
+    """The parts of a text in the training and the validation split; the hash decides where it is not divided."""
+    if data.holdout == "documents":
+        return (Part(text, "val" if digest < int(data.val_fraction * 2**64) else "train"),)
+    boundary = round(len(text) * (1 - data.val_fraction))
+    return tuple(part for part in (Part(text[:boundary], "train"), Part(text[boundary:], "val")) if part.text)
+
+
+def cut_document(
+    document: SplitDocument, limit: int, tokenizer: Tokenizer, data: DataConfig
+) -> tuple[SplitDocument, list[list[int]]] | None:
+    """The longest start of a document that has at most `limit` tokens, end tokens included; None if that is blank.
+
+    The start ends between two characters, and is divided like a whole document.
+
+    Returns:
+        The document, and the token ids of each of its parts without end tokens.
+    """
+    text = "".join(document.texts)
+    starts = [start for start, _ in tokenizer.raw.encode(text, add_special_tokens=False).offsets]
+    budget = limit - len(document.parts)
+    while budget > 0:
+        cut = text[: starts[budget]] if budget < len(starts) else text
+        if not cut or cut.isspace():
+            return None
+        parts = split_text(cut, document.hash, data)
+        ids = tokenizer.encode_batch([part.text for part in parts])
+        excess = sum(map(len, ids)) + len(ids) - limit
+        if excess <= 0:
+            return document._replace(parts=parts), ids
+        budget -= excess
+    return None
