@@ -27,10 +27,10 @@ demo: $(CORE)  ## Train the dense baseline and the mixture of experts, and compa
 	BIN=$(BIN) bash scripts/demo.sh
 
 test: $(READY)  ## Run the fast tests
-	$(BIN)/pytest -n auto --maxprocesses 4
+	$(BIN)/pytest -n auto --maxprocesses 3
 
 test-slow: $(READY)  ## Run the slow tests: several processes, kills, the whole pipeline
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --maxschedchunk 1
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .

@@ -44,6 +44,12 @@ VOCABULARY = [
 Moelm = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest tests first, so that no worker is left alone with one at the end."""
+    slow = {item: item.get_closest_marker("slow") for item in items}
+    items.sort(key=lambda item: -slow[item].kwargs.get("seconds", 0) if slow[item] else 0)
+
+
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Names of parametrized tests without bytes: a compressed file holds its time, and all workers must agree on names."""
     return argname if isinstance(val, bytes) else None

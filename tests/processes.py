@@ -47,6 +47,16 @@ class Process:
         self._process = SERVER.Process(target=_run, args=(program, self._argv, folder, dict(environment), self._streams))
         self._process.start()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
+    def send_signal(self, signum: int) -> None:
+        """Send it a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signum)
+
     def finish(self, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Wait for its end; after `timeout_s` it is killed."""
         self._process.join(timeout_s)
@@ -75,11 +85,16 @@ def _run(program: Program, argv: list[str], folder: Path, environment: dict[str,
         atexit._run_exitfuncs()
 
 
-def run_moelm(arguments: Sequence[str], folder: Path, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `moelm ARGUMENTS` in a folder."""
+def start_moelm(arguments: Sequence[str], folder: Path, text: str = "") -> Process:
+    """Start `moelm ARGUMENTS` in a folder."""
     from moelm.cli.app import main
 
-    return Process(main, ["moelm", *arguments], folder, os.environ, text).finish()
+    return Process(main, ["moelm", *arguments], folder, os.environ, text)
+
+
+def run_moelm(arguments: Sequence[str], folder: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `moelm ARGUMENTS` in a folder."""
+    return start_moelm(arguments, folder, text).finish()
 
 
 def run_ranks(program: Program, argv: Sequence[str], folder: Path, size: int) -> subprocess.CompletedProcess[str]:

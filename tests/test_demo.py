@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_the_demo_writes_a_report(tmp_path: Path) -> None:
     for folder in ("configs", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,8 +25,6 @@ def lm_eval(
     """Score a run with lm-evaluation-harness."""
     if find_spec("lm_eval") is None:
         raise MoelmError("lm-eval needs the library lm_eval, which is not installed; moelm's extra `lm-eval` installs it.")
-    from rich.table import Table
-
     from moelm.evaluation.harness import evaluate_tasks
 
     results = evaluate_tasks(run, tasks.split(","), checkpoint, num_fewshot, limit, batch_size, include)
@@ -34,6 +32,13 @@ def lm_eval(
         keys = ("results", "groups", "versions", "n-shot", "n-samples")
         print_json({"run": run, "checkpoint": checkpoint} | {key: results[key] for key in keys if key in results})
         return
+    print_results(results)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print the table of all metrics."""
+    from rich.table import Table
+
     table = Table("task", "metric", "value", "±", box=None, header_style="")
     for task, scores in results["results"].items():
         for key, value in scores.items():

@@ -172,7 +172,7 @@ def test_synthetic_size_determinism_and_variety(domain: str) -> None:
     assert next(synthetic_documents(domain, 1, seed=1)).text != documents[0].text
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=15)
 def test_the_domains_are_balanced() -> None:
     sizes: Counter[str] = Counter()
     for document in builtin_documents():

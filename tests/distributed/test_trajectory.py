@@ -62,7 +62,7 @@ def check_deviations(deviations: dict[str, float]) -> None:
     assert max(deviations.values()) < TOLERANCE, deviations
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("processes", LAYOUTS)
 def test_every_step_agrees_on_every_layout(workplace: Path, processes: int) -> None:
     check_layouts(workplace, processes, [*NO_NEAR_TIES, *steps(20)])
@@ -74,7 +74,7 @@ def test_repeated_layers_and_deep_experts_agree_on_every_layout(workplace: Path)
     check_layouts(workplace, 2, [*NO_NEAR_TIES, *steps(8), *depth])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=15)
 def test_every_router_agrees_with_sharded_experts(workplace: Path) -> None:
     common = {name: [*NO_NEAR_TIES, *steps(6), *overrides] for name, overrides in SETTINGS.items()}
     sharded = ["parallel.ep=2", "parallel.dp_shard=2"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from moelm.cli.lm_eval import print_results
 from moelm.errors import MoelmError
 from moelm.huggingface.export import export_run
 from moelm.runs.load import load_run
@@ -167,9 +168,12 @@ def test_task_names_may_be_patterns(tasks: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_table_or_json(moelm: Moelm, workplace: Path, tasks: Path) -> None:
+def test_the_command_prints_a_table_or_json(
+    moelm: Moelm, workplace: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert moelm("train", "dense.yaml", "train.steps=2").returncode == 0
     argv = ("lm-eval", "tiny-dense", "--tasks", "choose, complete", "--include", str(tasks), "--limit", "3")
-    assert "acc_norm" in moelm(*argv).stdout
     results = json.loads(moelm(*argv, "--json").stdout)
     assert results["n-samples"]["choose"]["effective"] == 3
+    print_results(results)
+    assert "acc_norm" in capsys.readouterr().out

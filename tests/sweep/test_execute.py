@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import yaml
 from moelm.runs.directory import RunDirectory
 from moelm.runs.lock import RunLock
 from tests.conftest import Moelm
+from tests.processes import start_moelm
 
 
 def write_sweep(folder: Path, steps: int) -> None:
@@ -45,20 +44,20 @@ def test_a_dry_run_trains_nothing(moelm: Moelm, workplace: Path) -> None:
     assert not (workplace / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=15)
 def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=60)
-    command = [sys.executable, "-m", "moelm", "sweep", "sweep.yaml"]
-    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = start_moelm(["sweep", "sweep.yaml"], workplace)
     second = workplace / "runs/study-moe-0/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (second.exists() and second.read_text().count("\n") > 3):
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_running, process.finish()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    log = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, log
+    done = process.finish(60)
+    log = done.stderr
+    assert done.returncode == 130, log
     assert "Stopped by SIGINT and saved at step" in log
     assert log.splitlines()[-1] == "moelm: The sweep stopped; run the same command again to continue with study-moe-0."
 

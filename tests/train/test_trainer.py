@@ -6,8 +6,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 
 from moelm.config import load_config
 from tests.conftest import Moelm, losses_by_step, metrics_lines, train_here
+from tests.processes import start_moelm
 
 CONTRACT = {"step", "tokens", "flops", "time_s", "train/loss", "train/lr", "train/grad_norm"}
 CONTRACT |= {"perf/tokens_per_s", "perf/mfu"}
@@ -56,16 +55,14 @@ def kill_and_resume(moelm: Moelm, workplace: Path, steps: int, kills: int) -> No
     for _ in range(kills):
         num_lines = metrics.read_text().count("\n") if metrics.exists() else 0
         kill_at = num_lines + rng.randint(1, max(1, steps // (kills + 1)))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moelm", *command, "name=killed"], cwd=workplace, stderr=subprocess.DEVNULL
-        )
+        process = start_moelm([*command, "name=killed"], workplace)
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
+        while time.monotonic() < deadline and process.is_running:
             if metrics.exists() and metrics.read_text().count("\n") >= kill_at:
                 break
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.finish().returncode == -signal.SIGKILL
     done = moelm(*command, "name=killed")
     assert done.returncode == 0, done.stderr
     killed, uninterrupted = (workplace / f"runs/{name}" for name in ("killed", "uninterrupted"))
@@ -84,20 +81,15 @@ def test_five_kills_in_200_steps_change_nothing(moelm: Moelm, workplace: Path) -
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_and_stops_the_run(moelm: Moelm, workplace: Path, signum: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moelm", "train", "moe.yaml", "train.steps=5000"],
-        cwd=workplace,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_moelm(["train", "moe.yaml", "train.steps=5000"], workplace)
     metrics = workplace / "runs/tiny-moe/metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.01)
     process.send_signal(signum)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
-    assert "same command" in message
-    assert "Traceback" not in message
+    done = process.finish(60)
+    assert done.returncode == 128 + signum
+    assert "same command" in done.stderr
+    assert "Traceback" not in done.stderr
     last = sorted((workplace / "runs/tiny-moe/checkpoints").iterdir())[-1].name
     assert int(last.removeprefix("step-")) == metrics_lines(workplace / "runs/tiny-moe")[-1]["step"]
 
