@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 READY := $(VENV)/.ready
+# On all cores, which pip does not use; templates of packages that are not valid Python are skipped.
+COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint format type check clean
@@ -15,12 +17,14 @@ install: $(READY)  ## Create .venv and install moelm, pinned dependencies, test 
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	-@$(COMPILE)
 	@touch $(CORE) $@
 
 $(CORE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .
+	-@$(COMPILE)
 	@touch $@
 
 demo: $(CORE)  ## Train the dense baseline and the mixture of experts, and compare them

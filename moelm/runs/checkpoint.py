@@ -47,6 +47,9 @@ def fresh_progress() -> Progress:
     return {"step": 0, "tokens": 0, "flops": 0, "time_s": 0.0, "val_loss": None}
 
 
+_ALWAYS_PRESENT = (".metadata", "progress.json")
+
+
 class DamagedCheckpoint(MoelmError):
     """A checkpoint whose files are missing, truncated or modified."""
 
@@ -189,8 +192,17 @@ def _load(path: Path, state: State, ranks: Ranks) -> None:
 
 
 def read_progress(path: Path) -> Progress:
-    """The progress of the run at this checkpoint."""
-    progress: Progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    """The progress of the run at this checkpoint.
+
+    Raises:
+        DamagedCheckpoint: it is not readable.
+    """
+    try:
+        progress: Progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        if not fresh_progress().keys() <= progress.keys() or not isinstance(progress["val_loss"], float | None):
+            raise ValueError
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise DamagedCheckpoint(f"The checkpoint {path} is damaged: its progress.json is missing or unreadable.") from None
     return progress
 
 
@@ -208,14 +220,19 @@ def verify(path: Path, ranks: Ranks = SINGLE_PROCESS) -> None:
 def _damage(path: Path, ranks: Ranks) -> str | None:
     try:
         files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "its manifest.json is missing or unreadable"
+    if not isinstance(files, dict):
+        return "its manifest.json lists no files"
+    present = {file.name for file in path.iterdir()}
+    if missing := sorted(files.keys() - present):
+        return f"{missing[0]} is missing"
+    if unlisted := [name for name in present - files.keys() if name in _ALWAYS_PRESENT or name.startswith("__")]:
+        return f"its manifest.json does not list {min(unlisted)}"
     for name, described in list(files.items())[ranks.rank :: ranks.size]:
         try:
             if _describe(path / name) != described:
                 return f"{name} differs from what was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
@@ -247,9 +264,9 @@ def best_checkpoint(folder: Path) -> Path | None:
     scored = []
     for path in list_checkpoints(folder):
         try:
-            loss = read_progress(path).get("val_loss")
-        except (OSError, ValueError):
-            continue  # damaged; loading it would report that
+            loss = read_progress(path)["val_loss"]
+        except DamagedCheckpoint:
+            continue  # loading it would report that
         if loss is not None:
             scored.append((loss, path))
     return min(scored)[1] if scored else None

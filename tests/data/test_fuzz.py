@@ -1,4 +1,4 @@
-"""Mutated source files and manifests: a sentence, or the texts that slower independent readers find. Seeded."""
+"""Mutated source files, manifests and tokenizers: a sentence, or what slower independent readers find. Seeded."""
 
 import csv
 import gzip
@@ -11,13 +11,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import pytest
 import zstandard
 
 from moelm.config import DataConfig, SourceConfig
 from moelm.data.prepare import prepare
 from moelm.data.shards import Split, read_manifest
 from moelm.data.sources import read_source
+from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
+from tests import tokenizers
+from tests.test_fuzz import count_accepted, mutated_files
 
 RECORDS = [{"id": i, "text": f't{i} "q", é\n🙂', "kind": "a"} for i in range(12)]
 JSON_LINES = "".join(json.dumps(record, ensure_ascii=i % 2 == 0) + "\n" for i, record in enumerate(RECORDS)).encode()
@@ -147,6 +151,23 @@ def test_mutated_manifests_are_refused_or_change_nothing(tmp_path: Path) -> None
             assert "\n" not in str(error)  # noqa: PT017
             refused += 1
     assert 100 < refused < 300
+
+
+@pytest.mark.parametrize("shape", tokenizers.SHAPES)
+def test_mutated_tokenizers_are_refused_or_encode(tmp_path: Path, shape: str) -> None:
+    """An accepted one encodes without its start and end tokens and decodes to text."""
+    path = tmp_path / "tokenizer.json"
+    valid = json.loads(tokenizers.SHAPES[shape]().to_str())
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        tokenizer = Tokenizer.load(path)
+        ids = tokenizer.encode_batch(["the red </s> cat"])[0]
+        assert not {tokenizer.bos_id, *tokenizer.eos_ids}.intersection(ids)
+        assert max(ids, default=0) < tokenizer.vocab_size
+        tokenizer.decode(ids)
+
+    count_accepted(mutated_files([valid], 40, lambda tree: json.dumps(tree).encode()), read)
 
 
 def tokens_of(folder: Path, split: str) -> list[int]:

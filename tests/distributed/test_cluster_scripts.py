@@ -97,7 +97,7 @@ def cluster(workplace: Path) -> dict[str, str]:
 @pytest.mark.slow(seconds=20)
 def test_the_slurm_script_saves_requeues_and_resumes(workplace: Path, cluster: dict[str, str]) -> None:
     overrides = [*NO_NEAR_TIES, "train.eval_every=1000", "parallel.ep=2"]
-    script = ["bash", str(SCRIPTS / "slurm.sbatch"), "moe.yaml", *overrides, "train.steps=100"]
+    script = ["bash", str(SCRIPTS / "slurm.sbatch"), "moe.yaml", *overrides, "train.steps=60"]
     process = subprocess.Popen(script, cwd=workplace, env=cluster, stderr=subprocess.PIPE, text=True)
     wait_for_steps(workplace, 3)
     process.send_signal(signal.SIGUSR1)
@@ -109,7 +109,7 @@ def test_the_slurm_script_saves_requeues_and_resumes(workplace: Path, cluster: d
     )
     assert done.returncode == 0, done.stderr
     assert "Resuming runs/tiny-moe from step" in done.stderr
-    assert [line["step"] for line in metrics_lines(workplace / "runs/tiny-moe")] == list(range(1, 101))
+    assert [line["step"] for line in metrics_lines(workplace / "runs/tiny-moe")] == list(range(1, 61))
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
-"""Checkpoints on a disk that is full."""
+"""Checkpoints on a disk that is full, and damaged manifests."""
 
 import errno
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from moelm.runs.checkpoint import fresh_progress, save_checkpoint
+from moelm.errors import MoelmError
+from moelm.runs.checkpoint import best_checkpoint, fresh_progress, list_checkpoints, read_weights, save_checkpoint
+from tests.test_fuzz import count_accepted, mutated_files
 
 
 class FullDisk:
@@ -40,3 +44,29 @@ def test_the_reason_is_named_and_nothing_remains(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="step-00000000 could not be written: No space left on device"):
         save_checkpoint(tmp_path, {"model": {"w": torch.zeros(1000)}}, fresh_progress())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
+def test_damaged_files_are_named_or_change_nothing(tmp_path: Path, name: str) -> None:
+    weight = torch.arange(8.0)
+    path = save_checkpoint(tmp_path, {"model": {"w": weight}}, {**fresh_progress(), "val_loss": 2.0})
+    valid = json.loads((path / name).read_bytes())
+
+    def read(content: bytes) -> None:
+        (path / name).write_bytes(content)
+        best_checkpoint(tmp_path)
+        assert torch.equal(read_weights(path)["w"], weight)
+
+    accepted, refused = count_accepted(mutated_files([valid], 300, lambda tree: json.dumps(tree).encode()), read)
+    assert refused > 250
+    assert accepted + refused == 300
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, {"model": {"w": torch.zeros(8)}}, fresh_progress())
+    (path / "note.txt").touch()  # not of the checkpoint
+    read_weights(path)
+    shutil.copy(path / "__0_0.distcp", path / "__1_0.distcp")
+    with pytest.raises(MoelmError, match=r"does not list __1_0\.distcp"):
+        read_weights(path)
+    assert list_checkpoints(tmp_path) == [path]
