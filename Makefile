@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 READY := $(VENV)/.ready
 # On all cores, which pip does not use; templates of packages that are not valid Python are skipped.
-COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib
+COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint format type check clean
@@ -18,13 +18,13 @@ install: $(READY)  ## Create .venv and install moelm, pinned dependencies, test 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
-	-@$(COMPILE)
+	@$(COMPILE)
 	@touch $(CORE) $@
 
 $(CORE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .
-	-@$(COMPILE)
+	@$(COMPILE)
 	@touch $@
 
 demo: $(CORE)  ## Train the dense baseline and the mixture of experts, and compare them
