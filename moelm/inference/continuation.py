@@ -166,17 +166,22 @@ class Continuation:
         self.ids.append(token)
         self._decoder.add(token)
         self.text = self._decoder.text
-        first = max(0, self._searched - self._held_back)
-        ends = [position for stop in self._stops if (position := self.text.find(stop, first)) >= 0]
-        self._searched = self._decoder.settled_len
-        if ends:
-            self.text, self.done = self.text[: min(ends)], True
+        self._search_up_to(self._decoder.settled_len)
         self._stream_up_to(len(self.text) if self.done else self._searched - self._held_back)
 
     def finish(self) -> str:
         """Stream the rest of the text, an incomplete character included, and return the whole text."""
+        self._search_up_to(len(self.text))
         self._stream_up_to(len(self.text))
         return self.text
+
+    def _search_up_to(self, end: int) -> None:
+        """End the text at the first stop text in it."""
+        first = max(0, self._searched - self._held_back)
+        ends = [position for stop in self._stops if (position := self.text.find(stop, first, end)) >= 0]
+        self._searched = end
+        if ends:
+            self.text, self.done = self.text[: min(ends)], True
 
     def _stream_up_to(self, end: int) -> None:
         if self._stream is not None and end > self._streamed:

@@ -37,6 +37,11 @@ def test_an_incomplete_last_character_is_streamed_once(stop: tuple[str, ...]) ->
     assert whole == "".join(pieces) == "ab\ufffd"
 
 
+def test_a_stop_text_is_not_found_in_an_incomplete_character() -> None:
+    assert stream("a🙂b", stop=("\ufffd",)) == ("a🙂b", ["a", "🙂", "b"])
+    assert stream("a🙂", stop=("\ufffd",), missing=1)[0] == "a"
+
+
 def test_a_possible_beginning_of_a_stop_text_is_not_streamed() -> None:
     whole, pieces = stream("one\n\nUser: two", stop=("\n\nUser:", "END"))
     assert whole == "one" == "".join(pieces)
