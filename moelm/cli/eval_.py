@@ -29,7 +29,7 @@ def evaluate(
         print_json({"run": run, "split": split, **evaluation.as_dict(), "lossy": opened.lossy})
         return
     typer.echo(f"{'':24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}")
-    for name, score in {"all": evaluation.overall, **evaluation.domains}.items():
+    for name, score in [("all", evaluation.overall), *evaluation.domains.items()]:
         typer.echo(f"{printable_line(name):24}{score.loss:9.4f}{score.perplexity:12.3f}{score.bpb:11.4f}{score.tokens:12,}")
     if opened.lossy:
         typer.echo(f"The tokenizer {LOSSY_NOTE}")

@@ -72,6 +72,9 @@ def _experts(config: RunConfig) -> Iterator[str]:
 
 def _others(config: RunConfig) -> Iterator[str]:
     parallel, tokenizer, wandb = config.parallel, config.data.tokenizer, config.wandb
+    sources = config.data.sources
+    if len(sources) == 1 and sources[0].weight is not None:
+        yield f"the weight of {sources[0].label} is {sources[0].weight:g}, but there is no other source."
     if parallel.dp_shard == 1 and not parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward is false, but parallel.dp_shard is 1, so nothing is sharded."
     if tokenizer.kind != "bpe":

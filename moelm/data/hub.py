@@ -1,5 +1,7 @@
 """Records of a Hugging Face dataset: streamed from the hub, or from a local directory."""
 
+import glob
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,22 @@ def _open(source: SourceConfig, name: str, split: str) -> Iterable[dict[str, Any
 
     records: Iterable[dict[str, Any]]
     if (Path(name) / "dataset_dict.json").exists():
-        records = datasets.load_from_disk(name)[split]
+        if source.config is not None:
+            raise MoelmError(f"{name} was written by save_to_disk and has no configurations; config does not apply to it.")
+        saved = datasets.load_from_disk(name)
+        if split not in saved:
+            raise MoelmError(f"{name} has no split {split!r}; it has {', '.join(map(repr, saved))}.")
+        records = saved[split]
     elif (Path(name) / "state.json").exists():
         if source.split is not None or source.config is not None:
             raise MoelmError(f"{name} holds a single split; config and split do not apply to it.")
         records = datasets.load_from_disk(name)
     else:
+        if Path(name).is_dir() and glob.has_magic(folder := os.path.abspath(name)):
+            raise MoelmError(
+                f"The library for datasets takes [, * and ? in {folder} for a pattern; rename the directory, or read its "
+                "files with path: ..."
+            )
         records = datasets.load_dataset(name, source.config, split=split, streaming=True)
     return records
 

@@ -16,6 +16,7 @@ _CHUNK_CHARS = 1 << 16
 _PROBED_LINES = 5
 _PROBED_CHARS = 1 << 22
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
+_ARRAY_OF_OBJECTS = re.compile(r'\s*\[\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
 def read_json(path: Path, max_chars: int) -> Iterator[tuple[dict[str, Any], str]]:
@@ -46,12 +47,17 @@ def read_json(path: Path, max_chars: int) -> Iterator[tuple[dict[str, Any], str]
                 yield _parse_object(line, origin), origin
 
 
-def looks_like_json_lines(path: Path) -> bool:
-    """Whether the first lines of a text file are JSON objects."""
+def describe_json(path: Path) -> str | None:
+    """What a text file looks like if it begins with JSON objects, one a line or in an array; None if it does not."""
+    with open_text(path) as file:
+        if _ARRAY_OF_OBJECTS.match(file.read(_CHUNK_CHARS)):
+            return "a JSON array of objects; rename it to end in .json"
     with open_text(path) as file:
         lines = [file.readline(_PROBED_CHARS) for _ in range(_PROBED_LINES)]
     lines = [line for line in lines if line and not line.isspace()]
-    return bool(lines) and all(line.lstrip().startswith("{") and _is_object(line) for line in lines)
+    if lines and all(line.lstrip().startswith("{") and _is_object(line) for line in lines):
+        return "JSON Lines: its first lines are JSON objects; rename it to end in .jsonl"
+    return None
 
 
 def _first_line(path: Path, max_chars: int) -> str:

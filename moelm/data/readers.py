@@ -26,7 +26,7 @@ from moelm.data.files import (
     read_head,
     too_long,
 )
-from moelm.data.json_records import looks_like_json_lines, read_json
+from moelm.data.json_records import describe_json, read_json
 from moelm.errors import MoelmError
 
 Records = Iterator[tuple[dict[str, Any], str]]
@@ -65,13 +65,13 @@ def read_text(path: Path, source: SourceConfig, max_document_bytes: int) -> Iter
     """The documents of a text file, as `source.documents` divides it.
 
     Raises:
-        MoelmError: JSON Lines under the name of a text file, unless `source.documents` says that it is text.
+        MoelmError: JSON under the name of a text file, unless `source.documents` says that it is text.
     """
     unit = source.documents or "auto"
-    if source.documents is None and looks_like_json_lines(path):
+    if source.documents is None and (looks_like := describe_json(path)) is not None:
         raise MoelmError(
-            f"{path} looks like JSON Lines: its first lines are JSON objects; rename it to end in .jsonl to read a column, "
-            "or set documents: file, paragraph or line to read it as text."
+            f"{path} looks like {looks_like} to read a column, or set documents: file, paragraph or line to read it as "
+            "text."
         )
     if unit == "auto" and len(read_head(path, WHOLE_FILE_BYTES + 1)) <= WHOLE_FILE_BYTES:
         unit = "file"

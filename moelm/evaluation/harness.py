@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
@@ -21,13 +23,15 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from moelm.config import RunConfig
-from moelm.console import ProgressLine
+from moelm.console import ProgressLine, warn
+from moelm.data.files import first_line
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.hardware import keep_memory, pick_device
 from moelm.inference.generate import Sampling, generate_rows
 from moelm.model import Transformer
 from moelm.runs.load import load_run
+from moelm.runs.record import LOSSY_NOTE
 
 T = TypeVar("T")
 
@@ -94,8 +98,15 @@ def evaluate_tasks(
                 model, tasks=task_names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
             )
     except OSError as error:
-        raise MoelmError(f"The data of {', '.join(tasks)} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise MoelmError(f"The data of {', '.join(tasks)} cannot be loaded: {first_line(error)}.") from error
+    except (DatasetsError, TemplateError, LookupError, ValueError, TypeError, AssertionError) as error:
+        cause = error.__cause__ or error
+        raise MoelmError(
+            f"lm-eval cannot evaluate {', '.join(tasks)}: {type(cause).__name__}: {first_line(cause)}."
+        ) from error
     assert results is not None
+    if model.lossy:
+        warn(f"the tokenizer {LOSSY_NOTE}")
     return results
 
 
@@ -108,6 +119,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         self.moelm_tokenizer = tokenizer  # `tokenizer` would be used by the harness as one of transformers
         self._device = model.embedding.weight.device
         self.max_length = config.max_seq_len
+        self.lossy = False
+        """Whether the tokenizer has not represented a text completely."""
 
     @property
     def eot_token_id(self) -> int:
@@ -122,7 +135,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; they begin with the start token unless `add_special_tokens` is False."""
         prefix = [] if add_special_tokens is False else [self.moelm_tokenizer.bos_id]
-        return prefix + self.moelm_tokenizer.encode_batch([string])[0]
+        ids = self.moelm_tokenizer.encode_batch([string])
+        self.lossy = self.lossy or any(self.moelm_tokenizer.count_losses([string], ids))
+        return prefix + ids[0]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -222,9 +237,10 @@ def _sampling_from_kwargs(generation_kwargs: dict[str, Any]) -> Sampling:
     settings = normalize_gen_kwargs(generation_kwargs, MAX_NEW_TOKENS)
     stops = handle_stop_sequences(settings.pop("until", None), eos=None)
     max_new_tokens, do_sample = settings.pop("max_gen_toks"), settings.pop("do_sample")
-    temperature = float(settings.pop("temperature", 1.0)) if do_sample else 0.0
+    temperature = float(settings.pop("temperature", 1.0))  # the harness sets it where `do_sample` is false
     if settings.get("top_k") == 0:
         del settings["top_k"]  # no limit, as in transformers
     if unsupported := sorted(settings.keys() - {"top_k", "top_p", "min_p", "repetition_penalty"}):
         raise MoelmError(f"A task has {', '.join(unsupported)} in its generation_kwargs, which moelm does not support.")
+    temperature = temperature if do_sample else 0.0
     return Sampling(max_new_tokens, temperature, stop=tuple(stop for stop in stops if stop), **settings)

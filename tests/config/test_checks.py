@@ -29,6 +29,7 @@ NOT_TRAINED = ("base", "bench", "gpu")
             "data.tokenizer.kind=byte data.tokenizer.vocab_size=999",
             "vocab_size is 999, but only the kind bpe has it",
         ),
+        ("data.sources.0.weight=2", "the weight of builtin is 2, but there is no other source"),
         ("wandb.project=mine", "wandb.project is mine, but wandb.mode is disabled"),
     ],
 )

@@ -131,6 +131,8 @@ def test_arrays_are_read_in_pieces(
         ("a.parquet", JSON_LINES, "a.parquet is not a readable parquet file"),
         ("a.parquet.zst", zstandard.compress(as_parquet())[:-9], "a.parquet.zst is not a whole zst file"),
         ("a.txt", JSON_LINES, "a.txt looks like JSON Lines"),
+        ("part-0", b'[{"text": "x"}, {"text": "y"}]', "part-0 looks like a JSON array of objects"),
+        ("a.json.1", gzip.compress(b'\xef\xbb\xbf[\n {\n  "te\\"xt": 3\n }\n]'), "a.json.1 looks like a JSON array"),
         ("a.gz", gzip.compress(JSON_LINES), "a.gz looks like JSON Lines"),
     ],
 )  # fmt: skip

@@ -91,8 +91,20 @@ def test_saved_datasets_are_read(tmp_path: Path) -> None:
     assert hub_texts(tmp_path / "several", split="test") == ["test 0", "test 1", "test 2"]
     with pytest.raises(MoelmError, match="holds a single split"):
         hub_texts(tmp_path / "one", split="train")
-    with pytest.raises(MoelmError, match="split validation"):
+    with pytest.raises(MoelmError, match="several has no split 'validation'; it has 'train', 'test'"):
         hub_texts(tmp_path / "several", split="validation")
+    with pytest.raises(MoelmError, match="config does not apply"):
+        hub_texts(tmp_path / "several", config="en")
+
+
+def test_a_local_directory_with_a_pattern_in_its_name_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "texts [2024]"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(MoelmError, match=r"texts \[2024\] for a pattern; rename the directory"):
+        hub_texts(folder)
+    datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(folder / "saved")
+    assert hub_texts(folder / "saved") == ["x"]
 
 
 def test_hub_records_without_text_name_their_row(tmp_path: Path) -> None:

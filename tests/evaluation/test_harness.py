@@ -135,24 +135,49 @@ def test_answers_equal_those_of_the_export() -> None:
     texts = ["a " * 100, "dog", "<|eos|>"]
     requests = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
     assert model.loglikelihood_rolling(requests) == pytest.approx(hf_model.loglikelihood_rolling(requests), rel=RTOL)
-    settings = [{"until": ["e"], "max_gen_toks": 12}, {"max_gen_toks": 9}, {"max_gen_toks": 9, "repetition_penalty": 1.5}]
+    settings: list[dict[str, Any]] = [
+        {"until": ["e"], "max_gen_toks": 12},
+        {"max_gen_toks": 9},
+        {"max_gen_toks": 9, "repetition_penalty": 1.5},
+    ]
     prompts = ["the red cat", "b", "a bird likes the green house " * 4, "stone", "the old dog hears a <|eos|>", "river"]
     requests = [Instance("generate_until", {}, (text, settings[n % 3]), n) for n, text in enumerate(prompts)]
     continuations = model.generate_until(requests)
     assert continuations == hf_model.generate_until(requests)
     no_limit = [Instance("generate_until", {}, ("b", {"max_gen_toks": 9, "do_sample": True, "top_k": 0}), 0)]
     assert model.generate_until(no_limit)
+    greedy = [{**each, "do_sample": False, "temperature": 0.0} for each in settings]
+    requests = [Instance("generate_until", {}, (text, greedy[n % 3]), n) for n, text in enumerate(prompts)]
+    assert model.generate_until(requests) == continuations
+    assert not model.lossy
     assert len(set(continuations)) == len(prompts)
 
 
+def test_a_tokenizer_that_loses_text_is_told(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    create_random_run("char", DENSE, {})
+    evaluate_tasks("run", ["read"], include=tasks)
+    assert "bits per byte are those of the rest" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("random_run")
-def test_errors(tasks: Path) -> None:
+def test_errors(tasks: Path, tmp_path: Path) -> None:
     for names, include, message in (
         (["choose", "nonsense"], tasks, "has no task nonsense"),
         (["choose"], Path("nowhere"), "There is no folder nowhere"),
     ):
         with pytest.raises(MoelmError, match=message):
             evaluate_tasks("run", names, include=include)
+    for change, message in (
+        ({"doc_to_target": "{{nonsense}}"}, "cannot evaluate broken: UndefinedError: 'nonsense' is undefined"),
+        ({"test_split": "nonsense"}, "cannot evaluate broken: KeyError: 'nonsense'"),
+    ):
+        task = yaml.safe_load((tasks / "read.yaml").read_text(encoding="utf-8")) | {"task": "broken"} | change
+        (tmp_path / "broken.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+        with pytest.raises(MoelmError, match=message):
+            evaluate_tasks("run", ["broken"], include=tmp_path)
     model = HarnessModel(*load_run("run"), 2)
     for pair, message in ((("a", "b" * 65), "has 65 tokens"), (("a", ""), "has 0 tokens")):
         with pytest.raises(MoelmError, match=message):
