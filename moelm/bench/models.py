@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelm.config import ModelConfig, MoEFFNConfig, RunConfig
+from moelm.config import ModelConfig, MoEFFNConfig, OptimConfig, RunConfig
 from moelm.data.loader import Batch
 from moelm.distributed.parallelize import apply_activation_checkpointing
 from moelm.hardware import should_compile
@@ -16,8 +16,10 @@ from moelm.model import Transformer, build_model
 from moelm.model.forward import autocast, forward_batch
 from moelm.plan.counts import assumed_vocab_size
 from moelm.train.objective import micro_batch_loss
+from moelm.train.optimizer import build_optimizer
 
 LossFunction = Callable[[], Tensor]
+UpdateFunction = Callable[[], None]
 
 
 def resolve_model(config: RunConfig) -> ModelConfig:
@@ -55,6 +57,18 @@ def own_loss(model: Transformer, config: RunConfig, batch: Batch, dtype: torch.d
     return loss
 
 
+def own_update(model: Transformer, config: OptimConfig, dtype: torch.dtype) -> UpdateFunction:
+    """moelm's update with the gradients of a backward pass, gradient clipping included."""
+    optimizer = build_optimizer(model, config, dtype)
+    optimizer.set_lr(config.lr)
+
+    def update() -> None:
+        optimizer.step(squares=optimizer.gradient_squares().tolist())
+        optimizer.zero_grad()
+
+    return update
+
+
 def build_peer(config: RunConfig, max_positions: int, train: bool) -> nn.Module:
     """Hugging Face's model of the same shape.
 
@@ -82,3 +96,17 @@ def peer_loss(model: nn.Module, batch: Batch, dtype: torch.dtype) -> LossFunctio
         return value
 
     return loss
+
+
+def peer_update(model: nn.Module, config: OptimConfig) -> UpdateFunction:
+    """Gradient clipping and fused AdamW, as torch has them."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay, fused=True
+    )
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update

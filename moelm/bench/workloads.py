@@ -1,7 +1,7 @@
 """The timed work: a training step, or the generation of continuations.
 
-A training step is forward pass, loss with balance losses, backward pass, gradient clipping and fused AdamW, on random
-tokens; peers are trained by the same loop. Generation is greedy, with a key/value cache.
+A training step is forward pass, loss with balance losses, backward pass, gradient clipping and the optimizer's update, on
+random tokens; peers are trained by the same loop with torch's fused AdamW. Generation is greedy, with a key/value cache.
 """
 
 import time
@@ -11,12 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moelm.bench.models import build_own, build_peer, own_loss, peer_loss, random_batch, resolve_model
+from moelm.bench.models import (
+    build_own,
+    build_peer,
+    own_loss,
+    own_update,
+    peer_loss,
+    peer_update,
+    random_batch,
+    resolve_model,
+)
 from moelm.bench.variants import BenchVariant
 from moelm.hardware import dtype_of, pick_device
 from moelm.inference.generate import Sampling, generate_tokens
 from moelm.model import count_flops
-from moelm.train.optimizer import build_optimizer, clip_gradients, gradient_squares
 
 Phases = dict[str, float]
 """Seconds by phase."""
@@ -57,12 +65,11 @@ def _training_step(variant: BenchVariant) -> Callable[[], Phases]:
     dtype = dtype_of(config.train.precision, device)
     batch = random_batch(config).to(device)
     if variant.peer:
-        model: torch.nn.Module = build_peer(config, config.data.seq_len, train=True).to(device).train()
-        loss = peer_loss(model, batch, dtype)
+        model = build_peer(config, config.data.seq_len, train=True).to(device).train()
+        loss, update = peer_loss(model, batch, dtype), peer_update(model, config.optim)
     else:
-        model = own = build_own(config).to(device)
-        loss = own_loss(own, config, batch, dtype)
-    optimizer = build_optimizer(model, config.optim)
+        own = build_own(config).to(device)
+        loss, update = own_loss(own, config, batch, dtype), own_update(own, config.optim, dtype)
 
     def step() -> Phases:
         timer = _PhaseTimer(device)
@@ -70,9 +77,7 @@ def _training_step(variant: BenchVariant) -> Callable[[], Phases]:
         timer.end("forward")
         value.backward()  # type: ignore[no-untyped-call]
         timer.end("backward")
-        clip_gradients(model.parameters(), gradient_squares(model.parameters()), config.optim.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
         timer.end("update")
         return timer.phases
 

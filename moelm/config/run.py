@@ -167,9 +167,44 @@ class TrainConfig(Config):
     """`bf16` is autocast; `auto`: bf16 where the hardware multiplies it faster, otherwise fp32; resolved at the start."""
 
 
-class OptimConfig(Config):
-    """AdamW and its schedule."""
+class RoleConfig(Config):
+    """Optimizer settings of the parameters of one role."""
 
+    lr: float = Field(default=1.0, ge=0)
+    """Factor on the learning rate; 0 freezes the parameters."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Instead of `optim.weight_decay` (default: that for matrices, 0 for norms)."""
+
+
+class GroupsConfig(Config):
+    """Optimizer settings by the role of a parameter; a model may lack some of the roles."""
+
+    embedding: RoleConfig = RoleConfig()
+    """The input embedding, which is the head too if they are tied."""
+    head: RoleConfig = RoleConfig()
+    """The output head, unless it is tied."""
+    attention: RoleConfig = RoleConfig()
+    """Query, key, value and output projections."""
+    ffn: RoleConfig = RoleConfig()
+    """Dense feed-forward blocks, shared experts, and the expert of a mixture of one."""
+    experts: RoleConfig = RoleConfig()
+    """Routed experts."""
+    router: RoleConfig = RoleConfig()
+    norm: RoleConfig = RoleConfig()
+
+
+class MuonAdamWConfig(Config):
+    """AdamW for the parameters that Muon does not update."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate (default: `optim.lr`)."""
+
+
+class OptimConfig(Config):
+    """The optimizer and its schedule."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices of attention, feed-forward blocks and experts, and AdamW for everything else."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -177,15 +212,36 @@ class OptimConfig(Config):
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
-    """Fraction of the run in which `wsd` decays linearly."""
+    """Fraction of the steps after the warmup in which `wsd` decays linearly."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, ge=1e-30)
-    """Added to the denominator of the update; below 1e-30 it could be 0 in float32, and unused weights become NaN."""
+    """Added to the denominator of AdamW's update; below 1e-30 it could be 0 in float32, and unused weights become NaN."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's momentum, of Nesterov's form."""
+    newton_schulz_steps: int = Field(default=5, ge=1, le=10)
+    """Iterations of Muon's orthogonalization, in the precision of `train.precision`."""
+    adamw: MuonAdamWConfig = MuonAdamWConfig()
+    """With `muon`: AdamW's settings for the other parameters; betas, eps and weight decay are those of this section."""
     clip: float = Field(default=1.0, gt=0)
     """Maximum norm of the whole gradient."""
+    groups: GroupsConfig = GroupsConfig()
+    """Factors on the learning rate, and weight decay, by the role of a parameter."""
+
+    @model_validator(mode="after")
+    def _settings_fit_kind(self) -> "OptimConfig":
+        if self.kind == "adamw":
+            for name in ("momentum", "newton_schulz_steps", "adamw"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} belongs to kind: muon, but kind is adamw; leave it out or choose muon")
+        if all(role.lr == 0 for _, role in self.groups):
+            raise ValueError(
+                "groups sets every lr to 0, so that nothing would be trained; at least one above 0 is expected"
+            )
+        return self
 
 
 class ParallelConfig(Config):

@@ -4,10 +4,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from moelm.config import ModelConfig
 from moelm.model import rng
+from moelm.model.dtensor import local, local_slices
 from moelm.model.moe.router import Router, SigmoidRouter
 from moelm.model.norm import RMSNorm
 from moelm.model.transformer import Transformer
@@ -34,17 +34,17 @@ def initialize(model: Transformer, seed: int) -> None:
         elif isinstance(module, SigmoidRouter):
             module.bias.zero_()
     for name, parameter in model.named_parameters():
-        local, index = _local_shard(parameter)
+        own, index = local(parameter), local_slices(parameter)
         if parameter in norms:
             continue
         if parameter in zeros or parameter.dim() < 2:
-            local.fill_(0.0)
+            own.fill_(0.0)
             continue
         key = name.replace(".experts.", ".")
         std = residual_std if key.endswith(("wo.weight", "ffn.w2")) else config.init_std
         stacked = parameter.dim() == 3
         experts = range(len(parameter))[index[0]] if stacked else range(1)
-        for expert, matrix in zip(experts, local if stacked else (local,), strict=True):
+        for expert, matrix in zip(experts, own if stacked else (own,), strict=True):
             generator = rng.named_generator(f"{seed}/{key}/{expert}")
             matrix.copy_(torch.empty(parameter.shape[-2:]).normal_(0.0, std, generator=generator)[index[-2:]])
 
@@ -56,18 +56,3 @@ def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cp
     if torch.device(device).type != "meta":
         initialize(model, seed)
     return model
-
-
-def _local_shard(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The part of a parameter that this process holds, and its index in the whole, by dimension."""
-    index = [slice(0, size) for size in parameter.shape]
-    if not isinstance(parameter, DTensor):
-        return parameter, tuple(index)
-    mesh = parameter.device_mesh
-    for mesh_dim, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            size = parameter.shape[placement.dim]
-            chunk = -(-size // mesh.size(mesh_dim))
-            start = min(size, chunk * mesh.get_local_rank(mesh_dim))
-            index[placement.dim] = slice(start, min(size, start + chunk))
-    return parameter.to_local(), tuple(index)

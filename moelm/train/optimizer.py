@@ -1,68 +1,156 @@
-"""AdamW, the gradient norm and gradient clipping."""
+"""The optimizer, AdamW and Muon by parameter group, and the gradient norm.
+
+Gradient clipping is a factor that the update applies, not a pass over the gradients.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from moelm.config import OptimConfig
+from moelm.model import Transformer
+from moelm.model.dtensor import local, local_slices, num_replicas
+from moelm.train.muon import Muon
+from moelm.train.parameter_groups import build_groups
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices and expert stacks, not on norms."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+class Optimizer(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019), fused, and Muon for the groups of that kind.
+
+    Args:
+        groups: from `build_groups`.
+        config: betas, eps, momentum, steps of the orthogonalization, and the limit of the gradient norm.
+        dtype: dtype of the orthogonalization.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, dtype: torch.dtype) -> None:
+        super().__init__(groups, {"lr": config.lr})
+        self.config = config
+        matrices: list[nn.Parameter] = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = _fresh_state(group["kind"], parameter)
+            matrices += group["params"] if group["kind"] == "muon" else []
+        self.muon = Muon(matrices, config.momentum, config.newton_schulz_steps, dtype) if matrices else None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of all groups."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next step; each group has its factor on it."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+
+    def gradient_squares(self) -> Tensor:
+        """See the function of this name."""
+        return gradient_squares(self.parameters)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, *, squares: Sequence[float] = ()) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: not supported; the argument is that of torch.
+            squares: `gradient_squares`, summed over processes.
+        """
+        norm = gradient_norm(squares)
+        scale = min(1.0, self.config.clip / (norm + 1e-6))
+        for group in self.param_groups:
+            if group["kind"] == "adamw":
+                with torch.profiler.record_function("adamw"):
+                    self._adamw(group, scale)
+        if self.muon is not None:
+            idle = _zero_gradients(self.parameters, squares)
+            with torch.profiler.record_function("muon"):
+                self.muon.step([group for group in self.param_groups if group["kind"] == "muon"], self.state, scale, idle)
+
+    def _adamw(self, group: dict[str, Any], scale: float) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        states = [self.state[parameter] for parameter in parameters]
+        if not parameters:
+            return
+        adamw(
+            [local(parameter) for parameter in parameters],
+            [local(parameter.grad) for parameter in parameters],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            # The kernel divides gradients by it.
+            grad_scale=None if scale == 1.0 else torch.tensor(1 / scale, device=parameters[0].device),
+            amsgrad=False,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self.config.eps,
+            maximize=False,
+        )
+
+
+def build_optimizer(model: Transformer, config: OptimConfig, dtype: torch.dtype) -> Optimizer:
+    """The optimizer of a model that is on its device and distributed already.
+
+    Args:
+        dtype: dtype of matrix products, in which Muon orthogonalizes.
+    """
+    return Optimizer(build_groups(model, config), config, dtype)
+
+
+def _fresh_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:
+    if kind == "muon":
+        return {"momentum": torch.zeros_like(parameter)}
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
 
 @torch.no_grad()
 def gradient_squares(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Squared norm of each parameter's local gradient, float64 `(P,)`, to be summed over processes.
+    """Squared norm of each matrix's gradient, float64, of this process's shards, to be summed over processes.
 
-    Replicated gradients are divided by the number of replicas, so that every element counts once. Rows, which are never
-    sharded, are summed in the gradient's dtype, and their sums in float64: in float32, half a million squares would be off
-    by 5e-6, and by another amount for every sharding.
+    A stack of experts has one entry for each expert of the whole model; every other parameter has one. Replicated
+    gradients are divided by the number of replicas, so that every element counts once. Rows are summed in the gradient's
+    dtype, and their sums in float64: in float32, half a million squares would be off by 5e-6, and by another amount for
+    every sharding.
     """
-    grads, replicas = [], []
+    squares = []
     for parameter in parameters:
-        if (grad := parameter.grad) is not None:
-            grads.append(grad.to_local() if isinstance(grad, DTensor) else grad)
-            replicas.append(_num_replicas(parameter))
-    squares_P = torch.stack([torch.linalg.vector_norm(grad, dim=-1).double().square().sum() for grad in grads])
-    return squares_P / torch.tensor(replicas, device=squares_P.device)
+        stacked = parameter.dim() == 3
+        total = torch.zeros(len(parameter) if stacked else 1, dtype=torch.float64, device=parameter.device)
+        if parameter.grad is not None:
+            rows = torch.linalg.vector_norm(local(parameter.grad), dim=-1).double().square()
+            own = total[local_slices(parameter)[0]] if stacked else total
+            own.copy_((rows.sum(dim=-1) if stacked else rows.sum()) / num_replicas(parameter))
+        squares.append(total)
+    return torch.cat(squares)
 
 
-def _num_replicas(parameter: Tensor) -> int:
-    """Number of processes that hold the same shard of a parameter."""
-    if not isinstance(parameter, DTensor):
-        return 1
-    mesh = parameter.device_mesh
-    return math.prod(mesh.size(i) for i, placement in enumerate(parameter.placements) if placement.is_replicate())
+def gradient_norm(squares: Sequence[float]) -> float:
+    """The norm of the whole gradient.
 
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], squares_P: Tensor, limit: float) -> Tensor:
-    """Scale all gradients to a global norm of at most `limit`.
-
-    Squares are added one parameter after another, so that a parameter with a zero gradient changes no bit of the norm; this
-    keeps a mixture of one expert bitwise equal to the dense model.
-
-    Args:
-        squares_P: `gradient_squares`, summed over processes.
-
-    Returns:
-        The norm before scaling, a float64 scalar.
+    The sum is rounded once, so that neither its order nor a parameter with a zero gradient changes a bit of it; this keeps
+    a mixture of one expert bitwise equal to the dense model.
     """
-    total = torch.zeros((), dtype=torch.float64, device=squares_P.device)
-    for square in squares_P.unbind():
-        total = total + square
-    total = total.sqrt()
-    scale = (limit / (total + 1e-6)).clamp(max=1.0).float()
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_([grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads], scale)
-    return total
+    return math.sqrt(math.fsum(squares))
+
+
+def _zero_gradients(parameters: Iterable[nn.Parameter], squares: Sequence[float]) -> dict[nn.Parameter, list[bool]]:
+    """For each parameter, which of its matrices on this process have no gradient anywhere."""
+    zero, start = {}, 0
+    for parameter in parameters:
+        stacked = parameter.dim() == 3
+        end = start + (len(parameter) if stacked else 1)
+        own = squares[start:end][local_slices(parameter)[0]] if stacked else squares[start:end]
+        zero[parameter] = [square == 0 for square in own]
+        start = end
+    return zero

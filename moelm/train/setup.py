@@ -45,7 +45,7 @@ from moelm.runs.identity import check_data_tokenizer, read_data_record
 from moelm.runs.lock import RunLock
 from moelm.runs.record import LOSSY_NOTE
 from moelm.train.init_from import load_initial_weights, resolve_init_from
-from moelm.train.optimizer import build_optimizer
+from moelm.train.optimizer import Optimizer, build_optimizer
 from moelm.train.trainer import Execution, Trainer, TrainState
 
 Resume = Literal["auto", "never"]
@@ -126,7 +126,7 @@ def build_trainer(
         _check_same_settings(config, saved, run)
     dtype = dtype_of(config.train.precision, device)
     model = build_parallel_model(config, device, dtype, dims)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, dtype)
     progress = _resume(run, model, optimizer, ranks) if saved is not None else None
     if isinstance(config.model.ffn, MoEFFNConfig) and config.model.ffn.router.kind == "expert_choice":
         warn(
@@ -255,7 +255,7 @@ def _create_directory(run: RunDirectory, config: RunConfig, data: PreparedData, 
         raise MoelmError(f"The run directory {run.path} cannot be written: {error.strerror}.") from error
 
 
-def _resume(run: RunDirectory, model: Transformer, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Progress | None:
+def _resume(run: RunDirectory, model: Transformer, optimizer: Optimizer, ranks: Ranks) -> Progress | None:
     """Load the newest intact checkpoint; None if there is none yet."""
     if ranks.is_main:
         remove_unfinished(run.checkpoints)

@@ -1,6 +1,6 @@
 """The training loop of one run.
 
-Shapes: B rows of a micro-batch, P parameters.
+Shapes: B rows of a micro-batch, M matrices.
 """
 
 import math
@@ -36,7 +36,7 @@ from moelm.runs.metrics import Line
 from moelm.train.checkpoint_saver import CheckpointSaver
 from moelm.train.metrics import MetricsLogger
 from moelm.train.objective import layer_sums, micro_batch_loss
-from moelm.train.optimizer import clip_gradients, gradient_squares
+from moelm.train.optimizer import Optimizer, gradient_norm
 from moelm.train.profiler import profile_steps
 from moelm.train.routing_metrics import RoutingStatistics
 from moelm.train.schedule import learning_rate
@@ -60,7 +60,7 @@ class TrainState(NamedTuple):
 
     model: Transformer
     """Wrapped for the processes of the run."""
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     progress: Progress
     """See `moelm.runs.checkpoint.fresh_progress`."""
 
@@ -164,16 +164,15 @@ class Trainer:
         started = time.perf_counter()
         config = self.config
         lr = learning_rate(index, config.train.steps, config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr)
         micro_batches = [self._micro_batch(index, rows) for rows in self._own_rows(index)]
         own_loss, statistics = self._accumulate_gradients(
             micro_batches, self.data.train.count_tokens(self.order.rows(index))
         )
-        loss, squares_P, stop = self._reduce_step(own_loss, statistics)
-        norm = float(clip_gradients(self.model.parameters(), squares_P, config.optim.clip))
+        loss, squares, stop = self._reduce_step(own_loss, statistics)
+        norm = gradient_norm(squares)
         self._check_loss(index, loss, norm)
-        self.optimizer.step()
+        self.optimizer.step(squares=squares)
         self.optimizer.zero_grad()
         self.model.update_expert_bias({layer: sums["counts"] for layer, sums in statistics.layers.items()})
         seconds = time.perf_counter() - started
@@ -261,19 +260,19 @@ class Trainer:
 
     def _reduce_step(
         self, own_loss: torch.Tensor, statistics: RoutingStatistics
-    ) -> tuple[float, torch.Tensor, signal.Signals | None]:
+    ) -> tuple[float, list[float], signal.Signals | None]:
         """Sum loss, gradient squares, stop signals and routing statistics over processes, in one collective."""
         flags = torch.tensor([float(self.received_signal == signum) for signum in STOP_SIGNALS], device=self.device)
-        squares_P = gradient_squares(self.model.parameters())
+        squares_M = self.optimizer.gradient_squares()
 
         def all_reduce(values: list[torch.Tensor]) -> list[torch.Tensor]:
-            nonlocal own_loss, squares_P, flags
-            own_loss, squares_P, flags, *values = self.ranks.all_reduce([own_loss, squares_P, flags, *values])
+            nonlocal own_loss, squares_M, flags
+            own_loss, squares_M, flags, *values = self.ranks.all_reduce([own_loss, squares_M, flags, *values])
             return values
 
         statistics.layers = map_layer_sums(statistics.layers, all_reduce)
         received = [signum for signum, count in zip(STOP_SIGNALS, flags.tolist(), strict=True) if count]
-        return float(own_loss), squares_P, received[0] if received else None
+        return float(own_loss), squares_M.tolist(), received[0] if received else None
 
     def _check_loss(self, index: int, loss: float, norm: float) -> None:
         """Stop before the update if loss or norm are not finite, or the loss is above 3 times that of a uniform guess."""

@@ -64,8 +64,9 @@ def check_deviations(deviations: dict[str, float]) -> None:
 
 @pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("processes", LAYOUTS)
-def test_every_step_agrees_on_every_layout(workplace: Path, processes: int) -> None:
-    check_layouts(workplace, processes, [*NO_NEAR_TIES, *steps(20)])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_step_agrees_on_every_layout(workplace: Path, kind: str, processes: int) -> None:
+    check_layouts(workplace, processes, [*NO_NEAR_TIES, *steps(20 if kind == "adamw" else 50), f"optim.kind={kind}"])
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def main() -> None:
     dtype = dtype_of(config.train.precision, device)
     with distributed_context() as ranks:
         model = build_parallel_model(config, device, dtype, resolve_parallel_dims(config, ranks.size))
-        optimizer = build_optimizer(model, config.optim)
+        optimizer = build_optimizer(model, config.optim, dtype)
         rows = config.batch_rows // ranks.size
         batch = random_batch(config)
         batch = type(batch)(*(tensor[ranks.rank * rows : (ranks.rank + 1) * rows] for tensor in batch))

@@ -5,8 +5,8 @@ Shapes: S rows sorted by expert, D model width, F hidden width, E experts.
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from moelm.model.dtensor import local
 from moelm.model.swiglu import Weights, grouped_swiglu, split_depth
 
 
@@ -25,7 +25,7 @@ class Experts(nn.Module):
 
     def forward(self, x_SD: Tensor, gates_S: Tensor, ends_E: Tensor) -> Tensor:
         """Apply expert e to the rows up to `ends_E[e]`, and multiply each output by its gate."""
-        w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
+        w1, w2, w3 = (local(w) for w in (self.w1, self.w2, self.w3))
         if self.depth == 1:
             return grouped_swiglu(x_SD, ends_E, (w1, w2, w3), self.activation, gates_S, self.recompute)
 

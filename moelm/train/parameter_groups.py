@@ -1,0 +1,72 @@
+"""The role of each parameter in a model, and the optimizer groups that follow from it."""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from moelm.config import OptimConfig
+from moelm.errors import MoelmError
+from moelm.model import Transformer
+from moelm.model.feed_forward import FeedForward
+from moelm.model.moe.experts import Experts
+from moelm.model.moe.router import Router
+from moelm.model.norm import RMSNorm
+
+Role = Literal["embedding", "head", "attention", "ffn", "experts", "router", "norm"]
+MUON_ROLES = ("attention", "ffn", "experts")
+"""Roles whose parameters are matrices from one hidden vector to another, or stacks of them, one for each expert."""
+
+
+def parameter_roles(model: Transformer) -> dict[nn.Parameter, Role]:
+    """The role of every parameter, in the order of the model.
+
+    The expert of a mixture of one has the role of the dense block, which it is equal to.
+    """
+    return {
+        parameter: _role(name, module)
+        for name, module in model.named_modules()
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _role(name: str, module: nn.Module) -> Role:
+    match module:
+        case nn.Embedding():
+            return "embedding"
+        case RMSNorm():
+            return "norm"
+        case Router():
+            return "router"
+        case Experts():
+            return "experts" if len(module.w1) > 1 else "ffn"
+        case FeedForward():
+            return "ffn"
+    return "head" if name == "head" else "attention"
+
+
+def build_groups(model: Transformer, config: OptimConfig) -> list[dict[str, Any]]:
+    """The optimizer's groups; parameters whose factor is 0 are frozen and belong to none.
+
+    A group has the keys `params`, `kind` (`adamw` or `muon`), `lr_factor` (relative to `optim.lr`) and `weight_decay`.
+
+    Raises:
+        MoelmError: all parameters are frozen.
+    """
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    for parameter, role in parameter_roles(model).items():
+        settings = getattr(config.groups, role)
+        parameter.requires_grad_(settings.lr > 0)
+        if not parameter.requires_grad:
+            continue
+        kind = "muon" if config.kind == "muon" and role in MUON_ROLES else "adamw"
+        relative = config.adamw.lr / config.lr if kind == "adamw" and config.adamw.lr is not None else 1.0
+        weight_decay = settings.weight_decay
+        if weight_decay is None:
+            weight_decay = config.weight_decay if parameter.dim() >= 2 else 0.0
+        groups.setdefault((kind, settings.lr * relative, weight_decay), []).append(parameter)
+    if not groups:
+        raise MoelmError("optim.groups freezes every parameter of this model; at least one lr above 0 is expected.")
+    return [
+        {"params": parameters, "kind": kind, "lr_factor": factor, "weight_decay": weight_decay}
+        for (kind, factor, weight_decay), parameters in groups.items()
+    ]
