@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 import zstandard
 
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 
 SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zst", ".zstd": "zst"}
 """Compressed formats by the ending of a name."""
@@ -173,12 +173,6 @@ def too_long(origin: str, size: int, limit: int, at_least: bool = False) -> Moel
         f"{origin} holds one document of {amount}; at most data.max_document_mb = {limit / 1e6:.3g} are accepted "
         "(increase it, or divide a text file with documents: line or paragraph)."
     )
-
-
-def first_line(error: object) -> str:
-    """The first line of a message, without its last full stop or colon."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".: ") if lines else type(error).__name__
 
 
 def _undecodable_line(path: Path) -> str:

@@ -20,13 +20,12 @@ from moelm.data.files import (
     bare_suffix,
     compression,
     file_kind,
-    first_line,
     numbered_lines,
     open_bytes,
     too_long,
 )
 from moelm.data.json_records import describe_json, read_json
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 
 Records = Iterator[tuple[dict[str, Any], str]]
 Reader = Callable[[Path, SourceConfig, int], Records]

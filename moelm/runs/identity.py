@@ -1,8 +1,8 @@
 """What a run has recorded of its model, data and tokenizer, and the check of what is used against it."""
 
 from moelm.config import ModelConfig, RunConfig, check_section, differing, flatten, format_override, load_config
-from moelm.data.identity import DataRecord, tokenizer_fingerprint
-from moelm.data.tokenizer import Tokenizer
+from moelm.data.identity import DataRecord
+from moelm.data.tokenizer import Tokenizer, tokenizer_fingerprint
 from moelm.errors import MoelmError
 from moelm.runs.directory import RunDirectory
 from moelm.runs.record import read_environment

@@ -10,9 +10,9 @@ from torch import Tensor
 from moelm import __version__
 from moelm.atomic import atomic_directory
 from moelm.config import RunConfig, dump_config
-from moelm.data.identity import check_record, folder_to_read, tokenizer_fingerprint
+from moelm.data.identity import check_record, folder_to_read
 from moelm.data.loader import Rows, open_folder
-from moelm.data.tokenizer import Tokenizer
+from moelm.data.tokenizer import Tokenizer, tokenizer_fingerprint
 from moelm.errors import MoelmError
 from moelm.hardware import dtype_of, keep_memory, pick_device
 from moelm.model import Transformer, build_model
