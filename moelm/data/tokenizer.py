@@ -67,7 +67,7 @@ class Tokenizer:
     unknown_id: int | None
     """The token of text that is not in the vocabulary."""
     records_tokens: bool
-    """Whether the tokenizer.json records its start and end tokens, because their names do not tell them."""
+    """Whether the tokenizer.json records its start and end tokens, because their names are not the usual ones."""
     byte_ids: dict[int, int]
     """The byte of each token that the decoder joins with its neighbors (byte fallback)."""
     text_ids: frozenset[int]

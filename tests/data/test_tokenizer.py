@@ -240,7 +240,7 @@ def test_dropout_is_not_applied(tmp_path: Path) -> None:
 
 
 def renamed(tree: Tree) -> Tree:
-    """The same tokenizer with names that tell nothing."""
+    """The same tokenizer with unusual names of the start and end tokens."""
     return json.loads(json.dumps(tree).replace('"<s>"', '"[S]"').replace('"</s>"', '"[E]"'))  # type: ignore[no-any-return]
 
 
