@@ -1,5 +1,8 @@
 """What a run has recorded of its model, data and tokenizer, and the check of what is used against it."""
 
+import os
+from pathlib import Path
+
 from moelm.config import ModelConfig, RunConfig, check_section, differing, flatten, format_override, load_config
 from moelm.data.identity import DataRecord
 from moelm.data.tokenizer import Tokenizer, tokenizer_fingerprint
@@ -55,7 +58,10 @@ def read_data_record(run: RunDirectory) -> DataRecord | None:
                 f"{run.environment} has no {key}, because an earlier version of moelm made the run; choose another "
                 "name=... and train it again."
             )
-    return DataRecord(*map(str, values))
+    record = DataRecord(*map(str, values))
+    # A relative folder is below the directory in which the run was trained, which is one of those that contain the run.
+    folders = [base / record.data_folder for base in (Path(), *run.path.resolve().parents)]
+    return record._replace(data_folder=str(next(filter(os.path.isdir, folders), folders[0])))
 
 
 def recorded_tokenizer(run: RunDirectory) -> str:

@@ -95,6 +95,12 @@ def test_a_copy_without_times_is_evaluated_on_the_prepared_data() -> None:
     assert len(list(Path("data").iterdir())) == 1
 
 
+def test_a_run_is_evaluated_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, expected = RUN.resolve(), evaluate_run()
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_run(str(run)) == expected
+
+
 def test_the_recorded_content_is_found_in_another_folder() -> None:
     folder = Path(environment()["data_folder"])
     folder.rename("data/moved")
