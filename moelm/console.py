@@ -1,14 +1,10 @@
 """Progress and log messages, always on stderr: one live line on a terminal, occasional plain lines elsewhere.
 
-A message that cannot be written is dropped, because a run outlives its terminal. Texts are printed as they are: no markup,
-and control characters of a name have no effect on the terminal.
+Texts are printed as they are: no markup, and control characters of a name have no effect on the terminal.
 """
 
-import sys
 import time
-from contextlib import suppress
 from types import TracebackType
-from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.status import Status
@@ -30,36 +26,7 @@ def printable_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", " ")
 
 
-class _Stderr:
-    """The stderr of the moment, closed or full or not."""
-
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError, AttributeError):  # full or gone, closed in Python, never opened
-            self._file.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError, AttributeError):
-            self._file.flush()
-
-    def isatty(self) -> bool:
-        with suppress(ValueError, AttributeError):
-            return bool(self._file.isatty())
-        return False
-
-    def fileno(self) -> int:
-        return int(self._file.fileno())
-
-    @property
-    def encoding(self) -> str:
-        return getattr(self._file, "encoding", None) or "utf-8"
-
-    @property
-    def _file(self) -> Any:
-        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # rich replaces stderr while a progress line is shown
-
-
-console = Console(file=cast(IO[str], _Stderr()), highlight=False, markup=False, emoji=False)
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def log(message: str) -> None:

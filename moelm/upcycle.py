@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelm.config import DenseFFNConfig, RunConfig, apply_overrides, check_config, load_config, refuse_overrides
+from moelm.config import DenseFFNConfig, RunConfig, apply_overrides, check_config, refuse_overrides
 from moelm.errors import MoelmError
 from moelm.model import Transformer, build_model
 from moelm.model.moe.experts import Experts, expert_stacks
 from moelm.model.rng import named_generator
 from moelm.runs.checkpoint import read_weights, step_of
 from moelm.runs.directory import RunDirectory
-from moelm.runs.identity import load_tokenizer
+from moelm.runs.identity import load_run_config, load_tokenizer
 from moelm.runs.load import create_run
 
 
@@ -70,7 +70,7 @@ def _sparse_config(
     dense: RunDirectory, run: RunDirectory, num_experts: int, top_k: int, overrides: Sequence[str]
 ) -> RunConfig:
     """The dense run's config with a sparse feed-forward block, the new name, and `init_from` naming the new run itself."""
-    dense_config = load_config(dense.config)
+    dense_config = load_run_config(dense)
     ffn = dense_config.model.ffn
     if not isinstance(ffn, DenseFFNConfig):
         raise MoelmError(f"The run {dense.path} is a mixture of experts already; a dense one can be upcycled.")

@@ -3,8 +3,8 @@
     python scripts/to_gguf.py LLAMA_CPP_CHECKOUT EXPORTED --outfile model.gguf --outtype f32
 
 The converter identifies how a tokenizer splits text by a hash of the tokens of a sample, so it does not recognize
-tokenizers trained by moelm. Those split text as GPT-2's does, which llama.cpp supports; this script tells the converter so,
-and leaves everything else to it. Arguments after the directory are passed to the converter.
+tokenizers trained by moelm. Those split text as GPT-2's does, which llama.cpp supports; this script makes the
+converter treat them so, and leaves everything else to it. Arguments after the directory are passed to the converter.
 """
 
 import argparse

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from tests.processes import run_moelm
+
+if TYPE_CHECKING:
+    from moelm.config import RunConfig
+    from moelm.data.loader import PreparedData
 
 # The models of the tests are so small that a second thread makes them slower; torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -103,6 +107,14 @@ def train_here(folder: Path, kind: str, *overrides: str) -> Path:
         config = load_config(f"{kind}.yaml", overrides)
         train(config, RunDirectory(Path("runs") / config.name))
     return folder / "runs" / config.name
+
+
+def open_data(config: "RunConfig") -> "PreparedData":
+    """The prepared data of a config."""
+    from moelm.data.identity import folder_to_read
+    from moelm.data.loader import open_folder
+
+    return open_folder(config, folder_to_read(config.data))
 
 
 def metrics_lines(run: Path) -> list[dict[str, Any]]:

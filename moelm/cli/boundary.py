@@ -25,7 +25,7 @@ class OutputError(MoelmError):
 
 
 class OutputClosed(OutputError):
-    """Whoever reads standard output has seen enough."""
+    """The process that reads standard output has closed it."""
 
     exit_code = 128 + signal.SIGPIPE
     reported = True
@@ -50,7 +50,7 @@ class _Stdout(io.FileIO):
 
 
 class _Stderr(io.FileIO):
-    """Standard error; what cannot be written is dropped, because a run outlives its terminal."""
+    """Standard error; what cannot be written is dropped, so that a run continues when its terminal is closed."""
 
     def write(self, data: Any) -> int:
         try:

@@ -9,8 +9,8 @@ from typing import Any
 from moelm.config import DataConfig, SourceConfig
 from moelm.console import ProgressLine, warn
 from moelm.data.document import Document
-from moelm.data.shards import SplitWriter
-from moelm.data.splitting import Account, SplitDocument, Splitter, cut_document
+from moelm.data.shards import Account, SplitWriter
+from moelm.data.splitting import SplitDocument, Splitter, cut_document
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.formats import byte_size
@@ -48,19 +48,22 @@ class DatasetWriter:
         Raises:
             MoelmError: there are none.
         """
-        account = Account(source.label)
+        account = _new_account(source.label)
         self.accounts.append(account)
         splitter = Splitter(documents, self.data, source, self._seen)
         for batch in _encode(splitter, self.tokenizer):
             kept = self._write_batch(batch, source, splitter, account)
             texts = [text for document, _ in kept for text in document.texts]
-            account.add_losses(*self.tokenizer.count_losses(texts, [ids for _, parts in kept for ids in parts]))
+            losses = self.tokenizer.count_losses(texts, [ids for _, parts in kept for ids in parts])
+            account["unknown_tokens"] += losses.unknown_tokens
+            account["unknown_characters"] += losses.unknown_characters
+            account["lost_characters"] += losses.lost_characters
             progress_line.update(self._progress(source.label))
         if not splitter.stopped:
-            account.read, account.duplicates, account.blank = splitter.read, splitter.duplicates, splitter.blank
+            account |= {"read": splitter.read, "duplicates": splitter.duplicates, "blank": splitter.blank}
         if splitter.read == splitter.blank:
             raise MoelmError(f"{source.path or source.label} is empty: it contains no text.")
-        if splitter.stopped and not account.kept:
+        if splitter.stopped and not account["kept"]:
             raise MoelmError(f"{source.label}: max_tokens = {source.max_tokens} leaves no document; more are expected.")
 
     def close(self) -> dict[str, dict[str, Any]]:
@@ -72,14 +75,14 @@ class DatasetWriter:
                 f"validation loss; a larger data.val_fraction than {self.data.val_fraction} would include some."
             )
         for account in self.accounts:
-            if not account.kept:
-                warn(f"nothing of {account.label} is kept, because all of its documents are in sources before it.")
-            if account.unknown_characters or account.lost_characters:
-                unknown, lost, total = account.unknown_characters, account.lost_characters, account.characters
+            if not account["kept"]:
+                warn(f"nothing of {account['label']} is kept, because all of its documents are in sources before it.")
+            if account["unknown_characters"] or account["lost_characters"]:
+                unknown, lost, total = account["unknown_characters"], account["lost_characters"], account["characters"]
                 warn(
-                    f"of the {total:,} characters of {account.label}, {unknown:,} ({unknown / total:.2%}) become unknown "
-                    f"tokens and {lost:,} ({lost / total:.2%}) are lost (dropped or changed by the tokenizer); bits/byte "
-                    "is not comparable with that of a tokenizer that loses nothing."
+                    f"of the {total:,} characters of {account['label']}, {unknown:,} ({unknown / total:.2%}) become "
+                    f"unknown tokens and {lost:,} ({lost / total:.2%}) are lost (dropped or changed by the tokenizer); "
+                    "bits/byte is not comparable with that of a tokenizer that loses nothing."
                 )
         return {split: writer.close() for split, writer in self._splits.items()}
 
@@ -93,11 +96,11 @@ class DatasetWriter:
                 splitter.leave_out(document)
                 continue
             encoded: Encoded | None = document, ids
-            if source.max_tokens is not None and account.tokens + _count_tokens(ids) >= source.max_tokens:
+            if source.max_tokens is not None and account["tokens"] + _count_tokens(ids) >= source.max_tokens:
                 splitter.stopped = True
-                if account.tokens + _count_tokens(ids) > source.max_tokens:
-                    encoded = cut_document(document, source.max_tokens - account.tokens, self.tokenizer, self.data)
-                    account.cut = int(encoded is not None)
+                if account["tokens"] + _count_tokens(ids) > source.max_tokens:
+                    encoded = cut_document(document, source.max_tokens - account["tokens"], self.tokenizer, self.data)
+                    account["cut"] = int(encoded is not None)
             if encoded is None:
                 splitter.leave_out(document)
                 continue
@@ -111,19 +114,36 @@ class DatasetWriter:
             size = len(part.text.encode())
             tokens = [*part_ids, self.tokenizer.eos_id]
             self._splits[part.split].add(tokens, size, domain, len(self.accounts) - 1, document.hash)
-            account.tokens += len(tokens)
-            account.bytes += size
-            account.characters += len(part.text)
+            account["tokens"] += len(tokens)
+            account["bytes"] += size
+            account["characters"] += len(part.text)
             if part.split == "val":
                 self._held_out.add(document.domain)
-        account.kept += 1
-        account.read, account.duplicates, account.blank = document.read, document.duplicates, document.blank
+        account["kept"] += 1
+        account |= {"read": document.read, "duplicates": document.duplicates, "blank": document.blank}
 
     def _progress(self, label: str) -> str:
         documents = sum(writer.documents for writer in self._splits.values())
         size = sum(writer.bytes for writer in self._splits.values())
         rate = size / max(time.monotonic() - self._started, 1e-9)
         return f"Encoding {label}: {documents:,} documents, {byte_size(size)} of text, {byte_size(rate)}/s"
+
+
+def _new_account(label: str) -> Account:
+    return {
+        "label": label,
+        "read": 0,
+        "kept": 0,
+        "duplicates": 0,
+        "blank": 0,
+        "cut": 0,
+        "tokens": 0,
+        "bytes": 0,
+        "characters": 0,
+        "unknown_tokens": 0,
+        "unknown_characters": 0,
+        "lost_characters": 0,
+    }
 
 
 def _count_tokens(ids: list[list[int]]) -> int:

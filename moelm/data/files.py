@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 import zstandard
 
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 
 SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zst", ".zstd": "zst"}
 """Compressed formats by the ending of a name."""
@@ -32,7 +32,8 @@ _MAGIC = {
     b"%PDF-": "PDF",
     b"SQLite format 3\0": "SQLite",
 }
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+"""Byte order mark of UTF-8."""
 _OTHER_BOMS = {
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",
@@ -40,6 +41,8 @@ _OTHER_BOMS = {
     b"\xfe\xff": "UTF-16",
 }
 _HEAD_BYTES = 16
+_SMALL_FILE_BYTES = 1 << 14
+"""Bytes that are read at first; to allocate more takes longer than to read a small file."""
 _ZSTD_READ_BYTES = 1 << 12
 """Compressed bytes that are decompressed at once; few, because they can hold 30,000 times as much text."""
 _ZSTD_WINDOW_BYTES = 1 << 31
@@ -65,51 +68,51 @@ def compression(path: Path) -> str | None:
     Raises:
         MoelmError: not a regular file, or not what its name says.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise MoelmError(f"{path} is not a regular file; pipes and devices cannot be read.")
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    kind = file_kind(head)
-    named = SUFFIXES.get(path.suffix.lower())
-    if named is not None and kind != named:
-        content = "is empty" if not head else f"holds {kind} data" if kind else "is not compressed"
-        raise MoelmError(f"{path} is not a {named} file, as its name says: it {content}.")
-    return kind if kind in ("gzip", "zst") else None
+    with _open_stored(path) as (_, compressed_as):
+        return compressed_as
 
 
-def open_bytes(path: Path) -> BinaryIO:
+@contextmanager
+def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """The decompressed content of a file.
 
     Raises:
         MoelmError: not a regular file, or not what its name says.
     """
-    match compression(path):
-        case "gzip":
-            return cast(BinaryIO, gzip.open(path, "rb"))
-        case "zst":
-            return io.BufferedReader(_ZstdFile(path), 1 << 17)
-    return path.open("rb")
+    with _open_stored(path) as (file, compressed_as):
+        match compressed_as:
+            case "gzip":
+                with gzip.GzipFile(fileobj=file) as content:
+                    yield cast(io.BufferedReader, content)
+            case "zst":
+                yield io.BufferedReader(_ZstdFile(path, file), 1 << 17)
+            case _:
+                yield file
 
 
-def read_head(path: Path, size: int = _HEAD_BYTES) -> bytes:
+def read_head(path: Path, size: int) -> bytes:
     """The first bytes of the decompressed content of a file."""
     with open_bytes(path) as file:
-        return file.read(size)
+        head = file.read(min(size, _SMALL_FILE_BYTES))
+        return head + file.read(size - len(head)) if len(head) == _SMALL_FILE_BYTES else head
 
 
-def open_text(path: Path) -> TextIO:
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
     """A file of UTF-8 text with its line ends unchanged; a byte order mark at the start is not text.
 
     Raises:
         MoelmError: a binary format or another encoding.
     """
-    head = read_head(path)
-    if kind := file_kind(head):
-        raise not_text(path, f"its content {'once decompressed ' if compression(path) else ''}is {kind} data")
-    for mark, encoding in _OTHER_BOMS.items():
-        if head.startswith(mark):
-            raise not_text(path, f"it is encoded as {encoding}, and UTF-8 is expected")
-    return io.TextIOWrapper(open_bytes(path), "utf-8-sig" if head.startswith(_BOM) else "utf-8", newline="")
+    with open_bytes(path) as file:
+        head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+        if kind := file_kind(head):
+            raise not_text(path, f"its content {'once decompressed ' if compression(path) else ''}is {kind} data")
+        for mark, encoding in _OTHER_BOMS.items():
+            if head.startswith(mark):
+                raise not_text(path, f"it is encoded as {encoding}, and UTF-8 is expected")
+        # Of a file that is a part of the mark alone, utf-8-sig would make an empty text.
+        yield io.TextIOWrapper(file, "utf-8-sig" if head.startswith(BOM) else "utf-8", newline="")
 
 
 def numbered_lines(path: Path, max_chars: int) -> Iterator[tuple[int, str]]:
@@ -172,12 +175,6 @@ def too_long(origin: str, size: int, limit: int, at_least: bool = False) -> Moel
     )
 
 
-def first_line(error: object) -> str:
-    """The first line of a message, without its last full stop or colon."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".: ") if lines else type(error).__name__
-
-
 def _undecodable_line(path: Path) -> str:
     """The place of the first line that is not UTF-8, as part of a sentence."""
     read_through(path)  # of a damaged archive, that is the error
@@ -190,14 +187,29 @@ def _undecodable_line(path: Path) -> str:
     return ""
 
 
+@contextmanager
+def _open_stored(path: Path) -> Iterator[tuple[io.BufferedReader, str | None]]:
+    """A file as it is stored, and its compressed format."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise MoelmError(f"{path} is not a regular file; pipes and devices cannot be read.")
+    with path.open("rb") as file:
+        head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+        kind = file_kind(head)
+        named = SUFFIXES.get(path.suffix.lower())
+        if named is not None and kind != named:
+            content = "is empty" if not head else f"holds {kind} data" if kind else "is not compressed"
+            raise MoelmError(f"{path} is not a {named} file, as its name says: it {content}.")
+        yield file, kind if kind in ("gzip", "zst") else None
+
+
 class _ZstdFile(io.RawIOBase):
     """The content of a .zst file of any number of frames.
 
     The readers of `zstandard` end silently where a file is cut; a frame's own decompressor knows whether it is complete.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, path.open("rb")
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
         self._chunks = self._decompress()
         self._rest = memoryview(b"")
 
@@ -215,10 +227,6 @@ class _ZstdFile(io.RawIOBase):
         target[:count] = self._rest[:count]
         self._rest = self._rest[count:]
         return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
     def _decompress(self) -> Iterator[bytes]:
         decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)

@@ -9,7 +9,7 @@ from typing import Any
 from moelm.config import SourceConfig
 from moelm.data.files import SUFFIXES, read_through
 from moelm.data.paths import MissingSource, files_below
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 
 TIMEOUT_S = 10.0
 """Timeout of the first request; without it, the client retries for half a minute if there is no network."""
@@ -41,7 +41,7 @@ def hub_records(source: SourceConfig) -> Iterator[tuple[dict[str, Any], str]]:
         raise
     except Exception as error:
         # The library raises the errors of every transport and file format.
-        raise MoelmError(f"The dataset {name} (split {split}) cannot be streamed: {_describe(error)}") from error
+        raise MoelmError(f"The dataset {name} (split {split}) cannot be streamed: {_describe(error)}.") from error
 
 
 def _open(source: SourceConfig, name: str, split: str) -> Iterable[dict[str, Any]]:
@@ -83,5 +83,5 @@ def _check_reachable(name: str) -> None:
 
 
 def _describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    name, reason = type(error).__name__, first_line(error)
+    return name if reason == name else f"{name}: {reason}"

@@ -1,6 +1,5 @@
 """The identity of a run's data: the hashes of its content that a run records, and the folder that has this content."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,8 +7,7 @@ from moelm.config import DataConfig
 from moelm.console import log
 from moelm.data.paths import MissingSource
 from moelm.data.prepare import find_prepared, prepare, prepared_folder
-from moelm.data.shards import check_files, damaged, read_manifest
-from moelm.data.tokenizer import tokenizer_content
+from moelm.data.shards import read_manifest
 from moelm.errors import MoelmError
 from moelm.formats import join_names
 
@@ -23,11 +21,6 @@ class DataRecord(NamedTuple):
     tokenizer_fingerprint: str
     eval_fingerprint: str
     """Of what two runs must share for their validation losses to be comparable."""
-
-
-def tokenizer_fingerprint(path: Path) -> str:
-    """The hash of a tokenizer.json, independent of its formatting."""
-    return hashlib.sha256(tokenizer_content(path).encode()).hexdigest()[:16]
 
 
 def folder_to_read(data: DataConfig, record: DataRecord | None = None) -> Path:
@@ -108,17 +101,6 @@ def check_record(run: Path, record: DataRecord, data: DataConfig, folder: Path) 
         f"({join_names(changed)}) have changed and give {manifest['data_sha256']} in {folder}; choose another "
         f"name=..., {remedies}."
     )
-
-
-def check_content(folder: Path, manifest: dict[str, Any]) -> None:
-    """Check all files but the training shards, which `moelm prepare` checks, against the manifest's hashes.
-
-    Raises:
-        MoelmError: one is missing or differs.
-    """
-    check_files(folder, manifest, shards_of=("val",))
-    if tokenizer_fingerprint(folder / "tokenizer.json") != manifest["tokenizer_sha256"]:
-        raise damaged(folder, "tokenizer.json is not as it was written")
 
 
 def _recorded_folder(data: DataConfig, record: DataRecord) -> Path | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from moelm.data.files import bare_suffix, numbered_lines, open_text, too_long
+from moelm.data.files import BOM, bare_suffix, numbered_lines, open_text, too_long
 from moelm.errors import MoelmError
 
 REPEATED = object()
@@ -47,8 +47,14 @@ def read_json(path: Path, max_chars: int) -> Iterator[tuple[dict[str, Any], str]
                 yield _parse_object(line, origin), origin
 
 
-def describe_json(path: Path) -> str | None:
-    """What a text file looks like if it begins with JSON objects, one a line or in an array; None if it does not."""
+def describe_json(path: Path, head: bytes) -> str | None:
+    """What a text file looks like if it begins with JSON objects, one a line or in an array; None if it does not.
+
+    Args:
+        head: the first bytes of its content.
+    """
+    if not head.removeprefix(BOM).lstrip().startswith((b"[", b"{")):
+        return None
     with open_text(path) as file:
         if _ARRAY_OF_OBJECTS.match(file.read(_CHUNK_CHARS)):
             return "a JSON array of objects; rename it to end in .json"

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moelm.config import RunConfig
-from moelm.data.identity import DataRecord, check_content, folder_to_read
+from moelm.data.identity import DataRecord
 from moelm.data.packing import Ints, Packing, pack
-from moelm.data.shards import Split, read_manifest
+from moelm.data.shards import Split, check_files, read_manifest
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 
@@ -125,21 +125,16 @@ class PreparedData(NamedTuple):
     """Whether the tokenizer lost a part of the text, so that bits per byte are those of the rest."""
 
 
-def open_data(config: RunConfig) -> PreparedData:
-    """Open the prepared dataset of a config.
+def open_folder(config: RunConfig, folder: Path) -> PreparedData:
+    """Open the prepared dataset of a folder; its training shards are not checked, which `moelm prepare` does.
 
     Raises:
         MoelmError: it is not prepared or damaged, or one of its splits is empty.
     """
-    return open_folder(config, folder_to_read(config.data))
-
-
-def open_folder(config: RunConfig, folder: Path) -> PreparedData:
-    """Open the prepared dataset of a folder; see `open_data`."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise MoelmError(f"The data of {config.name} is not prepared; run `moelm prepare` with its config first.")
-    check_content(folder, manifest)
+    check_files(folder, manifest, shards_of=("val",))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     weights = [source.weight for source in config.data.sources]
     train = Rows(Split(folder, "train", manifest), config.data.seq_len, tokenizer, weights)

@@ -17,20 +17,18 @@ from moelm.config import DataConfig
 from moelm.console import ProgressLine, log
 from moelm.data.dataset_writer import DatasetWriter
 from moelm.data.document import Document
-from moelm.data.files import first_line
 from moelm.data.paths import MissingSource
 from moelm.data.shards import (
     FORMAT,
     MAX_DOCUMENT_BYTES,
     check_files,
     content_hash,
-    damaged,
     read_manifest,
 )
 from moelm.data.sources import read_source, source_fingerprint
 from moelm.data.splitting import Splitter
-from moelm.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_content
-from moelm.errors import MoelmError
+from moelm.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
+from moelm.errors import MoelmError, first_line
 from moelm.formats import byte_size
 
 
@@ -99,7 +97,9 @@ def prepare(data: DataConfig, verify: bool = False) -> tuple[Path, bool]:
         log(f"{error} The data that was prepared before in {found} is used.")
         folder, worked = found, False
     if verify and not worked:
-        _verify(folder)
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        check_files(folder, manifest)
     return folder, worked
 
 
@@ -122,20 +122,8 @@ def _recipe(data: DataConfig) -> dict[str, Any]:
     if data.tokenizer.path is not None:
         if not Path(data.tokenizer.path).exists():
             raise MissingSource(f"There is no tokenizer file {data.tokenizer.path}.")
-        recipe["tokenizer_sha256"] = _hash(tokenizer_content(Path(data.tokenizer.path)))
+        recipe["tokenizer_sha256"] = tokenizer_fingerprint(Path(data.tokenizer.path))
     return recipe
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _verify(folder: Path) -> None:
-    manifest = read_manifest(folder)
-    assert manifest is not None
-    check_files(folder, manifest)
-    if _hash(tokenizer_content(folder / "tokenizer.json")) != manifest["tokenizer_sha256"]:
-        raise damaged(folder, "tokenizer.json is not as it was written")
 
 
 def _write_folder(data: DataConfig, recipe: dict[str, Any], folder: Path) -> None:
@@ -180,12 +168,12 @@ def _write_dataset(data: DataConfig, work: Path) -> dict[str, Any]:
         "dtype": writer.dtype,
         "vocab_size": tokenizer.vocab_size,
         "domains": domains,
-        "duplicates": sum(account.duplicates for account in writer.accounts),
-        "sources": [account.as_dict() for account in writer.accounts],
+        "duplicates": sum(account["duplicates"] for account in writer.accounts),
+        "sources": writer.accounts,
         "splits": splits,
         "data_sha256": content_hash(splits.values(), domains),
         "eval_sha256": content_hash([splits["val"]], domains),
-        "tokenizer_sha256": _hash(tokenizer_content(work / "tokenizer.json")),
+        "tokenizer_sha256": tokenizer_fingerprint(work / "tokenizer.json"),
     }
 
 

@@ -20,14 +20,12 @@ from moelm.data.files import (
     bare_suffix,
     compression,
     file_kind,
-    first_line,
     numbered_lines,
     open_bytes,
-    read_head,
     too_long,
 )
 from moelm.data.json_records import describe_json, read_json
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 
 Records = Iterator[tuple[dict[str, Any], str]]
 Reader = Callable[[Path, SourceConfig, int], Records]
@@ -35,18 +33,23 @@ Reader = Callable[[Path, SourceConfig, int], Records]
 
 WHOLE_FILE_BYTES = 1 << 20
 """A text file up to this size is one document under `documents: auto`."""
+HEAD_BYTES = WHOLE_FILE_BYTES + 1
+"""Bytes of a file's content that decide how it is read."""
 PART_CHARS = 1 << 16
 """A larger one is divided at the first empty line after this many characters."""
 
 
-def record_reader(path: Path) -> Reader | None:
+def record_reader(path: Path, head: bytes) -> Reader | None:
     """The reader of a file of records, by its name or by its content if that is Parquet; None for a text file.
 
+    Args:
+        head: the first bytes of its content.
+
     Raises:
-        MoelmError: not a regular file, or its content is not what its name says.
+        MoelmError: Parquet under the name of another format.
     """
     suffix = bare_suffix(path)
-    is_parquet = file_kind(read_head(path)) == "parquet"
+    is_parquet = file_kind(head) == "parquet"
     if is_parquet and suffix in _READERS and _READERS[suffix] is not _read_parquet:
         raise MoelmError(f"{path} holds parquet data; rename it to end in .parquet.")
     return _read_parquet if is_parquet else _READERS.get(suffix)
@@ -61,19 +64,22 @@ def check_columns(names: Iterable[str], source: SourceConfig, origin: str) -> No
             raise MoelmError(f"{origin} has no column {column!r}; it has {has}.")
 
 
-def read_text(path: Path, source: SourceConfig, max_document_bytes: int) -> Iterator[Document]:
+def read_text(path: Path, head: bytes, source: SourceConfig, max_document_bytes: int) -> Iterator[Document]:
     """The documents of a text file, as `source.documents` divides it.
+
+    Args:
+        head: the first bytes of its content, more than `WHOLE_FILE_BYTES` if it has as many.
 
     Raises:
         MoelmError: JSON under the name of a text file, unless `source.documents` says that it is text.
     """
     unit = source.documents or "auto"
-    if source.documents is None and (looks_like := describe_json(path)) is not None:
+    if source.documents is None and (looks_like := describe_json(path, head)) is not None:
         raise MoelmError(
             f"{path} looks like {looks_like} to read a column, or set documents: file, paragraph or line to read it as "
             "text."
         )
-    if unit == "auto" and len(read_head(path, WHOLE_FILE_BYTES + 1)) <= WHOLE_FILE_BYTES:
+    if unit == "auto" and len(head) <= WHOLE_FILE_BYTES:
         unit = "file"
     lines: list[str] = []
     start, chars, only_blank = 1, 0, True

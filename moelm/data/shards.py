@@ -11,9 +11,10 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from moelm.data.tokenizer import tokenizer_fingerprint
 from moelm.errors import MoelmError
 
 FORMAT = 2
@@ -29,17 +30,13 @@ _Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 _FileName = Annotated[str, Field(pattern=r"^[a-z]+-\d+\.bin$")]
 
 
-class _Section(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
-
-
-class _Shard(_Section):
+class _Shard(TypedDict):
     file: _FileName
     tokens: _Size
     sha256: str
 
 
-class _SplitFiles(_Section):
+class _SplitFiles(TypedDict):
     shards: list[_Shard]
     documents: _Size
     tokens: _Size
@@ -47,39 +44,45 @@ class _SplitFiles(_Section):
     documents_sha256: str
 
 
-class _Splits(_Section):
+class _Splits(TypedDict):
     train: _SplitFiles
     val: _SplitFiles
 
 
-class _SourceAccount(_Section):
+class Account(TypedDict):
+    """What became of the documents of one source; read = kept + duplicates + blank."""
+
     label: str
     read: _Size
     kept: _Size
     duplicates: _Size
     blank: _Size
     cut: _Size
+    """Kept documents of which only the start fits into `max_tokens`."""
     tokens: _Size
+    """Of the kept documents, end tokens included."""
     bytes: _Size
     characters: _Size
     unknown_tokens: _Size
     unknown_characters: _Size
+    """Characters that have become unknown tokens."""
     lost_characters: _Size
+    """Characters that the tokenizer drops or changes."""
 
 
-class _Recipe(_Section):
+class _Recipe(TypedDict):
     sources: list[dict[str, Any]]
     inputs: list[Any]
 
 
-class _Manifest(_Section):
+class _Manifest(TypedDict):
     moelm: str
     recipe: _Recipe
     dtype: Literal["<u2", "<u4"]
     vocab_size: Annotated[int, Field(gt=0, lt=1 << 32)]
     domains: list[str]
     duplicates: _Size
-    sources: list[_SourceAccount]
+    sources: list[Account]
     splits: _Splits
     data_sha256: str
     eval_sha256: str
@@ -151,12 +154,12 @@ class Split:
         sizes = {table: split_manifest["documents"] * DOCUMENT.itemsize, **shards}
         for path, size in sizes.items():
             if not path.is_file() or path.stat().st_size != size:
-                raise damaged(folder, f"{path.name} is not as long as the manifest says")
+                raise _damaged(folder, f"{path.name} is not as long as the manifest says")
         self.documents: NDArray[Any] = np.fromfile(table, dtype=DOCUMENT)
         if int(self.documents["tokens"].sum(dtype=np.uint64)) != sum(shards.values()) // dtype.itemsize or any(
             self.documents["domain"] >= len(self.domains)
         ):
-            raise damaged(folder, f"{table.name} does not agree with the manifest")
+            raise _damaged(folder, f"{table.name} does not agree with the manifest")
         self._shards = [np.memmap(path, dtype=dtype, mode="r") for path in shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
 
@@ -184,16 +187,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
             raise MoelmError(f"{folder} was prepared by another version of moelm; delete it and prepare the data again.")
-        _MANIFEST.validate_python(manifest)
+        _MANIFEST.validate_python(manifest, strict=True)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise MoelmError(f"{path} cannot be read: {error.strerror}.") from None
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise damaged(folder, f"{where or 'the content'} of manifest.json is not valid") from None
+        raise _damaged(folder, f"{where or 'the content'} of manifest.json is not valid") from None
     except (ValueError, RecursionError):
-        raise damaged(folder, "manifest.json is not valid JSON") from None
+        raise _damaged(folder, "manifest.json is not valid JSON") from None
     return manifest
 
 
@@ -204,7 +207,7 @@ def content_hash(splits: Iterable[dict[str, Any]], domains: list[str]) -> str:
 
 
 def check_files(folder: Path, manifest: dict[str, Any], shards_of: Sequence[str] = ("train", "val")) -> None:
-    """Compare token shards and document tables with the hashes of a manifest.
+    """Compare token shards, document tables and the tokenizer with the hashes of a manifest.
 
     Args:
         shards_of: the splits whose shards are read.
@@ -219,17 +222,19 @@ def check_files(folder: Path, manifest: dict[str, Any], shards_of: Sequence[str]
                 with (folder / name).open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
-                raise damaged(folder, f"{name} cannot be read: {error.strerror}") from None
+                raise _damaged(folder, f"{name} cannot be read: {error.strerror}") from None
             if found != digest:
-                raise damaged(folder, f"{name} is not as it was written")
+                raise _damaged(folder, f"{name} is not as it was written")
     splits = manifest["splits"]
     if manifest["data_sha256"] != content_hash(splits.values(), manifest["domains"]) or manifest[
         "eval_sha256"
     ] != content_hash([splits["val"]], manifest["domains"]):
-        raise damaged(folder, "the hashes in manifest.json do not agree with each other")
+        raise _damaged(folder, "the hashes in manifest.json do not agree with each other")
+    if tokenizer_fingerprint(folder / "tokenizer.json") != manifest["tokenizer_sha256"]:
+        raise _damaged(folder, "tokenizer.json is not as it was written")
 
 
-def damaged(folder: Path, reason: str) -> MoelmError:
+def _damaged(folder: Path, reason: str) -> MoelmError:
     """The error for prepared data that are not as they were written."""
     return MoelmError(f"{folder} is damaged: {reason}; delete {folder} and prepare the data again.")
 

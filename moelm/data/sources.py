@@ -7,11 +7,11 @@ from typing import Any
 from moelm.config import SourceConfig
 from moelm.data.corpus.builtin import builtin_documents, builtin_fingerprint
 from moelm.data.document import Document
-from moelm.data.files import reading, too_long
+from moelm.data.files import read_head, reading, too_long
 from moelm.data.hub import hub_records
 from moelm.data.json_records import REPEATED
 from moelm.data.paths import files_below, matching_files
-from moelm.data.readers import Records, check_columns, read_text, record_reader
+from moelm.data.readers import HEAD_BYTES, Records, check_columns, read_text, record_reader
 from moelm.errors import MoelmError
 
 
@@ -53,9 +53,10 @@ def source_fingerprint(source: SourceConfig) -> Any:
 
 def _read_file(path: Path, source: SourceConfig, max_document_bytes: int) -> Iterator[Document]:
     with reading(path):
-        reader = record_reader(path)
+        head = read_head(path, HEAD_BYTES)
+        reader = record_reader(path, head)
         if reader is None:
-            for document in read_text(path, source, max_document_bytes):
+            for document in read_text(path, head, source, max_document_bytes):
                 if document.text.strip():  # of a binary or empty file, that is the error
                     _refuse(path, source, ("column", "domain_column"), "a text file, as its name says, without columns")
                 yield document

@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moelm.config import DataConfig, SourceConfig
 from moelm.data.document import Document
@@ -31,38 +30,6 @@ class SplitDocument(NamedTuple):
     def texts(self) -> list[str]:
         """The text of each part."""
         return [part.text for part in self.parts]
-
-
-@dataclass
-class Account:
-    """What became of the documents of one source; read = kept + duplicates + blank."""
-
-    label: str
-    read: int = 0
-    kept: int = 0
-    duplicates: int = 0
-    blank: int = 0
-    cut: int = 0
-    """Kept documents of which only the start fits into `max_tokens`."""
-    tokens: int = 0
-    """Of the kept documents, end tokens included."""
-    bytes: int = 0
-    characters: int = 0
-    unknown_tokens: int = 0
-    unknown_characters: int = 0
-    """Characters that have become unknown tokens."""
-    lost_characters: int = 0
-    """Characters that the tokenizer drops or changes."""
-
-    def add_losses(self, unknown_tokens: int, unknown_characters: int, lost_characters: int) -> None:
-        """Add what the tokenizer does not represent."""
-        self.unknown_tokens += unknown_tokens
-        self.unknown_characters += unknown_characters
-        self.lost_characters += lost_characters
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts for the manifest."""
-        return asdict(self)
 
 
 class Splitter:

@@ -1,5 +1,6 @@
 """The tokenizer: training, loading, encoding and decoding, and the start and end tokens of documents."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from moelm.data.tokenizer_json import (
     text_encoder,
     unknown_token,
 )
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 
 EXCERPT = 40
 """Characters of a text in a message."""
@@ -66,7 +67,7 @@ class Tokenizer:
     unknown_id: int | None
     """The token of text that is not in the vocabulary."""
     records_tokens: bool
-    """Whether the tokenizer.json records its start and end tokens, because their names do not tell them."""
+    """Whether the tokenizer.json records its start and end tokens, because their names are not the usual ones."""
     byte_ids: dict[int, int]
     """The byte of each token that the decoder joins with its neighbors (byte fallback)."""
     text_ids: frozenset[int]
@@ -290,10 +291,11 @@ def _make_byte_level(raw: RawTokenizer, use_regex: bool) -> None:
     raw.decoder = decoders.ByteLevel()
 
 
-def tokenizer_content(path: Path) -> str:
-    """A tokenizer.json in canonical form, for fingerprints independent of its formatting.
+def tokenizer_fingerprint(path: Path) -> str:
+    """The hash of a tokenizer.json, whatever its formatting, and of the start and end tokens that files beside it declare.
 
-    What the files beside it say about start and end tokens is a part of it.
+    Raises:
+        MoelmError: there is no such file, or it is not JSON.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -302,7 +304,8 @@ def tokenizer_content(path: Path) -> str:
     except (OSError, ValueError, RecursionError):
         raise MoelmError(f"{path} is not a tokenizer.json.") from None
     beside = [[declared.bos, declared.eos] for declared in declared_by_files(path.parent)]
-    return json.dumps([content, beside] if beside else content, sort_keys=True)
+    canonical = json.dumps([content, beside] if beside else content, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def _excerpt(text: str) -> str:
@@ -320,4 +323,4 @@ def _library_errors(message: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise MoelmError(f"{message}: {str(error).partition(chr(10))[0].rstrip('.')}.") from None
+        raise MoelmError(f"{message}: {first_line(error)}.") from None

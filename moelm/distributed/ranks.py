@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 
 T = TypeVar("T")
 Number = TypeVar("Number", bound=np.generic)
@@ -137,8 +137,7 @@ def _initialize(timeout: timedelta) -> Ranks:
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
         return Ranks(rank, size, store, dist.new_group(backend="gloo", timeout=timeout))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise LostRank(f"The processes of this launch cannot reach each other ({reason}).") from error
+        raise LostRank(f"The processes of this launch cannot reach each other ({first_line(error)}).") from error
 
 
 def _attempt_store(store: Store, rank: int, size: int, timeout: timedelta) -> Store:

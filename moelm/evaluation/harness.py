@@ -24,9 +24,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from moelm.config import RunConfig
 from moelm.console import ProgressLine, warn
-from moelm.data.files import first_line
 from moelm.data.tokenizer import Tokenizer
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 from moelm.hardware import keep_memory, pick_device
 from moelm.inference.generate import Sampling, generate_rows
 from moelm.model import Transformer

@@ -12,7 +12,7 @@ from tokenizers import processors
 from torch import Tensor
 
 from moelm.atomic import atomic_directory, require_empty_directory
-from moelm.config import RunConfig, load_config
+from moelm.config import RunConfig
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.huggingface.architectures import architecture_for
@@ -21,7 +21,7 @@ from moelm.huggingface.model_card import model_card
 from moelm.huggingface.weight_map import TensorMapping, Weights, build_weight_map
 from moelm.runs.checkpoint import read_progress, read_weights
 from moelm.runs.directory import RunDirectory
-from moelm.runs.identity import load_tokenizer
+from moelm.runs.identity import load_run_config, load_tokenizer
 
 StorageDtype = Literal["stored", "float32", "bf16", "float16"]
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +48,7 @@ def export_run(
         MoelmError: a setting that the format cannot express, a directory that is not empty, a full disk.
     """
     run = RunDirectory.find(name)
-    config = load_config(run.config)
+    config = load_run_config(run)
     architecture = architecture_for(config.model)
     directory = require_empty_directory(out)
     path = run.checkpoint(checkpoint)

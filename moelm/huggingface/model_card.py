@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from moelm.config import MoEFFNConfig, RunConfig
+from moelm.console import printable_line
 from moelm.huggingface.architectures import Architecture
 from moelm.model import count_flops, count_parameters
 from moelm.runs.checkpoint import checkpoint_path, read_progress
@@ -53,7 +54,7 @@ def model_card(
     parameters, flops = count_parameters(config.model), count_flops(config.model, config.data.seq_len)
     ffn = config.model.ffn
     is_moe = isinstance(ffn, MoEFFNConfig)
-    domains = ", ".join(dict.fromkeys(source.label for source in config.data.sources)).replace("|", "\\|")
+    domains = ", ".join(dict.fromkeys(source.label for source in config.data.sources))
     front_matter = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     tags = ["moelm", "mixture-of-experts"] if is_moe else ["moelm"]
     facts: dict[str, object] = {}
@@ -79,10 +80,15 @@ def model_card(
         active=parameters.active,
         class_name=architecture.model_class,
         dtype=dtype,
-        rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        rows="\n".join(_table_row(key, value) for key, value in facts.items()),
         validation=_validation_section(run, progress["step"]),
         config=yaml.safe_dump(settings, sort_keys=False),
     )
+
+
+def _table_row(*cells: object) -> str:
+    escaped = (printable_line(str(cell)).replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def _initial_origin(run: RunDirectory) -> dict[str, Any] | None:
@@ -98,7 +104,7 @@ def _validation_section(run: RunDirectory, step: int) -> str:
     if evaluation is None:
         return ""
     rows = [("all", evaluation["val/loss"], evaluation["val/bpb"])]
-    rows += [(name.replace("|", "\\|"), score["loss"], score["bpb"]) for name, score in evaluation["val/domains"].items()]
-    table = "\n".join(f"| {name} | {loss:.4f} | {bpb:.4f} |" for name, loss, bpb in rows)
+    rows += [(name, score["loss"], score["bpb"]) for name, score in evaluation["val/domains"].items()]
+    table = "\n".join(_table_row(name, f"{loss:.4f}", f"{bpb:.4f}") for name, loss, bpb in rows)
     note = f"The tokenizer {LOSSY_NOTE}\n\n" if read_environment(run).get("lossy") else ""
     return f"## Validation\n\n| | nats per token | bits per byte |\n|---|---|---|\n{table}\n\n{note}"

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from moelm.atomic import atomic_directory, remove_temporary, temporary_path
 from moelm.distributed.ranks import SINGLE_PROCESS, Ranks
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 from moelm.model import Transformer
 
 PREFIX = "step-"
@@ -45,9 +45,6 @@ T = TypeVar("T")
 def fresh_progress() -> Progress:
     """The progress of a run before its first step; tokens, FLOPs and seconds exclude evaluation and saving."""
     return {"step": 0, "tokens": 0, "flops": 0, "time_s": 0.0, "val_loss": None}
-
-
-_ALWAYS_PRESENT = (".metadata", "progress.json")
 
 
 class DamagedCheckpoint(MoelmError):
@@ -227,7 +224,8 @@ def _damage(path: Path, ranks: Ranks) -> str | None:
     present = {file.name for file in path.iterdir()}
     if missing := sorted(files.keys() - present):
         return f"{missing[0]} is missing"
-    if unlisted := [name for name in present - files.keys() if name in _ALWAYS_PRESENT or name.startswith("__")]:
+    unlisted = present - files.keys()
+    if unlisted := {name for name in unlisted if name in (".metadata", "progress.json") or name.startswith("__")}:
         return f"its manifest.json does not list {min(unlisted)}"
     for name, described in list(files.items())[ranks.rank :: ranks.size]:
         try:
@@ -319,4 +317,4 @@ def _cause(error: BaseException) -> str:
         if isinstance(chained, OSError) and chained.strerror:
             return chained.strerror
         chained = chained.__cause__ or chained.__context__
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)

@@ -43,7 +43,7 @@ class RunDirectory:
 
     @property
     def environment(self) -> Path:
-        """Versions, machine, data fingerprints and model size."""
+        """Versions, machine, data fingerprints and model."""
         return self.path / "environment.json"
 
     @property

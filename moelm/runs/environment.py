@@ -1,4 +1,4 @@
-"""environment.json: versions, machine, data fingerprints and model size of a run."""
+"""environment.json: versions, machine, data fingerprints and model of a run."""
 
 import datetime
 import hashlib
@@ -45,6 +45,7 @@ def describe_environment(
         "command": shlex.join(["moelm", *sys.argv[1:]]),
         **data.record._asdict(),
         "lossy": data.lossy,
+        "model": config.model.model_dump(mode="json", exclude_none=True),
         "parameters": count_parameters(config.model)._asdict(),
         "flops_per_token": flops._asdict(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,10 +1,45 @@
-"""What a run has recorded of its data and tokenizer, and the check of what is used against it."""
+"""What a run has recorded of its model, data and tokenizer, and the check of what is used against it."""
 
-from moelm.data.identity import DataRecord, tokenizer_fingerprint
-from moelm.data.tokenizer import Tokenizer
+import os
+from pathlib import Path
+
+from moelm.config import ModelConfig, RunConfig, check_section, differing, flatten, format_override, load_config
+from moelm.data.identity import DataRecord
+from moelm.data.tokenizer import Tokenizer, tokenizer_fingerprint
 from moelm.errors import MoelmError
 from moelm.runs.directory import RunDirectory
 from moelm.runs.record import read_environment
+
+WITHOUT_EFFECT = ("init_std", "max_seq_len", "ffn.balance", "ffn.capacity_factor")
+"""Prefixes of model settings that do not change what given weights compute."""
+
+
+def effective_settings(model: ModelConfig) -> dict[str, object]:
+    """The settings that change what given weights compute, by dotted name and with their defaults resolved."""
+    resolved = {"num_kv_heads": model.kv_heads, "head_dim": model.size_per_head, "unique_layers": model.num_unique_layers}
+    settings = flatten(model.model_copy(update=resolved))
+    return {key: value for key, value in settings.items() if not key.startswith(WITHOUT_EFFECT)}
+
+
+def load_run_config(run: RunDirectory) -> RunConfig:
+    """The config of a run.
+
+    Raises:
+        MoelmError: config.yaml is missing or malformed, or describes another model than the recorded one.
+    """
+    config = load_config(run.config)
+    tree = read_environment(run).get("model")
+    if not isinstance(tree, dict):
+        raise MoelmError(
+            f"{run.environment} has no model, because an earlier version of moelm made the run; make it again under "
+            "another name."
+        )
+    recorded = effective_settings(check_section(ModelConfig, tree, f"{run.environment}, model"))
+    found = effective_settings(config.model)
+    if different := differing(found, recorded):
+        now, before = (format_override(f"model.{different[0]}", each.get(different[0])) for each in (found, recorded))
+        raise MoelmError(f"{run.config} has {now}, but the weights of the run were made with {before}; restore it.")
+    return config
 
 
 def read_data_record(run: RunDirectory) -> DataRecord | None:
@@ -23,7 +58,10 @@ def read_data_record(run: RunDirectory) -> DataRecord | None:
                 f"{run.environment} has no {key}, because an earlier version of moelm made the run; choose another "
                 "name=... and train it again."
             )
-    return DataRecord(*map(str, values))
+    record = DataRecord(*map(str, values))
+    # A relative folder is below the directory in which the run was trained, which is one of those that contain the run.
+    folders = [base / record.data_folder for base in (Path(), *run.path.resolve().parents)]
+    return record._replace(data_folder=str(next(filter(os.path.isdir, folders), folders[0])))
 
 
 def recorded_tokenizer(run: RunDirectory) -> str:

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from moelm import __version__
 from moelm.atomic import atomic_directory
-from moelm.config import RunConfig, dump_config, load_config
-from moelm.data.identity import check_record, folder_to_read, tokenizer_fingerprint
+from moelm.config import RunConfig, dump_config
+from moelm.data.identity import check_record, folder_to_read
 from moelm.data.loader import Rows, open_folder
-from moelm.data.tokenizer import Tokenizer
+from moelm.data.tokenizer import Tokenizer, tokenizer_fingerprint
 from moelm.errors import MoelmError
 from moelm.hardware import dtype_of, keep_memory, pick_device
 from moelm.model import Transformer, build_model
 from moelm.runs.checkpoint import fresh_progress, load_weights, save_checkpoint
 from moelm.runs.directory import RunDirectory
-from moelm.runs.identity import check_data_tokenizer, load_tokenizer, read_data_record
+from moelm.runs.identity import check_data_tokenizer, load_run_config, load_tokenizer, read_data_record
 
 
 class OpenedRun(NamedTuple):
@@ -45,10 +45,10 @@ def load_run(
         checkpoint: `last`, `best` or a step number.
 
     Raises:
-        MoelmError: no such run or checkpoint, or a damaged one.
+        MoelmError: no such run or checkpoint, a damaged one, or a config.yaml that is not the one of the weights.
     """
     directory = RunDirectory.find(run)
-    config = load_config(directory.config)
+    config = load_run_config(directory)
     path = directory.checkpoint(checkpoint)
     tokenizer = load_tokenizer(directory)
     model = build_model(config.model, config.seed)
@@ -94,7 +94,11 @@ def create_run(
             work.checkpoints.mkdir()
             save_checkpoint(work.checkpoints, {"model": weights}, {**fresh_progress(), "origin": origin})
             tokenizer.save(work.tokenizer)
-            recorded = {"tokenizer_fingerprint": tokenizer_fingerprint(work.tokenizer), "origin": origin}
+            recorded = {
+                "tokenizer_fingerprint": tokenizer_fingerprint(work.tokenizer),
+                "model": config.model.model_dump(mode="json", exclude_none=True),
+                "origin": origin,
+            }
             work.environment.write_text(json.dumps({"moelm": __version__, **recorded}, indent=1), encoding="utf-8")
             work.metrics.touch()
             work.config.write_text(dump_config(config), encoding="utf-8")

@@ -1,16 +1,13 @@
 """Initial weights from another run: which checkpoint, whether it fits, and loading it."""
 
-from moelm.config import InitFromConfig, ModelConfig, RunConfig, differing, flatten, load_config
+from moelm.config import InitFromConfig, ModelConfig, RunConfig, differing
 from moelm.console import log, warn
 from moelm.data.loader import PreparedData
 from moelm.distributed.ranks import Ranks
 from moelm.model import Transformer
 from moelm.runs.checkpoint import load_weights, step_of
 from moelm.runs.directory import RunDirectory
-from moelm.runs.identity import check_data_tokenizer
-
-WITHOUT_EFFECT = ("init_std", "max_seq_len", "ffn.balance", "ffn.capacity_factor")
-"""Prefixes of model settings that do not change what given weights compute."""
+from moelm.runs.identity import check_data_tokenizer, effective_settings, load_run_config
 
 
 def resolve_init_from(init_from: InitFromConfig | None, saved: RunConfig | None) -> InitFromConfig | None:
@@ -37,18 +34,14 @@ def load_initial_weights(
     """Load the weights of another run, and warn of model settings that differ.
 
     Raises:
-        MoelmError: another shape or tokenizer.
+        MoelmError: another shape or tokenizer, or a config.yaml that is not the one of the weights.
     """
     run = RunDirectory.find(init_from.run)
     path = run.checkpoint(init_from.checkpoint)
+    trained = load_run_config(run).model
     check_data_tokenizer(run, data.record)
     load_weights(path, model, ranks)
     log(f"Initial weights: {path}.")
-    theirs, ours = (_effective_settings(each) for each in (load_config(run.config).model, config))
+    theirs, ours = (effective_settings(each) for each in (trained, config))
     for key in differing(theirs, ours):
         warn(f"model.{key} is {ours.get(key)} here, but the weights were trained with {theirs.get(key)} in {run.path}.")
-
-
-def _effective_settings(model: ModelConfig) -> dict[str, object]:
-    resolved = model.model_copy(update={"num_kv_heads": model.kv_heads, "head_dim": model.size_per_head})
-    return {key: value for key, value in flatten(resolved).items() if not key.startswith(WITHOUT_EFFECT)}

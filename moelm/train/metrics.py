@@ -7,7 +7,7 @@ from typing import Any
 from moelm.atomic import atomic_file
 from moelm.config import RunConfig
 from moelm.console import warn
-from moelm.errors import MoelmError
+from moelm.errors import MoelmError, first_line
 from moelm.runs.directory import RunDirectory
 from moelm.runs.metrics import Line, MetricsFile, read_metrics
 
@@ -65,7 +65,7 @@ class Wandb:
                 self._last_step = int(self._run.summary.get("step", 0))
         except Exception as error:  # login, network and service errors have no common base class
             raise MoelmError(
-                f"wandb.mode is {config.wandb.mode}, but Weights & Biases cannot be used ({_reason(error)}); "
+                f"wandb.mode is {config.wandb.mode}, but Weights & Biases cannot be used ({first_line(error)}); "
                 "log in, or choose offline or disabled."
             ) from error
         for line in read_metrics(run.metrics):
@@ -78,7 +78,7 @@ class Wandb:
         try:
             self._run.log(scalar_series(line))
         except Exception as error:  # as above
-            warn(f"Weights & Biases has failed ({_reason(error)}); the rest is logged to metrics.jsonl only.")
+            warn(f"Weights & Biases has failed ({first_line(error)}); the rest is logged to metrics.jsonl only.")
             self._run = None
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class Wandb:
             try:
                 self._run.finish()
             except Exception as error:  # as above
-                warn(f"Weights & Biases has failed ({_reason(error)}); metrics.jsonl is complete.")
+                warn(f"Weights & Biases has failed ({first_line(error)}); metrics.jsonl is complete.")
 
 
 def scalar_series(line: Line) -> Line:
@@ -116,7 +116,3 @@ def _wandb_id(run: RunDirectory, name: str) -> str:
     with atomic_file(run.wandb_id) as work:
         work.write_text(f"{identifier} {name}\n", encoding="utf-8")
     return identifier
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

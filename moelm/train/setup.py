@@ -15,7 +15,6 @@ from moelm.config import (
     differing,
     dump_config,
     flatten,
-    load_config,
     trajectory_settings,
 )
 from moelm.console import console, log, warn
@@ -41,7 +40,7 @@ from moelm.runs.checkpoint import (
 )
 from moelm.runs.directory import RunDirectory
 from moelm.runs.environment import describe_code, describe_environment
-from moelm.runs.identity import check_data_tokenizer, read_data_record
+from moelm.runs.identity import check_data_tokenizer, load_run_config, read_data_record
 from moelm.runs.lock import RunLock
 from moelm.runs.record import LOSSY_NOTE
 from moelm.train.init_from import load_initial_weights, resolve_init_from
@@ -165,7 +164,7 @@ def _read_saved(run: RunDirectory, ranks: Ranks) -> tuple[RunConfig | None, Data
     saved: tuple[RunConfig | None, DataRecord | None] = (None, None)
     with ranks.shared_outcome():
         if ranks.is_main and run.config.exists():
-            saved = load_config(run.config), read_data_record(run)
+            saved = load_run_config(run), read_data_record(run)
     return ranks.broadcast(saved)
 
 

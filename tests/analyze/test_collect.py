@@ -16,12 +16,13 @@ from moelm.analyze.collect import RoutingSample, collect_routing, sample_rows
 from moelm.analyze.counts import UNIT
 from moelm.analyze.summary import summarize
 from moelm.config import RunConfig, check_config
-from moelm.data.loader import PreparedData, open_data
+from moelm.data.loader import PreparedData
 from moelm.data.prepare import prepare
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.model import Transformer, build_model
 from moelm.model.moe.router import Routing, TokenContext
+from tests.conftest import open_data
 
 ALPHABETS = {"alpha": "abcdefg", "omega": "tuvwxyz"}
 

@@ -7,11 +7,10 @@ import torch
 
 from moelm.analyze.passages import sample_passages
 from moelm.config import load_config
-from moelm.data.loader import open_data
 from moelm.data.prepare import prepare
 from moelm.model import build_model
 from moelm.runs.load import OpenedRun
-from tests.conftest import fill
+from tests.conftest import fill, open_data
 from tests.tokenizers import SHAPES
 
 

@@ -12,9 +12,10 @@ from moelm.analyze.collect import sample_rows
 from moelm.analyze.layers import sparse_ffn
 from moelm.analyze.saturation import Agreement, count_agreement, layer_saturation
 from moelm.config import RunConfig, load_config
-from moelm.data.loader import Rows, open_data
+from moelm.data.loader import Rows
 from moelm.model import Transformer, build_model
 from moelm.model.moe.router import Routing, TokenContext
+from tests.conftest import open_data
 
 
 @pytest.fixture(scope="module")

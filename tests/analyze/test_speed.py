@@ -11,10 +11,10 @@ import torch
 
 from moelm.analyze.collect import collect_routing
 from moelm.config import check_config
-from moelm.data.loader import open_data
 from moelm.data.prepare import prepare
 from moelm.evaluation.losses import evaluate
 from moelm.model import build_model
+from tests.conftest import open_data
 
 
 def cpu_time(function: Callable[[], object]) -> float:

@@ -5,15 +5,33 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from moelm.cli.boundary import OutputClosed, OutputError, _Stdout, _text_stream, error_boundary
+from moelm.cli.boundary import OutputClosed, OutputError, _Stderr, _Stdout, _text_stream, error_boundary
+from moelm.console import ProgressLine, log, warn
 from moelm.errors import MoelmError
 
 CONFIG = Path(__file__).parents[2] / "configs/demo-moe.yaml"
 FULL = "moelm: Standard output cannot be written: No space left on device.\n"
+
+
+def full() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def pipe_without_reader() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def closed_terminal() -> int:
+    terminal, end = os.openpty()
+    os.close(terminal)
+    return end
 
 
 @pytest.mark.parametrize(
@@ -38,8 +56,7 @@ def test_streams_that_cannot_be_written(command: str, code: int, error: str) -> 
 
 
 def test_a_reader_that_leaves_ends_the_command_like_other_programs() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
+    writer = pipe_without_reader()
     done = subprocess.run([sys.executable, "-m", "moelm", "config", str(CONFIG)], stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + 13, b"")
@@ -51,12 +68,25 @@ def test_a_stream_fails_once() -> None:
         stream.write("a\n")
     stream.write("b\n")
     stream.close()
-    reader, writer = os.pipe()
-    os.close(reader)
-    stream = _text_stream(_Stdout(writer, "w"), None, line_buffering=True)
+    stream = _text_stream(_Stdout(pipe_without_reader(), "w"), None, line_buffering=True)
     with pytest.raises(OutputClosed):
         stream.write("a\n")
     stream.close()
+
+
+@pytest.mark.parametrize("open_stream", [full, pipe_without_reader, closed_terminal])
+def test_messages_that_cannot_be_written_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, open_stream: Callable[[], int]
+) -> None:
+    number = open_stream()
+    with pytest.raises(OSError, match=r"No space left|Broken pipe|Input/output error"):
+        os.write(number, b"a")
+    with _text_stream(_Stderr(number, "w"), None, line_buffering=True) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        log("a")
+        warn("b")
+        with ProgressLine("c") as line:
+            line.update("d")
 
 
 def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:

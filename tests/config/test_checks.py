@@ -1,4 +1,4 @@
-"""Which settings without effect are told."""
+"""Which settings without effect are reported."""
 
 from pathlib import Path
 
@@ -33,11 +33,11 @@ NOT_TRAINED = ("base", "bench", "gpu")
         ("wandb.project=mine", "wandb.project is mine, but wandb.mode is disabled"),
     ],
 )
-def test_a_setting_without_effect_is_told(overrides: str, sentence: str) -> None:
+def test_a_setting_without_effect_is_reported(overrides: str, sentence: str) -> None:
     config = load_config(CONFIGS / "demo-moe.yaml", overrides.split())
-    told = describe_ineffective(config)
-    assert len(told) == 1
-    assert sentence in told[0]
+    found = describe_ineffective(config)
+    assert len(found) == 1
+    assert sentence in found[0]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_setting_without_effect_is_told(overrides: str, sentence: str) -> None
         "wandb.project=mine wandb.mode=offline",
     ],
 )
-def test_a_setting_with_an_effect_is_not_told(tmp_path: Path, overrides: str) -> None:
+def test_a_setting_with_an_effect_is_not_reported(tmp_path: Path, overrides: str) -> None:
     config = load_config(CONFIGS / "demo-moe.yaml", overrides.split())
     assert describe_ineffective(config) == []
     (tmp_path / "config.yaml").write_text(dump_config(config))  # with every default written out
@@ -66,4 +66,4 @@ def test_a_setting_with_an_effect_is_not_told(tmp_path: Path, overrides: str) ->
 def test_the_shipped_configs_have_no_setting_without_effect() -> None:
     trained = [path for path in CONFIGS.glob("*.yaml") if not any(word in path.stem for word in NOT_TRAINED)]
     assert len(trained) > 5
-    assert [(path, told) for path in trained if (told := describe_ineffective(load_config(path)))] == []
+    assert [(path, found) for path in trained if (found := describe_ineffective(load_config(path)))] == []

@@ -11,6 +11,14 @@ TINY = "kind: moe, hidden_dim: 8, num_experts: 4, top_k: 2"
 MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
 
 
+def check_refused(override: str, message: str) -> None:
+    """Check that an override is refused with one line that contains a message."""
+    with pytest.raises(MoelmError) as caught:
+        load_config(MOE, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -49,10 +57,7 @@ MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
     ],
 )
 def test_an_invalid_setting_is_described_in_one_sentence(override: str, message: str) -> None:
-    with pytest.raises(MoelmError) as caught:
-        load_config(MOE, [override])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    check_refused(override, message)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +98,7 @@ def test_an_invalid_setting_is_described_in_one_sentence(override: str, message:
     ],
 )
 def test_a_value_at_the_edge_is_described_in_one_sentence(override: str, message: str) -> None:
-    with pytest.raises(MoelmError) as caught:
-        load_config(MOE, [override])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    check_refused(override, message)
 
 
 @pytest.mark.parametrize(

@@ -21,28 +21,10 @@ from moelm.data.sources import read_source
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from tests import tokenizers
-from tests.test_fuzz import count_accepted, mutated_files
+from tests.mutations import count_accepted, mutate_bytes, mutated_files
 
 RECORDS = [{"id": i, "text": f't{i} "q", é\n🙂', "kind": "a"} for i in range(12)]
 JSON_LINES = "".join(json.dumps(record, ensure_ascii=i % 2 == 0) + "\n" for i, record in enumerate(RECORDS)).encode()
-PIECES = [
-    b'"',
-    b",",
-    b"\n",
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b"\0",
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"NaN",
-    b"\\ud800",
-    b"\t",
-    b"\r",
-    b"null",
-    b":",
-]
 
 
 def write_table(delimiter: str) -> bytes:
@@ -90,31 +72,13 @@ FILES: dict[str, tuple[bytes, Callable[[str], list[str]] | None]] = {
 }
 
 
-def mutate(content: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        at, source = rng.randrange(len(changed) + 1), rng.randrange(len(changed) + 1)
-        match rng.randrange(5):
-            case 0:
-                changed[at:at] = rng.choice(PIECES)
-            case 1:
-                del changed[at : at + rng.choice([1, 1, 3, 50])]
-            case 2 if at < len(changed):
-                changed[at] ^= 1 << rng.randrange(8)
-            case 3:
-                del changed[at:]
-            case _:
-                changed[at:at] = changed[source : source + rng.choice([1, 5, 40])]
-    return bytes(changed)
-
-
 def test_no_mutation_is_misread(tmp_path: Path) -> None:
     rng = random.Random(0)
     refused = read = 0
     for name, (content, read_whole) in FILES.items():
         path = tmp_path / name
         for _ in range(120):
-            mutated = mutate(content, rng)
+            mutated = mutate_bytes(rng, content)
             path.write_bytes(mutated)
             source = SourceConfig(path=str(path), domain_column=rng.choice([None, "kind"]))
             try:
@@ -143,7 +107,7 @@ def test_mutated_manifests_are_refused_or_change_nothing(tmp_path: Path) -> None
     whole = {split: tokens_of(folder, split) for split in ("train", "val")}
     rng, refused = random.Random(0), 0
     for _ in range(300):
-        (folder / "manifest.json").write_bytes(mutate(valid, rng))
+        (folder / "manifest.json").write_bytes(mutate_bytes(rng, valid))
         try:
             prepare(wanted, verify=True)
             assert {split: tokens_of(folder, split) for split in whole} == whole

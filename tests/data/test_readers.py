@@ -224,10 +224,24 @@ def test_what_a_document_is_in_a_text_file(tmp_path: Path, monkeypatch: pytest.M
     assert texts(path, documents="line") == ["\n", "\n", "a\n", "b\n", "\n", "\n", "\n", "c\n"]
     monkeypatch.setattr(readers, "WHOLE_FILE_BYTES", 5)
     monkeypatch.setattr(readers, "PART_CHARS", 1)
-    assert "".join(texts(path)).split() == ["a", "b", "c"]
+    assert texts(path) == ["a\nb\n", "\nc\n"]
     compressed = tmp_path / "a.txt.gz"
     compressed.write_bytes(gzip.compress(path.read_bytes()))
     assert texts(compressed) == texts(path)
+
+
+def test_a_text_file_is_opened_for_its_head_and_for_its_text_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text\n")
+    opened: list[Path] = []
+
+    def open_path(self: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(self)
+        return open(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_path)
+    assert texts(path) == ["text\n"]
+    assert opened == [path, path]
 
 
 def test_empty_lines_in_tables(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from moelm.config import TokenizerConfig
-from moelm.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_content
+from moelm.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
 from moelm.errors import MoelmError
 from tests.tokenizers import SHAPES, SPECIAL
 
@@ -240,7 +240,7 @@ def test_dropout_is_not_applied(tmp_path: Path) -> None:
 
 
 def renamed(tree: Tree) -> Tree:
-    """The same tokenizer with names that tell nothing."""
+    """The same tokenizer with unusual names of the start and end tokens."""
     return json.loads(json.dumps(tree).replace('"<s>"', '"[S]"').replace('"</s>"', '"[E]"'))  # type: ignore[no-any-return]
 
 
@@ -249,10 +249,10 @@ def test_start_and_end_tokens_of_files_beside_are_kept_by_a_copy(shape: str, tmp
     tree = renamed(tree_of(shape))
     vocab = Tokenizer(SHAPES[shape]()).raw.get_vocab()
     bos, eos, other = vocab["<s>"], vocab["</s>"], max(vocab.values())
-    plain = tokenizer_content(tmp_path / "tokenizer.json") if load(tmp_path, tree) else ""
+    plain = tokenizer_fingerprint(tmp_path / "tokenizer.json") if load(tmp_path, tree) else ""
     tokenizer = load(tmp_path, tree, config={"bos_token_id": bos}, generation_config={"eos_token_id": [eos, other]})
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (bos, eos, (eos, other))
-    assert tokenizer_content(tmp_path / "tokenizer.json") != plain
+    assert tokenizer_fingerprint(tmp_path / "tokenizer.json") != plain
     ids = tokenizer.encode_batch(["[S] the [E] cat"])[0]
     assert not {bos, eos} & set(ids)
     (tmp_path / "copy").mkdir()

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from moelm.cli.app import main
-from moelm.data.loader import IGNORE, open_data
+from moelm.data.loader import IGNORE
 from moelm.evaluation.losses import EVAL_TOKENS, Evaluation, evaluate
 from moelm.runs.document_losses import load_document_losses
 from moelm.runs.load import load_run, open_run
-from tests.conftest import Moelm, fill, metrics_lines, train_here
+from tests.conftest import Moelm, fill, metrics_lines, open_data, train_here
 from tests.processes import run_ranks
 
 FLOAT64 = 1e-12

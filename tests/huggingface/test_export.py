@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 
-from moelm.config import TokenizerConfig, check_config, load_config
+from moelm.config import SourceConfig, TokenizerConfig, check_config, load_config
 from moelm.data.special_tokens import declared_by_user
 from moelm.data.tokenizer import Tokenizer, build_tokenizer
 from moelm.errors import MoelmError
 from moelm.huggingface.architectures import architecture_for
 from moelm.huggingface.export import export_run
 from moelm.huggingface.importing import import_model
+from moelm.huggingface.model_card import model_card
 from moelm.inference.generate import Sampling, generate_text
 from moelm.model import build_model
 from moelm.runs.directory import RunDirectory
@@ -288,6 +289,20 @@ def test_the_model_card_has_the_origin_of_the_weights(tmp_path: Path, monkeypatc
     create_random_run("byte", DENSE, {})
     export_run("run", Path("out"))
     assert "| weights from | import of a test |" in Path("out/README.md").read_text()
+
+
+def test_names_do_not_break_the_tables_of_the_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    create_random_run("byte", DENSE, {})
+    run, config = RunDirectory.find("run"), load_run("run")[2]
+    sources = [SourceConfig(path="a.txt", domain="a|b\nc")]
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+    progress = {"step": 1, "tokens": 8, "flops": 8, "time_s": 1.0}
+    scores = {"val/loss": 2.0, "val/bpb": 1.0, "val/domains": {"a|b\nc": {"loss": 2.0, "bpb": 1.0}}}
+    run.metrics.write_text(json.dumps(progress | scores) + "\n")
+    card = model_card(run, config, progress, architecture_for(config.model), "float32")
+    assert r"| trained on | 8 tokens (a\|b\nc) in 1 steps |" in card
+    assert r"| a\|b\nc | 2.0000 | 1.0000 |" in card
 
 
 def test_architectures_of_published_configs() -> None:

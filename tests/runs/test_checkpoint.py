@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from moelm.errors import MoelmError
 from moelm.runs.checkpoint import best_checkpoint, fresh_progress, list_checkpoints, read_weights, save_checkpoint
-from tests.test_fuzz import count_accepted, mutated_files
+from tests.mutations import count_accepted, mutated_files
 
 
 class FullDisk:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from moelm.data.document import Document
 from moelm.data.prepare import prepare
 from moelm.errors import MoelmError
 from moelm.evaluation.losses import evaluate
+from moelm.huggingface.export import export_run
 from moelm.huggingface.model_card import _validation_section
 from moelm.runs.directory import RunDirectory
 from moelm.runs.load import load_run, open_run
@@ -92,6 +93,12 @@ def test_a_copy_without_times_is_evaluated_on_the_prepared_data() -> None:
         os.utime(path, (time.time() - 1000,) * 2)
     assert evaluate_run() == metrics_lines(RUN)[-1]["val/loss"]
     assert len(list(Path("data").iterdir())) == 1
+
+
+def test_a_run_is_evaluated_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, expected = RUN.resolve(), evaluate_run()
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_run(str(run)) == expected
 
 
 def test_the_recorded_content_is_found_in_another_folder() -> None:
@@ -177,6 +184,8 @@ def test_another_tokenizer_in_the_runs_directory_is_refused() -> None:
         ("[]", "is not a JSON object"),
         ({"data_folder": None}, "has no data_folder, because an earlier version of moelm made the run"),
         ({"tokenizer_fingerprint": None}, "has no tokenizer_fingerprint"),
+        ({"model": None}, "has no model, because an earlier version of moelm made the run"),
+        ({"model": {}}, r"environment\.json, model: dim is missing"),
     ],
 )
 def test_a_run_without_a_record_is_refused(content: Any, message: str) -> None:
@@ -189,6 +198,53 @@ def test_a_run_without_a_record_is_refused(content: Any, message: str) -> None:
     for use in (evaluate_run, resume):
         with pytest.raises(MoelmError, match=message):
             use()
+
+
+USES: dict[str, Callable[[], object]] = {
+    "load": lambda: load_run("tiny-dense"),
+    "eval": evaluate_run,
+    "resume": resume,
+    "resume with the run's own config": lambda: train(load_config(RUN / "config.yaml"), RunDirectory(RUN)),
+    "init_from": lambda: resume("name=new", "init_from.run=tiny-dense", "model.rope_theta=500", "model.window=8"),
+    "export": lambda: export_run("tiny-dense", Path("exported")),
+    "upcycle": lambda: upcycle_run("tiny-dense", "sparse", 4, 2),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize(
+    ("line", "edited", "message"),
+    [
+        (
+            "rope_theta: 10000.0",
+            "rope_theta: 500",
+            "model.rope_theta=500.0, .* made with model.rope_theta=10000.0; restore it",
+        ),
+        ("rope_theta: 10000.0", "window: 8", "model.window=8, .* made with model.window=null; restore it"),
+    ],
+)
+def test_an_edited_model_is_refused(use: Callable[[], object], line: str, edited: str, message: str) -> None:
+    config = RUN / "config.yaml"
+    config.write_text(config.read_text().replace(line, edited))
+    with unchanged(RUN), pytest.raises(MoelmError, match=f"^{config} has {message}"):
+        use()
+    assert {path.name for path in Path("runs").iterdir() if (path / "config.yaml").exists()} == {"tiny-dense", "tiny-moe"}
+
+
+def test_an_edited_model_of_an_upcycled_run_is_refused() -> None:
+    config = upcycle_run("tiny-dense", "sparse", 4, 2).config
+    config.write_text(config.read_text().replace("top_k: 2", "top_k: 1"))
+    with pytest.raises(MoelmError, match=f"^{config} has model.ffn.top_k=1, .* model.ffn.top_k=2; restore it"):
+        load_run("sparse")
+
+
+def test_edits_without_effect_on_the_weights_are_accepted() -> None:
+    expected, config = evaluate_run(), RUN / "config.yaml"
+    edits = {"init_std: 0.02": "init_std: 0.5", "num_heads: 2": "num_heads: 2\n  num_kv_heads: 2\n  head_dim: 8"}
+    for before, after in edits.items():
+        assert before in config.read_text()
+        config.write_text(config.read_text().replace(before, after))
+    assert evaluate_run() == expected
 
 
 def test_an_upcycled_run_records_its_tokenizer_and_refuses_the_data_of_others() -> None:
