@@ -221,7 +221,7 @@ class OptimConfig(Config):
     """Added to the denominator of AdamW's update; below 1e-30 it could be 0 in float32, and unused weights become NaN."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Muon's momentum, of Nesterov's form."""
-    newton_schulz_steps: int = Field(default=5, ge=1, le=10)
+    newton_schulz_steps: int = Field(default=5, ge=1, le=8)
     """Iterations of Muon's orthogonalization, in the precision of `train.precision`."""
     adamw: MuonAdamWConfig = MuonAdamWConfig()
     """With `muon`: AdamW's settings for the other parameters; betas, eps and weight decay are those of this section."""

@@ -13,38 +13,7 @@ from torch import Tensor, nn
 
 from moelm.distributed.matrix_exchange import MatrixExchange
 from moelm.model.dtensor import local
-
-_GREEDY = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375),
-)
-_MARGIN = 1.01
-"""Singular values may exceed 1 by this factor, because of rounding."""
-COEFFICIENTS = [(a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _GREEDY[:-1]] + [_GREEDY[-1]] * 3
-"""a, b, c of p(x) = a x + b x^3 + c x^5 for each iteration: Polar Express (Amsel et al. 2025, algorithm 1). For any number
-of iterations their composition is the best approximation of 1 on singular values between 0.001 and 1."""
-
-
-def orthogonalize(x_KNM: Tensor, steps: int) -> Tensor:
-    """The polar factors U V^T of matrices U S V^T, approximately; singular values far below the largest stay small.
-
-    Products are in the dtype of the matrices. A zero matrix remains zero.
-    """
-    if x_KNM.shape[1] > x_KNM.shape[2]:
-        return orthogonalize(x_KNM.mT, steps).mT
-    norm_K11 = torch.linalg.matrix_norm(x_KNM, keepdim=True, dtype=torch.float32)
-    x_KNM = x_KNM * (1 / (_MARGIN * norm_K11).clamp_min(1e-30)).to(x_KNM.dtype)
-    for a, b, c in COEFFICIENTS[:steps]:
-        gram_KNN = x_KNM @ x_KNM.mT
-        factor_KNN = torch.baddbmm(gram_KNN, gram_KNN, gram_KNN, beta=b, alpha=c)
-        x_KNM = torch.baddbmm(x_KNM, factor_KNN, x_KNM, beta=a)
-    return x_KNM
+from moelm.train.polar import orthogonalize
 
 
 def update_scale(rows: int, columns: int) -> float:
