@@ -166,6 +166,18 @@ def test_names_of_precisions(name: str, precision: str) -> None:
     assert load_config(MOE, [f"train.precision={name}"]).train.precision == precision
 
 
+def test_another_optimizer_keeps_the_settings_that_both_have(tmp_path: Path) -> None:
+    muon = tmp_path / "muon.yaml"
+    optim = "{kind: muon, lr: 0.01, momentum: 0.9, adamw: {lr: 0.003}, groups: {router: {lr: 0.5}}}"
+    muon.write_text(f"base: {MOE.resolve()}\noptim: {optim}\n")
+    above = tmp_path / "above.yaml"
+    above.write_text("base: muon.yaml\noptim: {kind: adamw}\n")
+    assert (load_config(muon).optim.momentum, load_config(muon).optim.warmup_steps) == (0.9, 100)
+    for config in (load_config(above), load_config(muon, ["optim.kind=adamw"])):
+        assert (config.optim.kind, config.optim.lr, config.optim.warmup_steps) == ("adamw", 0.01, 100)
+        assert (config.optim.groups.router.lr, config.optim.adamw.lr) == (0.5, None)
+
+
 def test_a_new_kind_drops_the_keys_of_the_old_one_in_any_order() -> None:
     config = load_config(MOE, ["model.ffn.hidden_dim=64", "model.ffn.kind=dense"])
     assert config.model.ffn == DenseFFNConfig(kind="dense", hidden_dim=64)
