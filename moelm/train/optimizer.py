@@ -48,7 +48,7 @@ class Optimizer(torch.optim.Optimizer):
             group["lr"] = lr * group["lr_factor"]
 
     def gradient_squares(self) -> Tensor:
-        """See the function of this name."""
+        """Squared norms of the gradients on this process, by matrix; see the function."""
         return gradient_squares(self.parameters)
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class Optimizer(torch.optim.Optimizer):
         """Update all parameters that have a gradient.
 
         Args:
-            closure: not supported; the argument is that of torch.
+            closure: unused; torch's interface has it.
             squares: `gradient_squares`, summed over processes.
         """
         norm = gradient_norm(squares)
@@ -66,9 +66,9 @@ class Optimizer(torch.optim.Optimizer):
                 with torch.profiler.record_function("adamw"):
                     self._adamw(group, scale)
         if self.muon is not None:
-            idle = _zero_gradients(self.parameters, squares)
+            zero = _zero_gradients(self.parameters, squares)
             with torch.profiler.record_function("muon"):
-                self.muon.step([group for group in self.param_groups if group["kind"] == "muon"], self.state, scale, idle)
+                self.muon.step([group for group in self.param_groups if group["kind"] == "muon"], self.state, scale, zero)
 
     def _adamw(self, group: dict[str, Any], scale: float) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
