@@ -66,13 +66,9 @@ def update_flops(config: RunConfig) -> int:
 
 
 def slowest_update_flops(config: RunConfig, dims: ParallelDims) -> float:
-    """FLOPs of the process with the most: an equal share, or the largest indivisible item if that is more."""
-    items = [0.0]
-    for weight in muon_weights(config):
-        holders = holders_of(weight, dims)
-        matrices = -(-_num_matrices(weight) // holders.parts)
-        items.append(-(-matrices // holders.size) * _matrix_flops(config, weight))
-    return max(update_flops(config) / dims.size, *items)
+    """FLOPs of the process with the most: an equal share, or the largest item if that is more."""
+    items = (_matrices_per_item(weight, dims) * _matrix_flops(config, weight) for weight in muon_weights(config))
+    return max(update_flops(config) / dims.size, *items, 0)
 
 
 class Exchange(NamedTuple):
@@ -98,29 +94,40 @@ def exchanges(config: RunConfig, strategy: Strategy) -> Iterator[Exchange]:
 def update_memory(config: RunConfig, strategy: Strategy) -> int:
     """Bytes of the temporaries of one process at the peak of the update.
 
-    All its shards of the updates and all its results exist until the end. Beside them are either its whole matrices and an
-    iteration on the largest batch, with input, output and two products of n x n, or the messages of the results.
+    Its shards of the updates exist until the end. Beside them are either its whole matrices and an iteration on a batch, or
+    the messages of the results.
     """
-    dims, weights = strategy.dims, muon_weights(config)
-    own = owned = gathered = 0.0
+    dims = strategy.dims
+    shards = results = gathered = 0.0
     batches: dict[tuple[int, ...], float] = defaultdict(float)
-    for weight, number in weights.items():
-        holders = holders_of(weight, dims)
-        size = number * weight.size
-        share = size / dims.size
-        own += size / holders.parts / holders.shards
-        owned += share
+    costs: dict[tuple[int, ...], int] = defaultdict(int)
+    for weight, number in muon_weights(config).items():
+        holders, shape = holders_of(weight, dims), tuple(sorted(weight.shape[-2:]))
+        share = number * weight.size / dims.size
+        shards += number * weight.size / holders.parts / holders.shards
+        results += share
         gathered += share if holders.shards > 1 else 0
-        batches[tuple(sorted(weight.shape[-2:]))] += share
-    largest = max(batches, key=lambda shape: batches[shape], default=(0, 1))
-    iteration = 2 * batches[largest] * (1 + largest[0] / largest[1])
+        batches[shape] += share
+        costs[shape] = max(costs[shape], _matrices_per_item(weight, dims) * shape[0] ** 2 * shape[1])
+    iteration = finished = 0.0
+    for short, long in sorted(batches, key=lambda shape: -costs[shape]):  # in the order of `MatrixExchange`
+        batch = batches[short, long]
+        # The batch, the input and the output of an iteration, and its two products of n x n.
+        iteration = max(iteration, finished + batch * (3 + 2 * short / long))
+        finished += batch
     messages = sum(2 * each.returned for each in exchanges(config, strategy))
     element = strategy.activation_bytes
-    return round(max(element * (own + owned + gathered + iteration), element * (own + owned) + messages))
+    return round(max(element * (shards + gathered + iteration), element * (shards + results) + messages))
 
 
 def _num_matrices(weight: Weight) -> int:
     return weight.shape[0] if len(weight.shape) == 3 else 1
+
+
+def _matrices_per_item(weight: Weight, dims: ParallelDims) -> int:
+    """Matrices of a stack that one process orthogonalizes, at most."""
+    holders = holders_of(weight, dims)
+    return -(-_num_matrices(weight) // (holders.parts * holders.size))
 
 
 def _matrix_flops(config: RunConfig, weight: Weight) -> int:

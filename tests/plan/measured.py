@@ -8,6 +8,7 @@ Its arguments are those of a command: CONFIG [KEY=VALUE]...
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -90,19 +91,20 @@ class MeasuredDispatcher(AllToAllDispatcher):
 
 
 class Temporaries(TorchDispatchMode):
-    """Records the peak of the bytes that operations allocate."""
+    """Records the peak of the bytes that operations allocate beside existing tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
+        self.existing = {to_local(tensor).untyped_storage()._cdata for tensor in existing}
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(each) for each in args if isinstance(each, Tensor)}
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and id(result) not in given and result._base is None:
+        if isinstance(result, Tensor):
             storage = result.untyped_storage()
-            self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            if storage._cdata not in self.existing:
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.live = {address: entry for address, entry in self.live.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return result
@@ -119,9 +121,14 @@ def measure_update(optimizer: Optimizer) -> tuple[int, int, int]:
         assert sizes[torch.distributed.get_rank()] == 0
         return send(output, given, output_sizes, sizes)
 
-    with patch.object(torch.distributed, "all_to_all_single", all_to_all_single):
-        with FlopCounterMode(display=False) as flops, Temporaries() as temporaries:
-            optimizer.step()
+    existing = [tensor for weight in optimizer.parameters for tensor in (weight, weight.grad) if tensor is not None]
+    existing += [value for state in optimizer.state.values() for value in state.values()]
+    with (
+        patch.object(torch.distributed, "all_to_all_single", all_to_all_single),
+        FlopCounterMode(display=False) as flops,
+        Temporaries(existing) as temporaries,
+    ):
+        optimizer.step()
     return flops.get_total_flops(), sent, temporaries.peak
 
 

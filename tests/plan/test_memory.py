@@ -11,7 +11,7 @@ from moelm.plan import count_model
 from moelm.plan.memory import estimate_memory
 from moelm.plan.strategy import Strategy
 from moelm.plan.traffic import step_collectives, total_traffic
-from moelm.plan.update import update_flops
+from moelm.plan.update import slowest_update_flops, update_flops
 from tests.plan.measured import main as measured_step
 from tests.processes import run_ranks
 
@@ -33,9 +33,9 @@ CASES = {
     "muon-looped-bf16": ("demo-moe", 1, (*MUON, "model.unique_layers=2", "train.precision=bf16")),
     "muon-frozen": ("demo-moe", 2, (*MUON, "optim.groups.experts.lr=0", "optim.groups.embedding.lr=0")),
     "muon-replicas": ("demo-moe", 2, MUON),
-    "muon-sharded": ("demo-moe", 2, (*MUON, "parallel.dp_shard=2")),
+    "muon-sharded-bf16": ("demo-moe", 2, (*MUON, "parallel.dp_shard=2", "train.precision=bf16")),
     "muon-sharded-along-rows": ("demo-moe", 2, (*MUON, "parallel.dp_shard=2", "model.ffn.num_experts=3")),
-    "muon-ep-bf16": ("demo-moe", 2, (*MUON, "parallel.ep=2", "train.precision=bf16")),
+    "muon-ep": ("demo-moe", 2, (*MUON, "parallel.ep=2")),
     "muon-replicas-sharded": ("demo-dense", 4, (*MUON, "parallel.dp_shard=2", "parallel.dp_replicate=2")),
     "muon-replicas-ep": ("demo-moe", 4, (*MUON, "parallel.ep=2")),
     "muon-sharded-ep": ("demo-moe", 4, (*MUON, "parallel.dp_shard=2", "parallel.ep=2")),
@@ -77,5 +77,7 @@ def test_estimates_agree_with_a_real_step(case: str) -> None:
         exact = kind in ("weights", "gradients", "optimizer")
         assert planned[kind] == pytest.approx(amount, rel=1e-6 if exact else 0.10), kind
     assert sum(step["update_flops"]) == update_flops(config)
+    slowest = max(step["update_flops"])
+    assert slowest_update_flops(config, dims) == pytest.approx(slowest, rel=0.10)
     messages = total_traffic(step_collectives(config, strategy)).optimizer
     assert processes * messages == pytest.approx(step["update_messages"], rel=1e-6)
