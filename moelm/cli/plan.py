@@ -92,13 +92,14 @@ def _layout_table(candidates: list["Candidate"]) -> Table:
 def _describe_optimizer(counts: dict[str, Any], candidate: "Candidate", config: "RunConfig") -> str:
     """The optimizer's FLOPs as a share of the model's, and its memory."""
     flops, memory = counts["optimizer_flops_per_step"], candidate.memory
-    state = f"{byte_size(memory.optimizer)} of state"
+    moments = f"{byte_size(memory.optimizer)} of moments"
     if not flops:
-        return f"{config.optim.kind}: no matrix products, {state}."
+        return f"{config.optim.kind}: no matrix products, {moments}."
     share = flops / (counts["training_flops"] / config.train.steps)
+    percent = f"{share:.0%}" if share >= 0.1 else f"{share:.2%}"
     return (
-        f"{config.optim.kind}: {exponent(flops)} FLOPs per step of all GPUs, {share:.2g} times the model's; {state} and "
-        f"{byte_size(memory.update)} in the update, when activations and gathered weights are freed."
+        f"{config.optim.kind}: {exponent(flops)} FLOPs per step on all GPUs together, {percent} of the model's; {moments}. "
+        "The update needs its memory when activations and gathered weights are freed."
     )
 
 

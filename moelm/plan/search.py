@@ -75,7 +75,7 @@ class Plan(NamedTuple):
             f"{GPUS_PER_MACHINE} GPUs per machine; {device.link / 1e9:,.0f} GB/s between them and "
             f"{device.network / 1e9:,.0f} GB/s per GPU to other machines, of which collectives reach {LINK_EFFICIENCY:.0%}",
             "no idle time between kernels, which is not negligible for small models",
-            "communication of weights and gradients overlaps with computation; that of tokens and of the optimizer does not",
+            "communication of weights and gradients overlaps with computation; that of tokens and the optimizer does not",
             f"even routing; a plan fits if it uses at most {USABLE_MEMORY:.0%} of {device.memory / 1e9:,.0f} GB",
         ]
 

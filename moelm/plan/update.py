@@ -1,7 +1,7 @@
 """Muon's part of the optimizer's update: FLOPs, messages and temporaries.
 
-AdamW has neither matrix products nor messages, and updates in place. Every process is assumed to orthogonalize its equal
-share, which only large matrices on many processes prevent.
+AdamW has neither matrix products nor messages, and updates in place. Figures of one process are for an equal share of the
+matrices, which the assignment of `moelm.distributed.matrix_exchange` approaches.
 """
 
 from collections import Counter, defaultdict
