@@ -7,7 +7,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from moelm.console import log
@@ -59,8 +58,8 @@ def update_shares(events: Iterable[Any]) -> dict[str, float]:
     Args:
         events: of torch's profiler.
     """
-    device = DeviceType.CUDA if torch.cuda.is_available() else DeviceType.CPU
-    events = [event for event in events if event.device_type == device]
+    device = "CUDA" if torch.cuda.is_available() else "CPU"
+    events = [event for event in events if event.device_type.name == device]
     steps = [event.time_range for event in events if event.name.startswith("ProfilerStep")]
     shares = {}
     for kind in OPTIMIZERS:

@@ -7,6 +7,7 @@ import pytest
 from moelm.config import RunConfig, load_config
 from moelm.distributed.parallel_dims import ParallelDims
 from moelm.errors import MoelmError
+from moelm.formats import exponent
 from moelm.hardware import DEVICES
 from moelm.model import count_parameters
 from moelm.plan import count_model, make_plan
@@ -190,4 +191,4 @@ def test_the_command_prints_the_cost_of_the_optimizer(moelm: Moelm) -> None:
     flops = plan["optimizer_flops_per_step"]
     assert flops == 5 * (16 * 6 * 128**3 + 4 * 8 * 3 * (4 * 128**2 * 256 + 2 * 128**3))
     share = flops / plan["training_flops"] * load("demo-moe").train.steps
-    assert f"muon: {flops:.1e}".replace("e+", "e") + f" FLOPs per step, {share:.0%} of the model's" in muon
+    assert f"muon: {exponent(flops)} FLOPs per step on all GPUs together, {share:.0%} of the model's; " in muon
