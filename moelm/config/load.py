@@ -11,7 +11,7 @@ from moelm.config.base import Config
 from moelm.config.errors import describe_error
 from moelm.config.fields import is_text
 from moelm.config.model import TopKRouterConfig
-from moelm.config.run import RunConfig, TokenizerConfig
+from moelm.config.run import MUON_SETTINGS, RunConfig, TokenizerConfig
 from moelm.config.yaml_text import InvalidYaml, dump_yaml, has_comment, parse_yaml
 from moelm.errors import MoelmError
 
@@ -149,10 +149,10 @@ def _parse_tree(path: Path, content: bytes) -> Tree:
 
 
 def _merge(below: Tree, above: Tree, section: str = "") -> Tree:
-    """Merge `above` over `below`, which are sections of this name; another `kind` replaces the old section."""
+    """Merge `above` over `below`, which are sections of this name; another `kind` drops the old kind's settings."""
     kind = below.get("kind", DEFAULT_KINDS.get(section))
     if kind is not None and above.get("kind", kind) != kind:
-        return above
+        below = _without_kind(below, section)
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
@@ -174,9 +174,17 @@ def _apply_override(tree: Tree, argument: str) -> None:
     if isinstance(node, list):
         node[_index(node, last, argument)] = value
         return
-    if last == "kind" and node.get("kind", DEFAULT_KINDS.get(path[-1] if path else "")) not in (None, value):
+    section = path[-1] if path else ""
+    if last == "kind" and node.get("kind", DEFAULT_KINDS.get(section)) not in (None, value):
+        common = _without_kind(node, section)
         node.clear()
+        node.update(common)
     node[last] = value
+
+
+def _without_kind(node: Tree, section: str) -> Tree:
+    """The settings of a section that do not depend on its kind: most of `optim`, and none of other sections."""
+    return {key: value for key, value in node.items() if section == "optim" and key not in ("kind", *MUON_SETTINGS)}
 
 
 def _override_value(argument: str, key: str, text: str) -> Any:

@@ -200,6 +200,10 @@ class MuonAdamWConfig(Config):
     """Peak learning rate (default: `optim.lr`)."""
 
 
+MUON_SETTINGS = ("momentum", "newton_schulz_steps", "adamw")
+"""Settings of `optim` that only the kind `muon` has."""
+
+
 class OptimConfig(Config):
     """The optimizer and its schedule."""
 
@@ -233,7 +237,7 @@ class OptimConfig(Config):
     @model_validator(mode="after")
     def _settings_fit_kind(self) -> "OptimConfig":
         if self.kind == "adamw":
-            for name in ("momentum", "newton_schulz_steps", "adamw"):
+            for name in MUON_SETTINGS:
                 value = getattr(self, name)
                 if value != type(self).model_fields[name].default:
                     raise ValueError(f"{name} belongs to kind: muon, but kind is adamw; leave it out or choose muon")

@@ -71,21 +71,17 @@ class Muon:
                 weight.mul_(1 - decay * active_K11).sub_(update * (step * active_K11))
 
     def _orthogonalize(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Orthogonalize stacks, those of the same shape, up to transposition, in one batch."""
-        batches: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        """Orthogonalize stacks, all matrices of the same shape in one batch."""
+        batches: dict[torch.Size, list[int]] = defaultdict(list)
         for index, x_KNM in enumerate(matrices):
-            batches[tuple(sorted(x_KNM.shape[1:]))].append(index)
+            batches[x_KNM.shape[1:]].append(index)
         results: list[Tensor] = list(matrices)
-        for (short, _), indices in batches.items():
-            batch = torch.cat([_wide(matrices[index], short) for index in indices])
-            sizes = [len(matrices[index]) for index in indices]
-            for index, result in zip(indices, torch.split(orthogonalize(batch, self.steps), sizes), strict=True):
-                results[index] = result if matrices[index].shape[1] == short else result.mT
+        for indices in batches.values():
+            parts = [matrices[index] for index in indices]
+            batch = orthogonalize(parts[0] if len(parts) == 1 else torch.cat(parts), self.steps)
+            for index, result in zip(indices, torch.split(batch, [len(part) for part in parts]), strict=True):
+                results[index] = result
         return results
-
-
-def _wide(x_KNM: Tensor, short: int) -> Tensor:
-    return x_KNM if x_KNM.shape[1] == short else x_KNM.mT
 
 
 def _stack(matrix: Tensor) -> Tensor:

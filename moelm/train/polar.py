@@ -19,21 +19,20 @@ Polynomial = tuple[float, float, float]
 def orthogonalize(x_KNM: Tensor, steps: int) -> Tensor:
     """The polar factors U V^T of matrices U S V^T, approximately; in the matrices' dtype.
 
-    An iteration applies an odd polynomial to the singular values: X <- a X + (b X X^T + c (X X^T)^2) X. A zero matrix
-    remains zero.
+    An iteration applies an odd polynomial to the singular values: X <- a X + (b X X^T + c (X X^T)^2) X, or the
+    same from the other side if a matrix has more rows than columns. A zero matrix remains zero.
 
     Args:
         steps: iterations. The best polynomials for `lower_bound(steps)` are used; smaller singular values, relative to the
             matrix's norm, remain below 1.
     """
-    if x_KNM.shape[1] > x_KNM.shape[2]:
-        return orthogonalize(x_KNM.mT, steps).mT
+    tall = x_KNM.shape[1] > x_KNM.shape[2]
     norm_K11 = torch.linalg.matrix_norm(x_KNM, keepdim=True, dtype=torch.float32)
     x_KNM = x_KNM * norm_K11.clamp_min(1e-30).reciprocal().to(x_KNM.dtype)
     for a, b, c in polynomials(steps):
-        gram_KNN = x_KNM @ x_KNM.mT
-        factor_KNN = torch.baddbmm(gram_KNN, gram_KNN, gram_KNN, beta=b, alpha=c)
-        x_KNM = torch.baddbmm(x_KNM, factor_KNN, x_KNM, beta=a)
+        gram = x_KNM.mT @ x_KNM if tall else x_KNM @ x_KNM.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x_KNM = torch.baddbmm(x_KNM, x_KNM, factor, beta=a) if tall else torch.baddbmm(x_KNM, factor, x_KNM, beta=a)
     return x_KNM
 
 

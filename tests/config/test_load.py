@@ -67,6 +67,16 @@ def test_an_invalid_setting_is_described_in_one_sentence(override: str, message:
         ("optim.lr=.nan", "optim.lr is nan, but it should be a finite number"),
         ("optim.weight_decay=1e400", "should be a finite number"),
         ("optim.eps=1e-60", "optim.eps is 1e-60"),
+        ("optim.lr=0", "optim.lr is 0, but it should be greater than 0"),
+        ("optim.kind=sgd", "optim.kind is 'sgd', but it should be 'adamw' or 'muon'"),
+        ("optim={kind: muon, lr: 0.01, momentum: 1}", "optim.momentum is 1, but it should be less than 1"),
+        ("optim={kind: muon, lr: 0.01, newton_schulz_steps: 0}", "optim.newton_schulz_steps is 0"),
+        ("optim.momentum=0.9", "optim: momentum belongs to kind: muon, but kind is adamw"),
+        ("optim.adamw.lr=0.1", "optim: adamw belongs to kind: muon, but kind is adamw"),
+        ("optim.groups.gate.lr=2", "there is no setting optim.groups.gate; optim.groups knows attention, embedding,"),
+        ("optim.groups.routers.lr=2", "did you mean router?"),
+        ("optim.groups.router.lr=-1", "optim.groups.router.lr is -1, but it should be greater than or equal to 0"),
+        ("optim.groups.norm.weight_decay=-1", "optim.groups.norm.weight_decay is -1"),
         ("train.steps=true", "train.steps is True, but it should be a whole number"),
         ("train.steps=010", "train.steps is '010', but it should be a whole number"),
         ("train.steps=1:30", "train.steps is '1:30'"),
@@ -154,6 +164,18 @@ def test_a_formatted_override_gives_its_value(value: object) -> None:
 )
 def test_names_of_precisions(name: str, precision: str) -> None:
     assert load_config(MOE, [f"train.precision={name}"]).train.precision == precision
+
+
+def test_another_optimizer_keeps_the_settings_that_both_have(tmp_path: Path) -> None:
+    muon = tmp_path / "muon.yaml"
+    optim = "{kind: muon, lr: 0.01, momentum: 0.9, adamw: {lr: 0.003}, groups: {router: {lr: 0.5}}}"
+    muon.write_text(f"base: {MOE.resolve()}\noptim: {optim}\n")
+    above = tmp_path / "above.yaml"
+    above.write_text("base: muon.yaml\noptim: {kind: adamw}\n")
+    assert (load_config(muon).optim.momentum, load_config(muon).optim.warmup_steps) == (0.9, 100)
+    for config in (load_config(above), load_config(muon, ["optim.kind=adamw"])):
+        assert (config.optim.kind, config.optim.lr, config.optim.warmup_steps) == ("adamw", 0.01, 100)
+        assert (config.optim.groups.router.lr, config.optim.adamw.lr) == (0.5, None)
 
 
 def test_a_new_kind_drops_the_keys_of_the_old_one_in_any_order() -> None:

@@ -33,6 +33,8 @@ LAYOUTS: dict[int, dict[str, str]] = {
 }
 """Overrides by number of processes and name of the run."""
 
+KINDS = ("adamw", "muon")
+
 TOLERANCE = 1e-5
 """Of every metric at every step, relative; 1e-6 was measured."""
 
@@ -64,7 +66,7 @@ def check_deviations(deviations: dict[str, float]) -> None:
 
 @pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("processes", LAYOUTS)
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_step_agrees_on_every_layout(workplace: Path, kind: str, processes: int) -> None:
     check_layouts(workplace, processes, [*NO_NEAR_TIES, *steps(20 if kind == "adamw" else 50), f"optim.kind={kind}"])
 
@@ -90,9 +92,25 @@ def test_every_router_agrees_with_sharded_experts(workplace: Path) -> None:
 @pytest.mark.slow
 def test_a_number_of_experts_that_does_not_divide_is_sharded(workplace: Path) -> None:
     common = [*NO_NEAR_TIES, *steps(8), "model.ffn.num_experts=6"]
-    train_distributed(workplace, 4, {"sharded": [*common, "parallel.dp_shard=4"]})
-    reference = train_here(workplace, "moe", *common, "name=one")
-    check_deviations({"sharded": largest_deviation(workplace / "runs/sharded", reference)})
+    runs = {kind: [*common, f"optim.kind={kind}"] for kind in KINDS}
+    train_distributed(workplace, 4, {kind: [*overrides, "parallel.dp_shard=4"] for kind, overrides in runs.items()})
+    deviations = {}
+    for kind, overrides in runs.items():
+        reference = train_here(workplace, "moe", *overrides, f"name=one-{kind}")
+        deviations[kind] = largest_deviation(workplace / "runs" / kind, reference)
+    check_deviations(deviations)
+
+
+@pytest.mark.slow
+def test_frozen_and_faster_roles_agree_with_shards(workplace: Path) -> None:
+    groups = "optim.groups={attention: {lr: 0}, router: {lr: 0.5}, experts: {lr: 2.0, weight_decay: 0}}"
+    runs = {kind: [*NO_NEAR_TIES, *steps(8), groups, f"optim.kind={kind}"] for kind in KINDS}
+    train_distributed(workplace, 2, {kind: [*overrides, "parallel.dp_shard=2"] for kind, overrides in runs.items()})
+    deviations = {}
+    for kind, overrides in runs.items():
+        reference = train_here(workplace, "moe", *overrides, f"name=one-{kind}")
+        deviations[kind] = largest_deviation(workplace / "runs" / kind, reference)
+    check_deviations(deviations)
 
 
 @pytest.mark.slow
@@ -105,22 +123,25 @@ def test_a_checkpoint_of_any_layout_resumes_on_any_other(workplace: Path) -> Non
         "train.checkpoint_every=4",
         "model.ffn.router.kind=sigmoid",
     ]
-    reference = train_here(workplace, "moe", *common, "name=one")
+    runs = {kind: [*common, f"optim.kind={kind}"] for kind in KINDS}
+    references = {kind: train_here(workplace, "moe", *runs[kind], f"name=one-{kind}") for kind in KINDS}
 
     def train_to_the_end(processes: int, *overrides: str) -> None:
-        train_distributed(workplace, processes, {"moving": [*common, *overrides]})
+        train_distributed(workplace, processes, {kind: [*runs[kind], *overrides] for kind in KINDS})
 
     def delete_checkpoints_after(step: int) -> None:
-        for path in list_checkpoints(workplace / "runs/moving/checkpoints"):
-            if path.name > f"step-{step:08}":
-                shutil.rmtree(path)
+        for kind in KINDS:
+            for path in list_checkpoints(workplace / "runs" / kind / "checkpoints"):
+                if path.name > f"step-{step:08}":
+                    shutil.rmtree(path)
 
     keep_all = "train.keep_checkpoints=9"
     train_to_the_end(4, keep_all, "parallel.ep=2", "parallel.dp_shard=2")
     delete_checkpoints_after(4)
-    train_here(workplace, "moe", *common, keep_all, "name=moving")
+    for kind in KINDS:
+        train_here(workplace, "moe", *runs[kind], keep_all, f"name={kind}")
     delete_checkpoints_after(8)
     train_to_the_end(2, keep_all, "parallel.ep=2")
     delete_checkpoints_after(12)
     train_to_the_end(4, keep_all, "parallel.dp_shard=4")
-    check_deviations({"moving": largest_deviation(workplace / "runs/moving", reference)})
+    check_deviations({kind: largest_deviation(workplace / "runs" / kind, references[kind]) for kind in KINDS})

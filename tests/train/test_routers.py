@@ -22,6 +22,7 @@ SETTINGS = {
     "shared": ["model.ffn.shared_experts=1"],
     "hash": ["model.ffn.router.kind=hash"],
     "random": ["model.ffn.router.kind=random"],
+    "muon": ["optim.kind=muon", "optim.adamw.lr=0.002"],
 }
 BY_FORWARD_PASS = {
     "capacity": ["model.ffn.capacity_factor=0.75"],

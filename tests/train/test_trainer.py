@@ -44,6 +44,9 @@ def test_a_run_writes_the_documented_files_and_metrics(moelm: Moelm, workplace: 
     assert (changed.returncode, changed.stderr.count("\n")) == (2, 1)
     assert "optim.lr" in changed.stderr
     assert "name=" in changed.stderr
+    changed = moelm("train", "moe.yaml", "optim.kind=muon")
+    assert (changed.returncode, changed.stderr.count("\n")) == (2, 1)
+    assert "another optim.kind" in changed.stderr
     assert moelm("train", "moe.yaml", "--resume", "never").returncode == 2
 
 
