@@ -94,30 +94,31 @@ def exchanges(config: RunConfig, strategy: Strategy) -> Iterator[Exchange]:
 def update_memory(config: RunConfig, strategy: Strategy) -> int:
     """Bytes of the temporaries of one process at the peak of the update.
 
-    Its shards of the updates exist until the end. Beside them are either its whole matrices and an iteration on a batch, or
-    the messages of the results.
+    Its shards of the updates exist until the end. Beside them are first its whole matrices and an iteration on a batch,
+    then the messages of the results, and then the stacks that are assembled from those.
     """
     dims = strategy.dims
-    shards = results = gathered = 0.0
+    shards = results = gathered = assembled = 0.0
     batches: dict[tuple[int, ...], float] = defaultdict(float)
     costs: dict[tuple[int, ...], int] = defaultdict(int)
     for weight, number in muon_weights(config).items():
-        holders, shape = holders_of(weight, dims), tuple(sorted(weight.shape[-2:]))
+        holders, shape = holders_of(weight, dims), weight.shape[-2:]
         share = number * weight.size / dims.size
-        shards += number * weight.size / holders.parts / holders.shards
+        shards += share * holders.replicas
+        assembled += share * holders.replicas if len(weight.shape) == 3 and holders.size > 1 else 0
         results += share
         gathered += share if holders.shards > 1 else 0
         batches[shape] += share
-        costs[shape] = max(costs[shape], _matrices_per_item(weight, dims) * shape[0] ** 2 * shape[1])
+        costs[shape] = max(costs[shape], _matrices_per_item(weight, dims) * shape[0] * shape[1] * min(shape))
     iteration = finished = 0.0
-    for short, long in sorted(batches, key=lambda shape: -costs[shape]):  # in the order of `MatrixExchange`
-        batch = batches[short, long]
-        # The batch, the input and the output of an iteration, and its two products of n x n.
-        iteration = max(iteration, finished + batch * (3 + 2 * short / long))
+    for shape in sorted(batches, key=lambda shape: -costs[shape]):  # in the order of `MatrixExchange`
+        batch = batches[shape]
+        # Input and output of an iteration, and its two products of n x n.
+        iteration = max(iteration, finished + 2 * batch * (1 + min(shape) / max(shape)))
         finished += batch
-    messages = sum(2 * each.returned for each in exchanges(config, strategy))
     element = strategy.activation_bytes
-    return round(max(element * (shards + gathered + iteration), element * (shards + results) + messages))
+    received = sum(each.returned for each in exchanges(config, strategy)) / element
+    return round(element * (shards + max(gathered + iteration, results + received + max(received, assembled))))
 
 
 def _num_matrices(weight: Weight) -> int:
