@@ -38,7 +38,9 @@ def load_experts(run: str) -> list[Experts]:
     return expert_stacks(load_run(run)[0].requires_grad_(False))
 
 
-@pytest.mark.parametrize("router", [[], ["model.ffn.router.kind=noisy_topk"], ["model.ffn.router.kind=sigmoid"]])
+@pytest.mark.parametrize(
+    "router", [[], ["model.ffn.router.kind=noisy_topk"], ["model.ffn.router.kind=sigmoid"], ["model.ffn.balance.bias=0.01"]]
+)
 @pytest.mark.usefixtures("folder")
 def test_gates_that_sum_to_one_give_the_dense_models_logits(router: list[str]) -> None:
     upcycle_run("tiny-dense", "sparse", 5, 3, overrides=router)

@@ -1,6 +1,7 @@
 """Settings of a config that have no effect, or another one than their name promises.
 
-They are told, not refused: configs share settings through their `base`, and some of them apply to a part of the configs.
+They are reported, not refused: configs share settings through their `base`, and some of them apply to a part of the
+configs.
 """
 
 from collections.abc import Iterator

@@ -11,7 +11,7 @@ from moelm.config.base import Config, Size
 
 
 class TopKRouterConfig(Config):
-    """Softmax over the k largest logits (Mixtral 2024)."""
+    """Softmax over the k largest logits (Mixtral 2024), selected with a bias if `balance.bias` is above 0."""
 
     kind: Literal["topk"] = "topk"
     normalize: bool = True
@@ -86,7 +86,7 @@ class BalanceConfig(Config):
     """Load balancing; each weight applies to every MoE layer, and settings that are not given take the router's default."""
 
     aux: float = Field(default=0, ge=0)
-    """Weight of the Switch/GShard load-balance loss, balanced at 1 (`topk`: 0.01)."""
+    """Weight of the Switch/GShard load-balance loss, balanced at 1 (`topk`: 0.01, or 0 with a `bias` above 0)."""
     z: float = Field(default=0, ge=0)
     """Weight of the router z-loss, the mean squared log-partition of the logits (`topk`: 0.001)."""
     importance: float = Field(default=0, ge=0)
@@ -94,7 +94,8 @@ class BalanceConfig(Config):
     load: float = Field(default=0, ge=0)
     """Weight of CV(Load)^2 with the smooth estimator of noisy gates, balanced at 0 (there: 0.1)."""
     bias: float = Field(default=0, ge=0)
-    """Update rate of the loss-free selection bias, applied after each optimizer step (`sigmoid`: 0.001)."""
+    """Update rate of the loss-free selection bias, applied after each optimizer step (`sigmoid`: 0.001). The bias is added
+    to the scores of `sigmoid` or the probabilities of `topk`, and is not part of the gates."""
     scope: Literal["micro", "global", "sequence"] = "global"
     """Tokens over which a loss is computed: one micro-batch, the global batch, or (aux alone) each sequence."""
 
@@ -150,14 +151,20 @@ class MoEFFNConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _balance_follows_router(cls, tree: Any) -> Any:
-        """Fill in the router's kind, and the balance losses of its paper, where they are not given."""
+        """Fill in the router's kind, and the balance losses of its paper, where they are not given.
+
+        A bias replaces the auxiliary loss.
+        """
         if not isinstance(tree, dict):
             return tree
         router, balance = tree.get("router", {}), tree.get("balance", {})
         if isinstance(router, dict):
             router = {"kind": "topk", **router}
             if isinstance(balance, dict) and isinstance(router["kind"], str):
-                balance = {**BALANCE_OF_ROUTER.get(router["kind"], {}), **balance}
+                defaults = BALANCE_OF_ROUTER.get(router["kind"], {})
+                if balance.get("bias"):
+                    defaults = {**defaults, "aux": 0}
+                balance = {**defaults, **balance}
         return {**tree, "router": router, "balance": balance}
 
     @model_validator(mode="after")
@@ -191,9 +198,9 @@ class MoEFFNConfig(Config):
     @model_validator(mode="after")
     def _balance_fits_router(self) -> "MoEFFNConfig":
         kind, balance = self.router.kind, self.balance
-        if balance.bias and kind != "sigmoid":
+        if balance.bias and kind not in ("topk", "sigmoid"):
             raise ValueError(
-                f"balance.bias is {balance.bias}, but loss-free balancing needs router.kind sigmoid, not {kind}"
+                f"balance.bias is {balance.bias}, but loss-free balancing needs router.kind topk or sigmoid, not {kind}"
             )
         if balance.load and kind not in ("noisy_topk", "hierarchical"):
             raise ValueError(

@@ -37,6 +37,8 @@ class Architecture:
     """Module name of the shared experts, which every sparse layer of the architecture then has."""
     shared_gate: bool = False
     """Whether the shared experts' output is multiplied by a sigmoid gate; gate weights of zero make it one half."""
+    router_bias: bool = False
+    """Whether routers have a selection bias."""
 
     @property
     def is_moe(self) -> bool:
@@ -92,6 +94,7 @@ ARCHITECTURES = {
                 "num_nextn_predict_layers": 0,
             },
             shared="shared_experts",
+            router_bias=True,
         ),
     )
 }
@@ -143,6 +146,8 @@ def _moe_type(model: ModelConfig, ffn: MoEFFNConfig) -> str:
                 raise _not_expressible("model.ffn.num_experts", 1, together_with)
             return "glm4_moe"
         case TopKRouterConfig() | NoisyTopKRouterConfig():
+            if ffn.balance.bias:
+                raise _not_expressible("model.ffn.balance.bias", ffn.balance.bias, " with model.ffn.router.kind = topk")
             if model.qk_norm:
                 if ffn.shared_experts:
                     raise _not_expressible("model.ffn.shared_experts", ffn.shared_experts, " with model.qk_norm = true")

@@ -58,7 +58,9 @@ def import_model(
     weights = _read_weights(files, mappings, run_config)
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
     origin = {"import of": str(source), "model_type": architecture.model_type, "dtype": ", ".join(dtypes)}
-    create_run(run, run_config, loaded_tokenizer, weights, origin)
+    shapes = weight_shapes(run_config.model)
+    biases = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("router.bias")}
+    create_run(run, run_config, loaded_tokenizer, biases | weights, origin)
     return run
 
 

@@ -19,6 +19,7 @@ from moelm.model import build_model
 Weights = dict[str, Tensor]
 """moelm's weights by name."""
 
+_BIAS = "ffn.router.bias"
 _GLOBAL_NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -36,7 +37,7 @@ _LAYER_NAMES = {
     "ffn.w1": "mlp.gate_proj.weight",
     "ffn.w2": "mlp.down_proj.weight",
     "ffn.w3": "mlp.up_proj.weight",
-    "ffn.router.bias": "mlp.gate.e_score_correction_bias",
+    _BIAS: "mlp.gate.e_score_correction_bias",
 }
 _TRAINING_ONLY = "ffn.router.noise_weight"
 """The scale of a noisy router's noise, which evaluation does not use."""
@@ -94,6 +95,8 @@ def build_weight_map(model: ModelConfig, architecture: Architecture, fused: bool
         layer, _, inner = name.removeprefix("layers.").partition(".")
         if name in _GLOBAL_NAMES:
             mappings.append(TensorMapping(_GLOBAL_NAMES[name], shape, (name,), scale=_global_scale(model, name)))
+        elif inner == _BIAS and not architecture.router_bias:
+            continue  # imported softmax routers begin with a bias of zero
         elif inner in _LAYER_NAMES:
             mappings.append(TensorMapping(f"model.layers.{layer}.{_LAYER_NAMES[inner]}", shape, (name,)))
         elif inner == "ffn.router.weight":

@@ -8,7 +8,7 @@ from torch import Tensor
 from moelm.config import ModelConfig
 from moelm.model import rng
 from moelm.model.dtensor import local, local_slices
-from moelm.model.moe.router import Router, SigmoidRouter
+from moelm.model.moe.router import Router
 from moelm.model.norm import RMSNorm
 from moelm.model.transformer import Transformer
 
@@ -31,7 +31,7 @@ def initialize(model: Transformer, seed: int) -> None:
         if isinstance(module, RMSNorm):
             module.reset_parameters()
             norms.update(module.parameters())
-        elif isinstance(module, SigmoidRouter):
+        elif isinstance(module, Router) and module.bias is not None:
             module.bias.zero_()
     for name, parameter in model.named_parameters():
         own, index = local(parameter), local_slices(parameter)

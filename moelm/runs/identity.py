@@ -3,7 +3,16 @@
 import os
 from pathlib import Path
 
-from moelm.config import ModelConfig, RunConfig, check_section, differing, flatten, format_override, load_config
+from moelm.config import (
+    ModelConfig,
+    MoEFFNConfig,
+    RunConfig,
+    check_section,
+    differing,
+    flatten,
+    format_override,
+    load_config,
+)
 from moelm.data.identity import DataRecord
 from moelm.data.tokenizer import Tokenizer, tokenizer_fingerprint
 from moelm.errors import MoelmError
@@ -18,7 +27,10 @@ def effective_settings(model: ModelConfig) -> dict[str, object]:
     """The settings that change what given weights compute, by dotted name and with their defaults resolved."""
     resolved = {"num_kv_heads": model.kv_heads, "head_dim": model.size_per_head, "unique_layers": model.num_unique_layers}
     settings = flatten(model.model_copy(update=resolved))
-    return {key: value for key, value in settings.items() if not key.startswith(WITHOUT_EFFECT)}
+    effective = {key: value for key, value in settings.items() if not key.startswith(WITHOUT_EFFECT)}
+    if isinstance(model.ffn, MoEFFNConfig) and model.ffn.router.kind == "topk" and model.ffn.balance.bias:
+        effective["ffn.balance.bias"] = "above 0"  # the rate has no effect on given weights, but the bias is one of them
+    return effective
 
 
 def load_run_config(run: RunDirectory) -> RunConfig:

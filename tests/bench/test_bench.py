@@ -44,6 +44,7 @@ def test_one_setting_is_varied(workplace: Path) -> None:
         ("model.ffn.every=2", "no ffn.shared_experts, for which Qwen2MoeForCausalLM"),
         ("model.ffn.router.kind=noisy_topk", "ffn.router.kind = noisy_topk"),
         ("model.ffn.capacity_factor=1.0", "ffn.capacity_factor"),
+        ("model.ffn.balance.bias=0.01", "model.ffn.balance.bias is 0.01"),
     ],
 )
 def test_a_model_without_a_peer_is_refused(workplace: Path, override: str, difference: str) -> None:

@@ -41,7 +41,10 @@ def check_refused(override: str, message: str) -> None:
         ("model.ffn.router.kind=softmax", "expected one of 'topk', 'noisy_topk'"),
         ("model.ffn.router.normalise=true", "did you mean normalize"),
         ("model.ffn.router.normalize=3", "router.normalize is 3, but it should be true or false"),
-        ("model.ffn.balance.bias=0.001", "loss-free balancing needs router.kind sigmoid, not topk"),
+        (
+            f"model.ffn={{{TINY}, balance: {{bias: 0.1}}, router: {{kind: noisy_topk}}}}",
+            "needs router.kind topk or sigmoid, not noisy",
+        ),
         ("model.ffn.balance.load=0.1", "noisy_topk or hierarchical, not topk"),
         ("model.ffn.balance={importance: 0.1, scope: sequence}", "which aux alone knows"),
         ("model.ffn.router={kind: hierarchical, groups: 3, group_k: 1}", "does not divide num_experts = 8"),
@@ -196,6 +199,24 @@ def test_default_balance_losses_depend_on_the_router(tmp_path: Path, kind: str, 
     config = load_config(MOE, [f"model.ffn.router.kind={kind}"])
     balance = config.model.ffn.balance.model_dump(exclude={"scope"})
     assert {name: value for name, value in balance.items() if value} == weights
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights"),
+    [
+        (["bias=0.001"], {"aux": 0, "z": 0.001, "bias": 0.001}),
+        (["bias=0.001", "aux=0.02"], {"aux": 0.02, "z": 0.001, "bias": 0.001}),
+        (["bias=0.001", "z=0"], {"aux": 0, "z": 0, "bias": 0.001}),
+        (["bias=0"], {"aux": 0.01, "z": 0.001, "bias": 0}),
+    ],
+)
+def test_a_bias_replaces_the_auxiliary_loss_unless_it_is_given(
+    tmp_path: Path, overrides: list[str], weights: dict[str, float]
+) -> None:
+    config = load_config(MOE, [f"model.ffn.balance.{each}" for each in overrides])
+    assert {name: getattr(config.model.ffn.balance, name) for name in weights} == weights
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
 

@@ -156,6 +156,7 @@ def test_import_of_an_export_gives_the_model() -> None:
         ({**MOE, "router": {"kind": "hash"}}, {}, "router.kind is hash"),
         ({**MOE, "router": {"kind": "expert_choice"}}, {}, "router.kind is expert_choice"),
         ({**MOE, "shared_experts": 1}, {"qk_norm": True}, "shared_experts is 1 with model.qk_norm"),
+        ({**MOE, "balance": {"bias": 0.01}}, {}, "model.ffn.balance.bias is 0.01 with model.ffn.router.kind = topk"),
         ({**MOE, **SIGMOID}, {"window": 4}, "model.window is 4 with"),
         ({**MOE, **SIGMOID, "every": 2}, {}, "model.ffn.every is 2 with"),
     ],

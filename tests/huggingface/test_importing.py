@@ -336,6 +336,13 @@ def test_missing_and_malformed_files_are_named(hf_dir: Path, name: str, content:
     assert not Path("runs").exists()
 
 
+def test_a_bias_that_the_files_lack_is_zero_at_first(hf_dir: Path) -> None:
+    import_model(hf_dir, "plain")
+    import_model(hf_dir, "balanced", ["model.ffn.balance.bias=0.001"])
+    assert torch.equal(logits("balanced"), logits("plain"))
+    assert load_run("balanced")[0].layers[0].ffn.router.bias.tolist() == [0.0] * 3
+
+
 def test_overrides_apply_and_an_existing_run_is_kept(hf_dir: Path) -> None:
     run = import_model(hf_dir, "run", ["data.seq_len=32", "model.ffn.balance.aux=0.5"])
     config = load_config(run.config)

@@ -7,7 +7,7 @@ import torch
 
 from moelm.inference.cpu_decoder import build_decoder
 from moelm.model import KVCache, build_model
-from tests.model.test_transformer import MODELS, MOE, model_config
+from tests.model.test_transformer import MODELS, MOE, fill_biases, model_config
 from tests.tolerance import assert_close
 
 CASES: list[dict[str, Any]] = [
@@ -20,7 +20,7 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("config", [*MODELS, *(model_config(**case) for case in CASES)])
 @pytest.mark.parametrize("starts", [None, [0, 2, 5]])
 def test_steps_equal_the_forward_pass(config: Any, starts: list[int] | None) -> None:
-    model = build_model(config, seed=0).eval()
+    model = fill_biases(build_model(config, seed=0).eval())
     tokens = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(0))
     caches = [KVCache(config, 3, 12, tokens.device, None if starts is None else torch.tensor(starts)) for _ in range(2)]
     with torch.inference_mode():

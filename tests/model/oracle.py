@@ -46,6 +46,20 @@ def topk(x: Tensor, w: Tensor, k: int, normalize: bool) -> Gates:
     return rows
 
 
+def biased_topk(x: Tensor, w: Tensor, bias: Tensor, k: int, normalize: bool) -> Gates:
+    """The k largest of probability plus bias; the bias is not part of the gates."""
+    rows = []
+    for token in x:
+        probs = softmax([token @ row for row in w])
+        chosen = largest([prob + b for prob, b in zip(probs, bias, strict=True)], k)
+        norm = sum(probs[i] for i in chosen) if normalize else 1.0
+        gates = scalars(len(w))
+        for i in chosen:
+            gates[i] = probs[i] / norm
+        rows.append(gates)
+    return rows
+
+
 def sigmoid(x: Tensor, w: Tensor, bias: Tensor, k: int, normalize: bool, scale: float) -> Gates:
     rows = []
     for token in x:

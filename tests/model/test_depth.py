@@ -59,8 +59,8 @@ def test_a_deep_block_differs_from_a_wide_one() -> None:
 
 
 def test_one_deep_expert_is_bitwise_equal_to_the_deep_dense_model() -> None:
-    sparse = train_losses({"kind": "moe", "hidden_dim": 48, "num_experts": 1, "top_k": 1, "depth": 3})
-    assert sparse == train_losses({"kind": "dense", "hidden_dim": 48, "depth": 3})
+    sparse = train_losses({"kind": "moe", "hidden_dim": 48, "num_experts": 1, "top_k": 1, "depth": 3}, "adamw")
+    assert sparse == train_losses({"kind": "dense", "hidden_dim": 48, "depth": 3}, "adamw")
 
 
 def unrolled(config: ModelConfig) -> ModelConfig:
@@ -89,9 +89,10 @@ def test_repeated_layers_equal_copies_whose_gradients_are_summed(ffn: dict[str, 
             assert_close(weight.grad, sum(copies))
 
 
-def test_a_bias_is_updated_by_the_load_of_all_repeats() -> None:
-    router = {"kind": "sigmoid"}
-    model = build_model(model_config(num_layers=4, unique_layers=2, ffn={**MOE, "router": router}), seed=0)
+@pytest.mark.parametrize("kind", ["topk", "sigmoid"])
+def test_a_bias_is_updated_by_the_load_of_all_repeats(kind: str) -> None:
+    ffn = {**MOE, "router": {"kind": kind}, "balance": {"bias": 0.01}}
+    model = build_model(model_config(num_layers=4, unique_layers=2, ffn=ffn), seed=0)
     counts = {0: [9, 1, 5, 5], 1: [5, 5, 5, 5], 2: [0, 10, 5, 5], 3: [6, 4, 5, 5]}
     model.update_expert_bias({layer: torch.tensor(each, dtype=torch.float32) for layer, each in counts.items()})
     first, second = (model.get_buffer(f"layers.{layer}.ffn.router.bias").sign().tolist() for layer in (0, 1))

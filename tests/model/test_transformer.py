@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moelm.config import BalanceConfig, ModelConfig, OptimConfig, load_config
 from moelm.data.loader import Batch
-from moelm.model import KVCache, build_model, count_flops, count_parameters
+from moelm.model import KVCache, Transformer, build_model, count_flops, count_parameters
 from moelm.model.swiglu import grouped_swiglu_loop
 from moelm.train.objective import micro_batch_loss
 from moelm.train.optimizer import build_optimizer
@@ -26,6 +26,13 @@ def model_config(**changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({**defaults, **changes})
 
 
+def fill_biases(model: Transformer) -> Transformer:
+    """Replace the selection biases, which are zero at first, so that they change selections."""
+    for bias_E in model.buffers():
+        bias_E.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    return model
+
+
 MODELS = [
     model_config(),
     model_config(ffn={"kind": "dense", "hidden_dim": 24}),
@@ -35,6 +42,7 @@ MODELS = [
         ffn={**MOE, "router": {"kind": "noisy_topk"}}, sandwich_norm=True, activation="gelu", attention_logit_cap=30.0
     ),
     model_config(ffn={**MOE, "router": {"kind": "sigmoid"}, "num_experts": 16, "top_k": 4, "hidden_dim": 8}),
+    model_config(ffn={**MOE, "balance": {"bias": 0.01}}),
     model_config(ffn={**MOE, "router": {"kind": "hierarchical", "groups": 2, "group_k": 1}}),
     model_config(ffn={**MOE, "router": {"kind": "hash"}}),
     model_config(ffn={**MOE, "depth": 2, "shared_experts": 1}),
@@ -80,8 +88,10 @@ def test_mixtral_has_its_published_size() -> None:
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("lengths", [(7, 1, 1, 1), (3, 4, 1, 2)])
-def test_prefill_and_decode_equal_the_full_forward(window: int | None, lengths: tuple[int, ...]) -> None:
-    model = build_model(model_config(window=window, num_kv_heads=2), seed=0).eval()
+@pytest.mark.parametrize("bias", [0.0, 0.01])
+def test_prefill_and_decode_equal_the_full_forward(window: int | None, lengths: tuple[int, ...], bias: float) -> None:
+    config = model_config(window=window, num_kv_heads=2, ffn={**MOE, "balance": {"bias": bias}})
+    model = fill_biases(build_model(config, seed=0).eval())
     tokens = torch.randint(0, 50, (3, 10), generator=torch.Generator().manual_seed(0))
     full = model(tokens).logits
     cache = KVCache(model.config, 3, 10, tokens.device)

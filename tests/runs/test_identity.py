@@ -231,6 +231,16 @@ def test_an_edited_model_is_refused(use: Callable[[], object], line: str, edited
     assert {path.name for path in Path("runs").iterdir() if (path / "config.yaml").exists()} == {"tiny-dense", "tiny-moe"}
 
 
+@pytest.mark.parametrize("use", [lambda: load_run("sparse"), lambda: export_run("sparse", Path("exported"))])
+def test_the_rate_of_a_bias_can_be_edited_but_not_whether_there_is_one(use: Callable[[], object]) -> None:
+    config = upcycle_run("tiny-dense", "sparse", 4, 2, overrides=["model.ffn.balance.bias=0.01"]).config
+    config.write_text(config.read_text().replace("bias: 0.01", "bias: 0.02"))
+    load_run("sparse")
+    config.write_text(config.read_text().replace("bias: 0.02", "bias: 0.0"))
+    with pytest.raises(MoelmError, match=r"balance.bias=null, .* made with model.ffn.balance.bias=above 0; restore it"):
+        use()
+
+
 def test_an_edited_model_of_an_upcycled_run_is_refused() -> None:
     config = upcycle_run("tiny-dense", "sparse", 4, 2).config
     config.write_text(config.read_text().replace("top_k: 2", "top_k: 1"))

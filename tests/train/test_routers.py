@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from moelm.errors import MoelmError
 from moelm.inference.generate import Sampling, generate_text
@@ -18,6 +19,7 @@ SETTINGS = {
     "sequence": ["model.ffn.balance.scope=sequence"],
     "noisy": ["model.ffn.router.kind=noisy_topk"],
     "hierarchical": ["model.ffn.router={kind: hierarchical, groups: 2, group_k: 1}"],
+    "topk-bias": ["model.ffn.balance.bias=0.01"],
     "sigmoid": ["model.ffn.router.kind=sigmoid", "model.ffn.balance.bias=0.01"],
     "shared": ["model.ffn.shared_experts=1"],
     "hash": ["model.ffn.router.kind=hash"],
@@ -58,13 +60,25 @@ def test_the_share_of_dropped_assignments_is_logged(workplace: Path) -> None:
     assert all(0.25 <= line["moe/dropped"] < 0.75 for line in lines)
 
 
-def test_the_bias_is_part_of_a_checkpoint(workplace: Path) -> None:
-    train_here(workplace, "moe", *SETTINGS["sigmoid"])
+@pytest.mark.parametrize("name", ["sigmoid", "topk-bias"])
+def test_the_bias_is_part_of_a_checkpoint(workplace: Path, name: str) -> None:
+    train_here(workplace, "moe", *SETTINGS[name])
     with contextlib.chdir(workplace):
         model, _, _ = load_run("tiny-moe")
     bias = model.layers[0].ffn.router.bias
     assert bias.abs().max() > 0
-    assert_close(bias, (bias / 0.01).round() * 0.01)  # whole updates
+    update = 0.01 / 4  # differences from the mean over four experts
+    assert_close(bias, (bias / update).round() * update)  # whole updates
+    assert_close(bias.sum(), torch.zeros(()), scale=float(bias.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "topk-bias"])
+def test_evaluation_does_not_change_the_bias(workplace: Path, name: str) -> None:
+    run = train_here(workplace, "moe", *SETTINGS[name], "train.eval_every=8")
+    train_here(workplace, "moe", *SETTINGS[name], "train.eval_every=1", "name=evaluated")
+    with contextlib.chdir(workplace):
+        rarely, often = (load_run(name)[0].layers[0].ffn.router.bias for name in (run.name, "evaluated"))
+    assert torch.equal(rarely, often)
 
 
 def test_expert_choice_warns_in_training_and_cannot_generate(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:

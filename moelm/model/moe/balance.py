@@ -136,5 +136,10 @@ def squared_variation(amounts_E: Tensor) -> Tensor:
 
 
 def expert_bias_delta(counts_E: Tensor, rate: float) -> Tensor:
-    """Bias update of loss-free balancing (Wang et al. 2024, algorithm 1): +rate below the mean load, -rate above it."""
-    return rate * (counts_E.mean() - counts_E).sign()
+    """Bias update of loss-free balancing (Wang et al. 2024, algorithm 1): +rate below the mean load, -rate above it.
+
+    The mean of the update is then subtracted. That changes no selection, because it is the same for all experts; without
+    it the mean of the bias drifts away from 0 (torchtitan #1506).
+    """
+    sign_E = (counts_E.mean() - counts_E).sign()
+    return rate * (sign_E - sign_E.mean())

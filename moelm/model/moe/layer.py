@@ -36,7 +36,7 @@ def build_router(dim: int, ffn: MoEFFNConfig, layer: int) -> Router:
     args = (dim, ffn.num_experts, ffn.top_k)
     match ffn.router:
         case TopKRouterConfig(normalize=normalize):
-            return TopKRouter(*args, normalize)
+            return TopKRouter(*args, normalize, bias=ffn.balance.bias > 0)
         case NoisyTopKRouterConfig():
             return NoisyTopKRouter(*args, layer)
         case SigmoidRouterConfig() as config:

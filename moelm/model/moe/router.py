@@ -80,10 +80,14 @@ class Router(nn.Module, ABC):
     """Whether the weights are initialized to zero instead of randomly."""
     needs_rng = False
     """Whether `TokenContext.rng_keys_N` is read."""
+    bias: Tensor | None
+    """Added to the scores for the selection only, `(E,)`; a buffer that `moelm.model.moe.balance.expert_bias_delta` updates
+    after each optimizer step."""
 
-    def __init__(self, num_experts: int, top_k: int) -> None:
+    def __init__(self, num_experts: int, top_k: int, bias: bool = False) -> None:
         super().__init__()
         self.num_experts, self.top_k = num_experts, top_k
+        self.register_buffer("bias", torch.zeros(num_experts) if bias else None)
 
     def forward(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Route tokens in float32, with autocast disabled."""
@@ -102,35 +106,37 @@ class TopKRouter(Router):
 
     Args:
         normalize: whether the softmax is over the selected experts alone; otherwise its values over all experts are used.
+        bias: whether a bias is added to the probabilities for the selection (Wang et al. 2024); gates do not contain it.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, normalize: bool = True) -> None:
-        super().__init__(num_experts, top_k)
+    def __init__(self, dim: int, num_experts: int, top_k: int, normalize: bool = True, bias: bool = False) -> None:
+        super().__init__(num_experts, top_k, bias)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.normalize = normalize
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
-        """Select the k largest logits."""
+        """Select the k largest logits or, with a bias, the k largest of probability plus bias."""
         logits_NE = F.linear(x_ND, self.weight.float())
         probs_NE = logits_NE.softmax(dim=-1)
-        top_NK, experts_NK = logits_NE.topk(self.top_k, dim=-1)
-        gates_NK = top_NK.softmax(dim=-1) if self.normalize else probs_NE.gather(-1, experts_NK)
+        scores_NE = logits_NE
+        if self.bias is not None:
+            # Different logits can have equal probabilities in float32; a bias of zero must not change the order.
+            scores_NE = torch.where(self.bias.any(), probs_NE + self.bias, logits_NE)
+        experts_NK = scores_NE.topk(self.top_k, dim=-1).indices
+        selected_NK = (logits_NE if self.normalize else probs_NE).gather(-1, experts_NK)
+        gates_NK = selected_NK.softmax(dim=-1) if self.normalize else selected_NK
         return Routing(gates_NK, experts_NK, probs_NE, logits_NE)
 
 
 class SigmoidRouter(Router):
-    """Sigmoid scores with a bias that affects the selection only (DeepSeek-V3 2024, eqs 13-16; Wang et al. 2024).
-
-    The bias is a buffer: `moelm.model.moe.balance.expert_bias_delta` updates it after each optimizer step.
-    """
+    """Sigmoid scores with a bias that affects the selection only (DeepSeek-V3 2024, eqs 13-16; Wang et al. 2024)."""
 
     bias: Tensor
 
     def __init__(self, dim: int, num_experts: int, top_k: int, config: SigmoidRouterConfig) -> None:
-        super().__init__(num_experts, top_k)
+        super().__init__(num_experts, top_k, bias=True)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.normalize, self.scale = config.normalize, config.scale
-        self.register_buffer("bias", torch.zeros(num_experts))
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select by score plus bias; gates are scores alone."""

@@ -11,7 +11,7 @@ from moelm.data.loader import IGNORE, Batch
 from moelm.model import build_model, rng
 from moelm.model.moe import balance
 from moelm.model.moe.balance import add_layer_sums, routing_sums
-from moelm.model.moe.router import Routing
+from moelm.model.moe.router import Routing, TokenContext
 from moelm.train.objective import balance_loss, layer_sums
 from moelm.train.routing_metrics import RoutingStatistics
 from tests.model import oracle
@@ -76,6 +76,7 @@ ROUTERS = {
     "noisy": ({"kind": "noisy_topk"}, {"importance": 0.3, "load": 0.7}),
     "hierarchical": ({"kind": "hierarchical", "groups": 2, "group_k": 1}, {"importance": 0.3, "load": 0.7, "aux": 0.2}),
     "sigmoid": ({"kind": "sigmoid"}, {"aux": 0.5, "bias": 0.01}),
+    "topk-bias": ({"kind": "topk"}, {"z": 0.1, "bias": 0.01}),
 }
 
 
@@ -124,14 +125,52 @@ def test_micro_batches_change_neither_loss_nor_gradient(name: str) -> None:
                 assert_close(grad, expected_grad)
 
 
-def test_the_bias_moves_against_the_load_and_does_not_affect_gates() -> None:
-    delta = balance.expert_bias_delta(torch.tensor([10.0, 2.0, 6.0]), 0.01)
-    assert torch.equal(delta, torch.tensor([-0.01, 0.01, 0.0]))
-    ffn = {"kind": "moe", "hidden_dim": 8, "num_experts": 4, "top_k": 1, "router": {"kind": "sigmoid"}}
+def test_the_update_of_the_bias_equals_a_loop_over_experts() -> None:
+    for counts in ([10.0, 2.0, 6.0], [9.0, 1.0, 1.0, 1.0], [3.0, 3.0], [7.0], [0.0, 5.0, 6.0, 7.0, 90.0]):
+        mean = sum(counts) / len(counts)
+        moves = [0.01 if count < mean else -0.01 if count > mean else 0.0 for count in counts]
+        expected = [move - sum(moves) / len(moves) for move in moves]
+        delta = balance.expert_bias_delta(torch.tensor(counts, dtype=torch.float64), 0.01)
+        assert_close(delta, torch.tensor(expected, dtype=torch.float64), scale=0.01)
+
+
+@pytest.mark.parametrize("kind", ["topk", "sigmoid"])
+def test_the_mean_of_the_bias_stays_zero_and_centering_changes_no_selection(kind: str) -> None:
+    steps, rate = 2000, 0.001
+    ffn: dict[str, Any] = {"kind": "moe", "hidden_dim": 4, "num_experts": 7, "top_k": 2}
+    ffn |= {"router": {"kind": kind}, "balance": {"bias": rate}}
+    shape = {"dim": 8, "num_layers": 1, "num_heads": 1, "vocab_size": 9, "init_std": 0.5, "ffn": ffn}
+    model = build_model(ModelConfig.model_validate(shape), seed=0)
+    router = model.layers[0].ffn.router
+    generator = torch.Generator().manual_seed(0)
+    uncentered, largest = torch.zeros(7, dtype=torch.float64), 0.0
+    for _ in range(steps):
+        # One expert has most of the load, so six are below the mean.
+        counts = torch.rand(7, generator=generator, dtype=torch.float64)
+        counts[int(torch.randint(0, 7, (), generator=generator))] += 50
+        model.update_expert_bias({0: counts})
+        uncentered += rate * (counts.mean() - counts).sign()
+        largest = max(largest, float(router.bias.abs().max()))
+    assert uncentered.mean() > 0.7 * steps * rate
+    rounding = steps * torch.finfo(torch.float32).eps / 2 * (largest + 2 * rate)  # of the update and of the sum, each step
+    assert router.bias.double().mean().abs() < rounding
+    assert (router.bias - (uncentered - uncentered.mean())).abs().max() < rounding
+    assert rounding < 1e-2 * largest
+    x, context = torch.randn(200, 8, generator=generator), TokenContext(torch.arange(200), torch.arange(0))
+    centered_NK = router(x, context).experts_NK
+    router.bias.zero_()
+    assert not torch.equal(router(x, context).experts_NK, centered_NK)
+    router.bias += uncentered.float()
+    assert torch.equal(router(x, context).experts_NK, centered_NK)
+
+
+@pytest.mark.parametrize("kind", ["topk", "sigmoid"])
+def test_the_bias_moves_against_the_load_and_does_not_affect_gates(kind: str) -> None:
+    ffn: dict[str, Any] = {"kind": "moe", "hidden_dim": 8, "num_experts": 4, "top_k": 1}
+    ffn |= {"router": {"kind": kind}, "balance": {"bias": 0.001}}
     shape = {"dim": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 30, "ffn": ffn}
     model = build_model(ModelConfig.model_validate(shape), seed=0)
     tokens = torch.randint(0, 30, (2, 8), generator=torch.Generator().manual_seed(0))
-    assert model.config.ffn.balance.bias == 0.001
 
     def update_and_measure() -> float:
         """One update of the biases; returns the highest load over the mean before it."""

@@ -89,6 +89,45 @@ def test_topk(tokens: int, experts: int, data: st.DataObject, seed: int, normali
 
 @examples
 @given(**SIZES, normalize=st.booleans())
+def test_topk_with_a_bias(tokens: int, experts: int, data: st.DataObject, seed: int, normalize: bool) -> None:
+    k = data.draw(st.integers(1, experts))
+    router = {"kind": "topk", "normalize": normalize}
+    moe = build_layer(experts, k, router, seed, balance={"bias": 0.01})
+    moe.router.bias.normal_(std=0.3)
+    bias = moe.router.bias.double()
+    check_layer(
+        moe,
+        torch.randn(tokens, DIM),
+        token_context(tokens),
+        lambda x, p: (oracle.biased_topk(x, p["weight"], bias, k, normalize), []),
+        ("importance",),
+    )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_bias_of_zero_changes_no_bit(normalize: bool) -> None:
+    """Also not where different logits have equal probabilities: near each other, or so far apart that both are zero."""
+    router = {"kind": "topk", "normalize": normalize}
+    plain, biased = (build_layer(8, 4, router, balance={"bias": rate}) for rate in (0.0, 0.01))
+    assert plain.router.bias is None
+    assert "router.bias" not in plain.state_dict()
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(500, DIM) * scale for scale in (1e-7, 1.0, 1e3)])
+    probs_NE = plain.router(x, token_context(len(x))).probs_NE
+    assert (probs_NE == 0).sum(dim=-1).max() > 4
+    assert any(row.unique().numel() < 8 for row in probs_NE[:500])
+    results = []
+    for moe in (plain, biased):
+        inputs = x.clone().requires_grad_()
+        y, routing = moe(inputs[None], token_context(len(x)))
+        y.square().mean().backward()
+        results.append([y, routing.gates_NK, routing.experts_NK, routing.probs_NE, inputs.grad, moe.router.weight.grad])
+    for without, with_bias in zip(*results, strict=True):
+        assert torch.equal(without, with_bias)
+
+
+@examples
+@given(**SIZES, normalize=st.booleans())
 def test_sigmoid(tokens: int, experts: int, data: st.DataObject, seed: int, normalize: bool) -> None:
     k = data.draw(st.integers(1, experts))
     moe = build_layer(experts, k, {"kind": "sigmoid", "normalize": normalize, "scale": 2.5}, seed)
