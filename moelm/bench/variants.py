@@ -33,7 +33,7 @@ def list_variants(paths: Sequence[Path], overrides: Sequence[str], vary: str | N
             and in bfloat16.
 
     Raises:
-        MoelmError: an invalid config or `vary`, peers without the library, or a config that it has no model for.
+        MoelmError: an invalid config or `vary`, peers without the library, or a config without a peer.
     """
     if peers and find_spec("transformers") is None:
         raise MoelmError(
@@ -70,6 +70,11 @@ def _with_precision(config: RunConfig, precision: str) -> RunConfig:
 
 
 def _peers(variant: BenchVariant) -> list[BenchVariant]:
+    if variant.config.optim.kind != "adamw":
+        raise MoelmError(
+            f"--peers: {variant.name} has optim.kind={variant.config.optim.kind}, but the library's models are updated "
+            "with AdamW; optim.kind=adamw is expected."
+        )
     name = f"{_peer_architecture(variant).model_class.removesuffix('ForCausalLM')} for {variant.name}"
     return [
         BenchVariant(name, _with_precision(variant.config, precision), peer=True, keeps_memory=keeps_memory)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from moelm.cli.options import AsJson, ConfigPath, Overrides, plain_table, print_json, stdout_console
 from moelm.console import warn
-from moelm.formats import byte_size, clock
+from moelm.formats import byte_size, clock, exponent
 
 if TYPE_CHECKING:
     from moelm.config import RunConfig
@@ -62,6 +62,7 @@ def _print_plan(counts: dict[str, Any], plan: "Plan", config: "RunConfig", shown
     settings.append(f"parallel.activation_checkpointing={best.strategy.checkpointing}")
     print_line(f"\nOne GPU of the {'fastest' if best.fits else 'smallest'} layout, {' '.join(settings)}:")
     console.print(_detail_table(best))
+    print_line(_describe_optimizer(counts, best, config))
     if best.fits:
         print_line(f"Estimated time of {config.train.steps:,} steps: {clock(best.step_s * config.train.steps)}.")
     else:
@@ -86,6 +87,20 @@ def _layout_table(candidates: list["Candidate"]) -> Table:
             f"{candidate.mfu:.0%}",
         )
     return table
+
+
+def _describe_optimizer(counts: dict[str, Any], candidate: "Candidate", config: "RunConfig") -> str:
+    """The optimizer's FLOPs as a share of the model's, and its memory."""
+    flops, memory = counts["optimizer_flops_per_step"], candidate.memory
+    moments = f"{byte_size(memory.optimizer)} of moments"
+    if not flops:
+        return f"{config.optim.kind}: no matrix products, {moments}."
+    share = flops / (counts["training_flops"] / config.train.steps)
+    percent = f"{share:.0%}" if share >= 0.1 else f"{share:.2%}"
+    return (
+        f"{config.optim.kind}: {exponent(flops)} FLOPs per step on all GPUs together, {percent} of the model's; {moments}. "
+        "The update needs its memory when activations and gathered weights are freed."
+    )
 
 
 def _detail_table(candidate: "Candidate") -> Table:

@@ -164,6 +164,12 @@ def reading_notes(variants: Sequence[Variant], challenger: Variant, reference: V
             "its confidence interval is not corrected for that."
         )
     yield from _schedule_notes(challenger, reference)
+    optimizers = dict.fromkeys(run.config.optim.kind for run in runs)
+    if len(optimizers) > 1:
+        yield (
+            f"The optimizer differs ({', '.join(optimizers)}); FLOPs are those of the model, so the cost of the update is "
+            "only in the time."
+        )
     for key in ("device", "processes", "threads", "precision", "torch"):
         values = [str(run.environment.get(key, "–")) for run in runs]
         if len(set(values)) > 1:

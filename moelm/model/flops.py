@@ -60,7 +60,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         ffn = config.ffn_at(layer)
         expert = 3 * dim * ffn.hidden_dim
         if isinstance(ffn, MoEFFNConfig):
-            shared += _router_weights(dim, ffn) + ffn.shared_experts * expert
+            shared += router_weights(dim, ffn) + ffn.shared_experts * expert
             total += shared + ffn.num_experts * expert
             experts += ffn.num_experts * expert
             active += shared + ffn.top_k * expert
@@ -80,7 +80,7 @@ def count_flops(config: ModelConfig, seq_len: int) -> FlopCount:
         ffn = config.ffn_at(layer)
         weights += _attention_weights(config) + scores_and_mix
         if isinstance(ffn, MoEFFNConfig):
-            weights += (ffn.top_k + ffn.shared_experts) * 3 * dim * ffn.hidden_dim + _router_weights(dim, ffn)
+            weights += (ffn.top_k + ffn.shared_experts) * 3 * dim * ffn.hidden_dim + router_weights(dim, ffn)
         else:
             weights += 3 * dim * ffn.hidden_dim
     return FlopCount(forward=2 * weights, backward=4 * weights)
@@ -91,8 +91,8 @@ def _attention_weights(config: ModelConfig) -> int:
     return config.dim * width * (2 * config.num_heads + 2 * config.kv_heads)
 
 
-def _router_weights(dim: int, ffn: MoEFFNConfig) -> int:
-    """Weights of one router."""
+def router_weights(dim: int, ffn: MoEFFNConfig) -> int:
+    """Parameters of one router."""
     match ffn.router:
         case HashRouterConfig() | RandomRouterConfig():
             return 0

@@ -4,6 +4,7 @@ from typing import Any
 
 from moelm.config import RunConfig
 from moelm.model.flops import count_flops, count_parameters
+from moelm.plan.update import update_flops
 
 BYTE_VOCABULARY = 258
 """Tokens of a tokenizer of kind `byte`: 256 bytes and 2 special tokens."""
@@ -22,6 +23,7 @@ def count_model(config: RunConfig) -> tuple[dict[str, Any], RunConfig]:
         The counts as plain values, and the config with a vocabulary size.
     """
     model = config.model.model_copy(update={"vocab_size": assumed_vocab_size(config)})
+    resolved = config.model_copy(update={"model": model})
     parameters, flops = count_parameters(model), count_flops(model, config.data.seq_len)
     tokens = config.train.steps * config.train.batch_tokens
     counts = {
@@ -33,5 +35,6 @@ def count_model(config: RunConfig) -> tuple[dict[str, Any], RunConfig]:
         "flops_per_token_backward": flops.backward,
         "tokens": tokens,
         "training_flops": tokens * flops.training,
+        "optimizer_flops_per_step": update_flops(resolved),
     }
-    return counts, config.model_copy(update={"model": model})
+    return counts, resolved

@@ -7,13 +7,15 @@ assumed even. Not included: allocator fragmentation, buffers of libraries, and t
 from typing import NamedTuple
 
 from moelm.config import DenseFFNConfig, MoEFFNConfig, RunConfig
-from moelm.plan.strategy import BF16_BYTES, FP32_BYTES, ParameterGroups, Strategy, parameter_groups
+from moelm.plan.strategy import BF16_BYTES, FP32_BYTES, Strategy
+from moelm.plan.update import update_memory
+from moelm.plan.weights import WeightCount, count_weights
 
 INDEX_BYTES = 8
 
 
 class Memory(NamedTuple):
-    """Bytes of one process at the peak, which is in the first backward pass."""
+    """Bytes of one process."""
 
     weights: int
     """This process's shard, float32."""
@@ -21,16 +23,19 @@ class Memory(NamedTuple):
     """Weights gathered from other processes, and copies in lower precision."""
     gradients: int
     optimizer: int
-    """AdamW's two moments."""
+    """AdamW's two moments, Muon's one."""
     activations: int
     """What the forward pass of one micro-batch stores for the backward pass."""
     all_to_all: int
     """Send and receive buffers of one layer's expert parallelism."""
+    update: int
+    """Temporaries of Muon's update."""
 
     @property
     def total(self) -> int:
-        """The sum."""
-        return sum(self)
+        """At the peak, in the first backward pass or, when activations and gathered weights are freed, in the update."""
+        backward = self.gathered + self.activations + self.all_to_all
+        return self.weights + self.gradients + self.optimizer + max(backward, self.update)
 
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
@@ -39,36 +44,39 @@ class Memory(NamedTuple):
 
 def estimate_memory(config: RunConfig, strategy: Strategy) -> Memory:
     """The memory of one process; the config's vocabulary size must be known."""
-    dims, groups = strategy.dims, parameter_groups(config)
-    _, dense_shards = dims.dense_mesh
-    own = (groups.root + groups.dense) // dense_shards + groups.experts // (dims.ep * dims.dp_shard)
+    dims, optim = strategy.dims, config.optim
+    trained = count_weights(config, lambda weight: weight.is_trained(optim))
+    with_two_moments = count_weights(config, lambda weight: weight.uses_adamw(optim))
+    own = trained.per_process(dims)
     unreduced = 0
     if dims.size > 1 and dims.dp_shard == 1 and strategy.num_micro_batches(config) > 1:
         # Replicas are summed after the last micro-batch; until then FSDP holds an unreduced copy of the gradients.
-        unreduced = groups.root + groups.dense + (groups.experts // dims.ep if dims.dp_replicate > 1 else 0)
+        unreduced = trained.root + trained.dense + (trained.experts // dims.ep if dims.dp_replicate > 1 else 0)
+    weights = count_weights(config)
     return Memory(
-        weights=FP32_BYTES * own,
-        gathered=_gathered(config, strategy, groups),
+        weights=FP32_BYTES * weights.per_process(dims),
+        gathered=_gathered(config, strategy, weights),
         gradients=FP32_BYTES * (own + unreduced),
-        optimizer=2 * FP32_BYTES * own,
+        optimizer=FP32_BYTES * (own + with_two_moments.per_process(dims)),
         activations=_activations(config, strategy),
         all_to_all=_all_to_all(config, strategy),
+        update=update_memory(config, strategy),
     )
 
 
-def _gathered(config: RunConfig, strategy: Strategy, groups: ParameterGroups) -> int:
+def _gathered(config: RunConfig, strategy: Strategy, weights: WeightCount) -> int:
     dims, num_layers = strategy.dims, config.model.num_unique_layers
-    local_experts = groups.experts // dims.ep
+    local_experts = weights.experts // dims.ep
     if dims.size == 1:
-        return BF16_BYTES * (groups.dense + local_experts) if strategy.bf16 else 0
+        return BF16_BYTES * (weights.dense + local_experts) if strategy.bf16 else 0
     # With expert parallelism alone, each process holds its experts completely.
     gathered_experts = 0 if dims.ep > 1 and dims.dp_replicate * dims.dp_shard == 1 else local_experts
-    layer = (groups.dense + gathered_experts) // num_layers
+    layer = (weights.dense + gathered_experts) // num_layers
     # If weights are freed after use, two layers are gathered at a time: the current one and the prefetched one.
     resharded = config.parallel.reshard_after_forward and dims.dp_shard > 1
     layers = min(2, num_layers) if resharded else num_layers
     bf16_experts = BF16_BYTES * (local_experts - gathered_experts) if strategy.bf16 else 0
-    return FP32_BYTES * groups.root + strategy.gathered_bytes(config) * layers * layer + bf16_experts
+    return FP32_BYTES * weights.root + strategy.gathered_bytes(config) * layers * layer + bf16_experts
 
 
 def _activations(config: RunConfig, strategy: Strategy) -> int:

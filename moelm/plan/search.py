@@ -12,8 +12,10 @@ from moelm.errors import MoelmError
 from moelm.hardware import DEVICES, Device
 from moelm.model.flops import count_flops
 from moelm.plan.memory import Memory, estimate_memory
-from moelm.plan.strategy import FP32_BYTES, Strategy, parameter_groups
+from moelm.plan.strategy import FP32_BYTES, Strategy
 from moelm.plan.traffic import Collective, Traffic, step_collectives, total_traffic
+from moelm.plan.update import slowest_update_flops
+from moelm.plan.weights import count_weights
 
 GPUS_PER_MACHINE = 8
 USABLE_MEMORY = 0.9
@@ -73,7 +75,7 @@ class Plan(NamedTuple):
             f"{GPUS_PER_MACHINE} GPUs per machine; {device.link / 1e9:,.0f} GB/s between them and "
             f"{device.network / 1e9:,.0f} GB/s per GPU to other machines, of which collectives reach {LINK_EFFICIENCY:.0%}",
             "no idle time between kernels, which is not negligible for small models",
-            "communication of weights and gradients overlaps with computation; all-to-all does not",
+            "communication of weights and gradients overlaps with computation; that of tokens and the optimizer does not",
             f"even routing; a plan fits if it uses at most {USABLE_MEMORY:.0%} of {device.memory / 1e9:,.0f} GB",
         ]
 
@@ -144,16 +146,19 @@ def _best_candidate(config: RunConfig, dims: ParallelDims, device: Device) -> Ca
 def _estimate(config: RunConfig, strategy: Strategy, device: Device) -> Candidate:
     dims, memory = strategy.dims, estimate_memory(config, strategy)
     collectives = list(step_collectives(config, strategy))
-    overlapped = sum(transfer_seconds(each, device) for each in collectives if each.kind != "all_to_all")
-    all_to_all = sum(transfer_seconds(each, device) for each in collectives if each.kind == "all_to_all")
+    seconds = {"all_to_all": 0.0, "optimizer": 0.0, "overlapped": 0.0}
+    for each in collectives:
+        seconds[each.kind if each.kind in seconds else "overlapped"] += transfer_seconds(each, device)
     flops = count_flops(config.model, config.data.seq_len)
     executed = flops.training + flops.forward * strategy.needs_extra_forward(config) + _recomputed_flops(config, strategy)
     tokens = config.train.batch_tokens / dims.size
-    compute = tokens * executed / (device.peak_bf16 * COMPUTE_EFFICIENCY)
-    groups = parameter_groups(config)
-    own = (groups.root + groups.dense) / dims.dense_mesh[1] + groups.experts / (dims.ep * dims.dp_shard)
-    update = 7 * FP32_BYTES * own / device.memory_bandwidth  # weight and moments read and written, gradient read
-    step = max(compute, overlapped) + all_to_all + update
+    flops_per_s = device.peak_bf16 * COMPUTE_EFFICIENCY
+    passes = max(tokens * executed / flops_per_s, seconds["overlapped"]) + seconds["all_to_all"]
+    # Weights and moments are read and written, gradients read.
+    trained = count_weights(config, lambda weight: weight.is_trained(config.optim)).per_process(dims)
+    moved = 3 * FP32_BYTES * trained + 2 * memory.optimizer
+    update = moved / device.memory_bandwidth + slowest_update_flops(config, dims) / flops_per_s + seconds["optimizer"]
+    step = passes + update
     fits = memory.total <= USABLE_MEMORY * device.memory
     mfu = tokens * flops.training / (step * device.peak_bf16)
     return Candidate(strategy, memory, total_traffic(collectives), fits, step, mfu)

@@ -1,10 +1,9 @@
-"""One way to run a config, and the parameter counts that its memory and communication depend on."""
+"""One way to run a config."""
 
 from typing import NamedTuple
 
 from moelm.config import MoEFFNConfig, RunConfig
 from moelm.distributed.parallel_dims import ParallelDims
-from moelm.model.flops import count_parameters
 
 FP32_BYTES = 4
 BF16_BYTES = 2
@@ -38,22 +37,3 @@ class Strategy(NamedTuple):
         """Whether the balance losses need the routing of the whole batch, which a first forward pass then computes."""
         ffn = config.model.ffn
         return isinstance(ffn, MoEFFNConfig) and self.num_micro_batches(config) > 1 and ffn.balance.needs_whole_batch
-
-
-class ParameterGroups(NamedTuple):
-    """Numbers of parameters that are sharded differently."""
-
-    root: int
-    """Embedding, last norm and head: FSDP's root module."""
-    dense: int
-    """All layers without their routed experts."""
-    experts: int
-    """The routed experts of all layers."""
-
-
-def parameter_groups(config: RunConfig) -> ParameterGroups:
-    """The parameters of a config with a vocabulary size."""
-    model = config.model
-    count = count_parameters(model)
-    root = count.embedding * (1 if model.tie_embeddings else 2) + model.dim
-    return ParameterGroups(root, count.total - count.experts - root, count.experts)

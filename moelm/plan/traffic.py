@@ -8,7 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from moelm.config import MoEFFNConfig, RunConfig
-from moelm.plan.strategy import BF16_BYTES, FP32_BYTES, Strategy, parameter_groups
+from moelm.distributed.parallel_dims import ParallelDims
+from moelm.plan.strategy import BF16_BYTES, FP32_BYTES, Strategy
+from moelm.plan.update import exchanges
+from moelm.plan.weights import WeightCount, count_weights
 
 
 class Collective(NamedTuple):
@@ -34,6 +37,8 @@ class Traffic(NamedTuple):
     """Gradients of replicas."""
     all_to_all: int
     """Tokens to experts and back, and their gradients."""
+    optimizer: int
+    """Matrices to the processes that orthogonalize them, and the results back; the mean over processes."""
 
 
 def total_traffic(collectives: Iterable[Collective]) -> Traffic:
@@ -44,7 +49,7 @@ def total_traffic(collectives: Iterable[Collective]) -> Traffic:
 
 def step_collectives(config: RunConfig, strategy: Strategy) -> Iterator[Collective]:
     """The collectives of one step; those in a group of one send nothing."""
-    dims, groups = strategy.dims, parameter_groups(config)
+    dims = strategy.dims
     param_bytes = strategy.gathered_bytes(config)
     grad_bytes = FP32_BYTES if config.parallel.reduce_dtype == "fp32" else BF16_BYTES
     resharded = config.parallel.reshard_after_forward
@@ -55,20 +60,34 @@ def step_collectives(config: RunConfig, strategy: Strategy) -> Iterator[Collecti
     repeats = config.model.num_layers // config.model.num_unique_layers if resharded else 1
     reductions = micro_batches if dims.dp_shard > 1 else 1
     dense_replicas, dense_shards = dims.dense_mesh
-    dense, experts = groups.dense, groups.experts // dims.ep
-    if dims.ep == 1:
-        dense, experts = dense + experts, 0
+    weights = count_weights(config)
+    trained = count_weights(config, lambda weight: weight.is_trained(config.optim))
+    (dense, experts), (dense_grads, expert_grads) = (_by_mesh(count, dims) for count in (weights, trained))
     # The root is gathered in float32.
-    for gathered, parameters, replicas, shards, stride in (
-        (FP32_BYTES * groups.root + repeats * param_bytes * dense, groups.root + dense, dense_replicas, dense_shards, 1),
-        (repeats * param_bytes * experts, experts, dims.dp_replicate, dims.dp_shard, dims.ep),
+    for gathered, gradients, replicas, shards, stride in (
+        (
+            FP32_BYTES * weights.root + repeats * param_bytes * dense,
+            trained.root + dense_grads,
+            dense_replicas,
+            dense_shards,
+            1,
+        ),
+        (repeats * param_bytes * experts, expert_grads, dims.dp_replicate, dims.dp_shard, dims.ep),
     ):
         yield Collective("all_gather", gathers * _remote_fraction(shards) * gathered, shards, stride)
-        yield Collective("reduce_scatter", reductions * grad_bytes * _remote_fraction(shards) * parameters, shards, stride)
-        all_reduced = 2 * reductions * grad_bytes * _remote_fraction(replicas) * parameters / shards
+        yield Collective("reduce_scatter", reductions * grad_bytes * _remote_fraction(shards) * gradients, shards, stride)
+        all_reduced = 2 * reductions * grad_bytes * _remote_fraction(replicas) * gradients / shards
         yield Collective("all_reduce", all_reduced, replicas, stride * shards)
     all_to_all = _remote_fraction(dims.ep) * _dispatched_bytes(config, strategy) * micro_batches
     yield Collective("all_to_all", all_to_all, dims.ep, 1)
+    for exchange in exchanges(config, strategy):
+        holders = exchange.holders
+        yield Collective("optimizer", exchange.gathered + exchange.returned, holders.size, holders.stride)
+
+
+def _by_mesh(count: WeightCount, dims: ParallelDims) -> tuple[int, int]:
+    """Elements of one process's layers on the mesh of dense parameters, and on that of experts."""
+    return (count.dense + count.experts, 0) if dims.ep == 1 else (count.dense, count.experts // dims.ep)
 
 
 def _remote_fraction(group_size: int) -> float:

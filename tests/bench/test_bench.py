@@ -52,6 +52,12 @@ def test_a_model_without_a_peer_is_refused(workplace: Path, override: str, diffe
         list_variants([workplace / "moe.yaml"], [override], None, peers=True)
 
 
+@pytest.mark.skipif(find_spec("transformers") is None, reason="the extra `bench` is not installed")
+def test_peers_are_updated_with_adamw(workplace: Path) -> None:
+    with pytest.raises(MoelmError, match=r"^--peers: tiny-moe has optim.kind=muon.*; optim.kind=adamw is expected\.$"):
+        list_variants([workplace / "moe.yaml"], ["optim.kind=muon"], None, peers=True)
+
+
 def test_generation_is_timed_by_phase(moelm: Moelm, workplace: Path) -> None:
     done = moelm("bench", "moe.yaml", "model.vocab_size=260", "--generate", "2", "--rounds", "1", "--json")
     assert done.returncode == 0, done.stderr
@@ -73,6 +79,14 @@ def test_training_steps_are_timed(moelm: Moelm, workplace: Path) -> None:
         assert 0 < result["mfu"] < 1
         assert result["memory_peak_bytes"] > 10_000_000
     assert sorted(path.name for path in workplace.iterdir()) == ["dense.yaml", "moe.yaml", "text.txt"]
+
+
+def test_the_update_is_a_phase(moelm: Moelm) -> None:
+    done = moelm("bench", "moe.yaml", "train.batch_tokens=128", "optim.kind=muon", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["variants"]
+    assert set(result["phases_s"]) == {"forward", "backward", "update"}
+    assert result["step_s"] > result["phases_s"]["update"] > 0
 
 
 def test_a_failed_process_is_an_error(moelm: Moelm) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from moelm.compare.axes import cost_with_unit
 from moelm.compare.pairwise import EqualCost, cost_at_loss
@@ -173,6 +174,19 @@ def test_notes(tmp_path: Path) -> None:
     (moe / "config.yaml").write_text(f"{text}init_from: {{run: other}}\n")
     notes = compared([dense, moe]).notes
     assert "moe was initialized from other, whose training cost is not included." in notes
+
+
+def test_a_different_optimizer_is_noted(tmp_path: Path) -> None:
+    adamw, muon = (write_run(tmp_path / name, slope=0.5) for name in ("adamw", "muon"))
+    costs = "FLOPs are those of the model, so the cost of the update is only in the time."
+    note = f"The optimizer differs (adamw, muon); {costs}"
+    assert not any(costs in note for note in compared([adamw, muon]).notes)
+    config = yaml.safe_load((muon / "config.yaml").read_text())
+    config["optim"]["kind"] = "muon"
+    (muon / "config.yaml").write_text(yaml.safe_dump(config))
+    comparison = compared([adamw, muon])
+    assert note in comparison.notes
+    assert comparison.config_differences["optim.kind"] == {"adamw": "adamw", "muon": "muon"}
 
 
 def test_config_differences_are_dotted_and_leave_out_the_name(pair: list[Path]) -> None:

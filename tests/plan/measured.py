@@ -1,4 +1,6 @@
-"""Memory of one real training step by purpose, the mean over its processes, printed as one JSON object.
+"""Memory of one real training step by purpose, and the FLOPs and messages of its update, printed as one JSON object.
+
+Memory is the mean over the processes, FLOPs are by process, and messages are the sum.
 
 Its arguments are those of a command: CONFIG [KEY=VALUE]...
 """
@@ -6,12 +8,17 @@ Its arguments are those of a command: CONFIG [KEY=VALUE]...
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from moelm.bench.models import random_batch, resolve_model
 from moelm.config import load_config
@@ -23,7 +30,7 @@ from moelm.model.forward import forward_batch
 from moelm.model.moe.dispatcher import DispatchedRows
 from moelm.model.moe.layer import MoELayer
 from moelm.train.objective import micro_batch_loss
-from moelm.train.optimizer import build_optimizer
+from moelm.train.optimizer import Optimizer, build_optimizer
 from moelm.train.setup import build_parallel_model
 
 
@@ -83,6 +90,48 @@ class MeasuredDispatcher(AllToAllDispatcher):
         return super().combine(y_SD, rows)
 
 
+class Temporaries(TorchDispatchMode):
+    """Records the peak of the bytes that operations allocate beside existing tensors."""
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.existing = {to_local(tensor).untyped_storage()._cdata for tensor in existing}
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            storage = result.untyped_storage()
+            if storage._cdata not in self.existing:
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.live = {address: entry for address, entry in self.live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+def measure_update(optimizer: Optimizer) -> tuple[int, int, int]:
+    """FLOPs, bytes sent in messages, and peak bytes of temporaries of one update on this process."""
+    sent = 0
+    send = torch.distributed.all_to_all_single
+
+    def all_to_all_single(output: Tensor, given: Tensor, output_sizes: list[int], sizes: list[int]) -> Any:
+        nonlocal sent
+        sent += given.nbytes
+        assert sizes[torch.distributed.get_rank()] == 0
+        return send(output, given, output_sizes, sizes)
+
+    existing = [tensor for weight in optimizer.parameters for tensor in (weight, weight.grad) if tensor is not None]
+    existing += [value for state in optimizer.state.values() for value in state.values()]
+    with (
+        patch.object(torch.distributed, "all_to_all_single", all_to_all_single),
+        FlopCounterMode(display=False) as flops,
+        Temporaries(existing) as temporaries,
+    ):
+        optimizer.step()
+    return flops.get_total_flops(), sent, temporaries.peak
+
+
 def main() -> None:
     """Measure one step."""
     config = load_config(sys.argv[1], sys.argv[2:])
@@ -106,12 +155,15 @@ def main() -> None:
             loss = micro_batch_loss(output, batch, None, num_tokens, getattr(config.model.ffn, "balance", None))
         measured = {"activations": activations.bytes, "all_to_all": buffers[0] if buffers else 0}
         loss.total.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        flops, sent, measured["update"] = measure_update(optimizer)
         weights = list(model.parameters())
         measured["weights"] = local_bytes(*weights)
         measured["gradients"] = local_bytes(*(weight.grad for weight in weights if weight.grad is not None))
         moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
         measured["optimizer"] = local_bytes(*moments)
         total = {kind: sum(other[kind] for other in ranks.gather(measured)) for kind in measured}
+        updates = ranks.gather((flops, sent))
         if ranks.is_main:
-            print(json.dumps({kind: amount / ranks.size for kind, amount in total.items()}))
+            memory = {kind: amount / ranks.size for kind, amount in total.items()}
+            flops_by_rank, messages = zip(*updates, strict=True)
+            print(json.dumps({"memory": memory, "update_flops": flops_by_rank, "update_messages": sum(messages)}))

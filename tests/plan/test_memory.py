@@ -1,4 +1,4 @@
-"""Estimated memory against the tensors of real runs."""
+"""Estimated memory, and the update's FLOPs and messages, against real steps."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,14 @@ from moelm.distributed.parallel_dims import resolve_parallel_dims
 from moelm.plan import count_model
 from moelm.plan.memory import estimate_memory
 from moelm.plan.strategy import Strategy
+from moelm.plan.traffic import step_collectives, total_traffic
+from moelm.plan.update import slowest_update_flops, update_flops
 from tests.plan.measured import main as measured_step
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("train.precision=fp32", "train.batch_tokens=2048")
+MUON = ("optim.kind=muon",)
 CASES = {
     "dense": ("demo-dense", 1, ()),
     "moe-bf16": ("demo-moe", 1, ("train.precision=bf16",)),
@@ -25,6 +28,17 @@ CASES = {
     "ep": ("demo-moe", 2, ("parallel.ep=2",)),
     "sharded-ep": ("demo-moe", 4, ("parallel.dp_shard=2", "parallel.ep=2")),
     "sharded-ep-bf16": ("demo-moe", 4, ("parallel.dp_shard=2", "parallel.ep=2", "train.precision=bf16")),
+    "muon-dense": ("demo-dense", 1, MUON),
+    "muon-shared": ("demo-moe", 1, (*MUON, "model.ffn.shared_experts=2", "model.ffn.every=2")),
+    "muon-looped-bf16": ("demo-moe", 1, (*MUON, "model.unique_layers=2", "train.precision=bf16")),
+    "muon-frozen": ("demo-moe", 2, (*MUON, "optim.groups.experts.lr=0", "optim.groups.embedding.lr=0")),
+    "muon-replicas": ("demo-moe", 2, MUON),
+    "muon-sharded-bf16": ("demo-moe", 2, (*MUON, "parallel.dp_shard=2", "train.precision=bf16")),
+    "muon-sharded-along-rows": ("demo-moe", 2, (*MUON, "parallel.dp_shard=2", "model.ffn.num_experts=3")),
+    "muon-ep": ("demo-moe", 2, (*MUON, "parallel.ep=2")),
+    "muon-replicas-sharded": ("demo-dense", 4, (*MUON, "parallel.dp_shard=2", "parallel.dp_replicate=2")),
+    "muon-replicas-ep": ("demo-moe", 4, (*MUON, "parallel.ep=2")),
+    "muon-sharded-ep": ("demo-moe", 4, (*MUON, "parallel.dp_shard=2", "parallel.ep=2")),
 }
 
 
@@ -44,7 +58,8 @@ def test_estimates_agree_with_a_real_step(case: str) -> None:
     arguments = [str(ROOT / f"configs/{name}.yaml"), *SMALL, *overrides]
     done = run_ranks(measured_step, ["measured", *arguments], ROOT, processes)
     assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    step = json.loads(done.stdout)
+    measured = step["memory"]
     _, config = count_model(load_config(arguments[0], arguments[1:]))
     checkpointing, bf16 = config.parallel.activation_checkpointing, config.train.precision == "bf16"
     dims, rows = resolve_parallel_dims(config, processes), config.micro_batch_rows(processes)
@@ -59,4 +74,10 @@ def test_estimates_agree_with_a_real_step(case: str) -> None:
         planned["activations"] -= layer_activations(config, strategy._replace(checkpointing="none"))
     print(case, {kind: f"{planned[kind] / amount - 1:+.1%}" for kind, amount in measured.items() if amount})
     for kind, amount in measured.items():
-        assert planned[kind] == pytest.approx(amount, rel=0.10), kind
+        exact = kind in ("weights", "gradients", "optimizer")
+        assert planned[kind] == pytest.approx(amount, rel=1e-6 if exact else 0.10), kind
+    assert sum(step["update_flops"]) == update_flops(config)
+    slowest = max(step["update_flops"])
+    assert slowest_update_flops(config, dims) == pytest.approx(slowest, rel=0.10)
+    messages = total_traffic(step_collectives(config, strategy)).optimizer
+    assert processes * messages == pytest.approx(step["update_messages"], rel=1e-6)

@@ -7,13 +7,15 @@ import pytest
 from moelm.config import RunConfig, load_config
 from moelm.distributed.parallel_dims import ParallelDims
 from moelm.errors import MoelmError
+from moelm.formats import exponent
 from moelm.hardware import DEVICES
 from moelm.model import count_parameters
 from moelm.plan import count_model, make_plan
 from moelm.plan.memory import estimate_memory
-from moelm.plan.search import LINK_EFFICIENCY, possible_dims, transfer_seconds
+from moelm.plan.search import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, possible_dims, transfer_seconds
 from moelm.plan.strategy import Strategy
 from moelm.plan.traffic import Collective, Traffic, step_collectives, total_traffic
+from moelm.plan.update import update_flops
 from tests.conftest import Moelm
 from tests.distributed.launching import ROOT
 
@@ -64,10 +66,11 @@ def test_traffic_of_two_processes_in_closed_form() -> None:
     """One micro-batch, float32: all-reduce of P numbers sends 4 P bytes, all-gather and reduce-scatter half of that."""
     config = load("demo-moe", "train.precision=fp32")
     parameters, experts = 3_937_664, 4 * 8 * 3 * 128 * 256
-    assert fp32_traffic(config, 2, 1, 1) == (0, 0, 4 * parameters, 0)
-    assert fp32_traffic(config, 1, 2, 1) == (2 * 2 * parameters, 2 * parameters, 0, 0)
+    assert fp32_traffic(config, 2, 1, 1) == (0, 0, 4 * parameters, 0, 0)
+    assert fp32_traffic(config, 1, 2, 1) == (2 * 2 * parameters, 2 * parameters, 0, 0, 0)
     # Dispatch, combine and their gradients in four layers; half stays local: 1,024 tokens, two experts each, width 128.
-    assert fp32_traffic(config, 1, 1, 2) == (0, 0, 4 * (parameters - experts), 4 * 4 * 1024 * 2 * 128 * 4 // 2)
+    sent = 4 * 4 * 1024 * 2 * 128 * 4 // 2
+    assert fp32_traffic(config, 1, 1, 2) == (0, 0, 4 * (parameters - experts), sent, 0)
 
 
 def test_repeated_layers_are_gathered_at_each_repeat_and_reduced_once() -> None:
@@ -77,6 +80,48 @@ def test_repeated_layers_are_gathered_at_each_repeat_and_reduced_once() -> None:
     assert repeated.all_gather == plain.all_gather
     fewer = count_parameters(config.model).total - count_parameters(looped.model).total
     assert plain.reduce_scatter - repeated.reduce_scatter == 2 * fewer
+
+
+def test_matrices_are_exchanged_by_the_processes_that_hold_them() -> None:
+    """Elements sent by one process; a result returns to every replica, and experts are whole where they live."""
+    config = load("demo-moe", "train.precision=fp32", "optim.kind=muon")
+    attention, experts = 4 * 4 * 128 * 128, 4 * 8 * 3 * 128 * 256
+
+    def sent(*dims: int) -> float:
+        return fp32_traffic(config, *dims).optimizer / 4
+
+    assert sent(1, 1, 1) == 0
+    assert sent(2, 1, 1) == (attention + experts) / 2  # half of the matrices, whole, to the other replica
+    assert sent(1, 2, 1) == attention / 4 + attention / 4  # half of a matrix for each half of the matrices, both ways
+    assert sent(1, 1, 2) == attention / 2
+    # Shards of experts' matrices within two processes, beside replicas of four.
+    assert sent(1, 2, 2) == attention / 4 * (3 / 4 + 3 / 4) + experts / 2 / 2 * (1 / 2 + 1 / 2)
+
+
+def test_frozen_weights_have_no_gradients_to_reduce() -> None:
+    config, frozen = (load("demo-moe", "train.precision=fp32", *key) for key in ((), ("optim.groups.experts.lr=0",)))
+    experts = 4 * 8 * 3 * 128 * 256
+    assert fp32_traffic(config, 2, 1, 1).all_reduce - fp32_traffic(frozen, 2, 1, 1).all_reduce == 4 * experts
+    assert fp32_traffic(config, 1, 2, 1).all_gather == fp32_traffic(frozen, 1, 2, 1).all_gather
+
+
+def test_a_step_includes_the_update() -> None:
+    """On one GPU, Muon adds its FLOPs, and moves two numbers fewer for each of its weights: those of one moment."""
+    adamw, muon = (load("demo-moe", f"optim.kind={kind}") for kind in ("adamw", "muon"))
+    difference = make_plan(muon, 1, "h100").best.step_s - make_plan(adamw, 1, "h100").best.step_s
+    device = DEVICES["h100"]
+    matrices = 4 * 4 * 128 * 128 + 4 * 8 * 3 * 128 * 256
+    products = update_flops(muon) / (device.peak_bf16 * COMPUTE_EFFICIENCY)
+    assert difference == pytest.approx(products - 2 * 4 * matrices / device.memory_bandwidth, rel=1e-6)
+
+
+def test_temporaries_of_the_update_count_only_above_the_backward_pass() -> None:
+    strategy = Strategy(ParallelDims(), "none", 1, bf16=False)
+    memory = estimate_memory(load("demo-moe", "optim.kind=muon"), strategy)
+    backward = memory.gathered + memory.activations + memory.all_to_all
+    rest = memory.weights + memory.gradients + memory.optimizer
+    assert memory.total == rest + max(backward, memory.update)
+    assert memory._replace(activations=0, gathered=0).total == rest + memory.update
 
 
 def test_groups_within_a_machine_use_its_links_and_others_the_network() -> None:
@@ -136,3 +181,14 @@ def test_the_command_prints_a_table_and_json(moelm: Moelm) -> None:
     assert plan["best"]["dp_replicate"] * plan["best"]["dp_shard"] * plan["best"]["ep"] == 64
     assert plan["best"]["memory_bytes"]["total"] < 80e9
     assert plan["assumptions"]
+
+
+def test_the_command_prints_the_cost_of_the_optimizer(moelm: Moelm) -> None:
+    arguments = ["plan", str(ROOT / "configs/demo-moe.yaml")]
+    adamw, muon = (moelm(*arguments, f"optim.kind={kind}").stdout for kind in ("adamw", "muon"))
+    assert "adamw: no matrix products, 31.5 MB of moments." in adamw
+    plan = json.loads(moelm(*arguments, "optim.kind=muon", "--json").stdout)
+    flops = plan["optimizer_flops_per_step"]
+    assert flops == 5 * (16 * 6 * 128**3 + 4 * 8 * 3 * (4 * 128**2 * 256 + 2 * 128**3))
+    share = flops / plan["training_flops"] * load("demo-moe").train.steps
+    assert f"muon: {exponent(flops)} FLOPs per step on all GPUs together, {share:.0%} of the model's; " in muon

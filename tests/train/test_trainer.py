@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -182,11 +183,15 @@ def test_recomputation_does_not_change_the_losses(workplace: Path) -> None:
 
 
 def test_a_profile_is_a_table_and_a_trace(moelm: Moelm, workplace: Path) -> None:
-    done = moelm("train", "moe.yaml", "--profile")
+    done = moelm("train", "moe.yaml", "optim.kind=muon", "--profile")
     assert done.returncode == 0, done.stderr
     assert "aten::mm" in done.stderr
+    shares = dict(re.findall(r"The update by (\w+) takes (.*)% of a step", done.stderr))
+    assert shares.keys() == {"adamw", "muon"}
+    assert 0 < float(shares["muon"]) < 100
     trace = json.loads((workplace / "runs/tiny-moe/trace.json").read_text())
-    assert any("aten::mm" in event["name"] for event in trace["traceEvents"] if "name" in event)
+    names = {event["name"] for event in trace["traceEvents"] if "name" in event}
+    assert {"adamw", "muon", "aten::mm"} <= names
 
 
 def test_a_resumed_run_has_the_precision_it_started_with(workplace: Path) -> None:

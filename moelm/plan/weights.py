@@ -1,0 +1,91 @@
+"""The parameters of a model by shape, role and sharding, from a config alone."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from moelm.config import MoEFFNConfig, OptimConfig, RunConfig
+from moelm.distributed.parallel_dims import ParallelDims
+from moelm.model.flops import router_weights
+from moelm.train.parameter_groups import MUON_ROLES, Role
+
+
+class Weight(NamedTuple):
+    """One parameter."""
+
+    section: Literal["root", "dense", "experts"]
+    """What it is sharded with: see `WeightCount`."""
+    role: Role
+    shape: tuple[int, ...]
+    """Three dimensions: a stack of experts."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def is_trained(self, optim: OptimConfig) -> bool:
+        """Whether its role is not frozen."""
+        trained: bool = getattr(optim.groups, self.role).lr > 0
+        return trained
+
+    def uses_muon(self, optim: OptimConfig) -> bool:
+        """Whether Muon updates it."""
+        return optim.kind == "muon" and self.role in MUON_ROLES and self.is_trained(optim)
+
+    def uses_adamw(self, optim: OptimConfig) -> bool:
+        """Whether AdamW updates it."""
+        return self.is_trained(optim) and not self.uses_muon(optim)
+
+
+class WeightCount(NamedTuple):
+    """Numbers of elements that are sharded differently."""
+
+    root: int
+    """Embedding, last norm and head: FSDP's root module."""
+    dense: int
+    """All layers without their routed experts."""
+    experts: int
+    """The routed experts of all layers."""
+
+    def per_process(self, dims: ParallelDims) -> int:
+        """Of one process's shards, the mean over processes."""
+        return (self.root + self.dense) // dims.dense_mesh[1] + self.experts // (dims.ep * dims.dp_shard)
+
+
+def model_weights(config: RunConfig) -> Counter[Weight]:
+    """How many parameters of each kind the model of a config with a vocabulary size has."""
+    model = config.model
+    dim, width = model.dim, model.size_per_head
+    embedding = (model.vocab_size or 0, dim)
+    weights = Counter([Weight("root", "embedding", embedding), Weight("root", "norm", (dim,))])
+    if not model.tie_embeddings:
+        weights[Weight("root", "head", embedding)] += 1
+    for layer in range(model.num_unique_layers):
+        weights[Weight("dense", "norm", (dim,))] += 4 if model.sandwich_norm else 2
+        weights[Weight("dense", "norm", (width,))] += 2 * model.qk_norm
+        for rows in (model.num_heads * width, model.kv_heads * width):
+            weights[Weight("dense", "attention", (rows, dim))] += 1
+        weights[Weight("dense", "attention", (model.kv_heads * width, dim))] += 1
+        weights[Weight("dense", "attention", (dim, model.num_heads * width))] += 1
+        ffn = model.ffn_at(layer)
+        hidden = ffn.hidden_dim
+        if isinstance(ffn, MoEFFNConfig):
+            role: Role = "experts" if ffn.num_experts > 1 else "ffn"
+            weights[Weight("dense", "router", (router_weights(dim, ffn),))] += 1
+            weights[Weight("experts", role, (ffn.num_experts, hidden, dim))] += 2
+            weights[Weight("experts", role, (ffn.num_experts, dim, hidden))] += 1
+            hidden *= ffn.shared_experts  # one wide block
+        weights[Weight("dense", "ffn", (hidden, dim))] += 2
+        weights[Weight("dense", "ffn", (dim, hidden))] += 1
+    return Counter({weight: number for weight, number in weights.items() if number * weight.size})
+
+
+def count_weights(config: RunConfig, included: Callable[[Weight], bool] = lambda weight: True) -> WeightCount:
+    """The number of elements in each section."""
+    counts = {"root": 0, "dense": 0, "experts": 0}
+    for weight, number in model_weights(config).items():
+        if included(weight):
+            counts[weight.section] += number * weight.size
+    return WeightCount(**counts)
