@@ -46,7 +46,7 @@ class Muon:
 
         Args:
             state: momentum by parameter.
-            scale: factor on all gradients.
+            scale: factor on all gradients, which are changed.
             zero: for each of a parameter's local matrices, whether its whole gradient is zero. Such a matrix, of an expert
                 that no token has selected, and its momentum remain unchanged: the update does not depend on the scale of
                 the momentum, so that an old one would move it as far as a new one.
@@ -56,10 +56,11 @@ class Muon:
         for _, parameter in parameters:
             momentum, active_K11 = _stack(local(state[parameter]["momentum"])), _active(parameter, zero[parameter])
             gradient = torch.zeros_like(momentum) if parameter.grad is None else _stack(local(parameter.grad))
-            share = scale * (1 - self.momentum)
-            kept = self.momentum if active_K11 is None else 1 - (1 - self.momentum) * active_K11
-            momentum.mul_(kept).add_(gradient, alpha=share)
-            updates.append((gradient * share).add_(momentum, alpha=self.momentum).to(self.dtype))
+            if scale < 1:
+                gradient.mul_(scale)
+            share = 1 - self.momentum
+            momentum.lerp_(gradient, share if active_K11 is None else share * active_K11)
+            updates.append(gradient.lerp(momentum, self.momentum).to(self.dtype))
         results = self._orthogonalize(self.exchange.gather(updates))
         for (group, parameter), update in zip(parameters, self.exchange.scatter(results, updates), strict=True):
             lr, weight, active_K11 = group["lr"], _stack(local(parameter)), _active(parameter, zero[parameter])
