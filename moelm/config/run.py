@@ -200,7 +200,7 @@ class MuonAdamWConfig(Config):
     """Peak learning rate (default: `optim.lr`)."""
 
 
-MUON_SETTINGS = ("momentum", "newton_schulz_steps", "adamw")
+MUON_SETTINGS = ("momentum", "newton_schulz_steps", "split_heads", "adamw")
 """Settings of `optim` that only the kind `muon` has."""
 
 
@@ -227,6 +227,8 @@ class OptimConfig(Config):
     """Muon's momentum, of Nesterov's form."""
     newton_schulz_steps: int = Field(default=5, ge=1, le=8)
     """Iterations of Muon's orthogonalization, in the precision of `train.precision`."""
+    split_heads: bool = True
+    """Whether Muon orthogonalizes the query, key and value projections head by head: a lower loss for fewer FLOPs."""
     adamw: MuonAdamWConfig = MuonAdamWConfig()
     """With `muon`: AdamW's settings for the other parameters; betas, eps and weight decay are those of this section."""
     clip: float = Field(default=1.0, gt=0)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from moelm.model.dtensor import chunk, local
+from moelm.model.dtensor import chunk
 
 
 class _Item(NamedTuple):
@@ -30,6 +30,8 @@ class _Item(NamedTuple):
     """Dimension, 1 or 2, along which a replica's matrices are sharded."""
     shape: tuple[int, int, int]
     """Of the whole matrices, `(K, N, M)`."""
+    blocks: int
+    """Blocks of rows that are computed on by themselves."""
 
     @property
     def holders(self) -> list[int]:
@@ -38,9 +40,9 @@ class _Item(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """Relative cost of products of the matrices with themselves."""
+        """Relative cost of products of the blocks with themselves."""
         count, rows, columns = self.shape
-        return count * rows * columns * min(rows, columns)
+        return count * rows * columns * min(rows // self.blocks, columns)
 
     def replica_of(self, rank: int) -> tuple[int, ...]:
         """The ranks of one replica."""
@@ -59,17 +61,20 @@ class _Item(NamedTuple):
 
 
 class MatrixExchange:
-    """The exchange for a list of parameters: matrices `(N, M)` and stacks `(K, N, M)`.
+    """The exchange for a list of parameters: matrices `(N, M)`, of so many blocks of rows, and stacks `(K, N, M)`.
 
     All processes of a run construct it together. Matrices are assigned to the least loaded of their holders, largest first;
     of a stack, consecutive ones. Each direction is one all-to-all over all processes.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], blocks: Sequence[int]) -> None:
         distributed = dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self._shapes = [local(parameter).shape for parameter in parameters]
-        items = [item for index, parameter in enumerate(parameters) for item in _items(index, parameter, self.rank)]
+        items = [
+            item
+            for index, (parameter, count) in enumerate(zip(parameters, blocks, strict=True))
+            for item in _items(index, parameter, count, self.rank)
+        ]
         self._sharded = any(len(item.replicas[0]) > 1 for item in items)
         self._shared = any(len(item.holders) > 1 for item in items)
         loads = [0] * self.size
@@ -85,9 +90,9 @@ class MatrixExchange:
                 self._by_owner[owner].append(item)
 
     @property
-    def num_owned(self) -> int:
-        """Number of matrices that this process owns."""
-        return sum(item.shape[0] for item in self._own)
+    def owned_blocks(self) -> list[int]:
+        """The number of blocks of each stack that `gather` returns."""
+        return [item.blocks for item in self._own]
 
     def gather(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """The whole matrices that this process owns, as stacks `(K, N, M)`.
@@ -165,7 +170,7 @@ class MatrixExchange:
         ]
 
 
-def _items(index: int, parameter: Tensor, rank: int) -> Iterator[_Item]:
+def _items(index: int, parameter: Tensor, blocks: int, rank: int) -> Iterator[_Item]:
     """The items of one parameter, on all processes."""
     shape = (1, *parameter.shape)[-3:]
     ranks_SRC = [[[rank]]]
@@ -192,4 +197,4 @@ def _items(index: int, parameter: Tensor, rank: int) -> Iterator[_Item]:
         for part in range(parts):
             matrices = slice(count * part // parts, count * (part + 1) // parts)
             whole = (matrices.stop - matrices.start, shape[1], shape[2])
-            yield _Item(index, matrices, tuple(map(tuple, replicas)), cut, whole)
+            yield _Item(index, matrices, tuple(map(tuple, replicas)), cut, whole, blocks)

@@ -19,6 +19,8 @@ class Weight(NamedTuple):
     role: Role
     shape: tuple[int, ...]
     """Three dimensions: a stack of experts."""
+    heads: int = 1
+    """Of a query, key or value projection."""
 
     @property
     def size(self) -> int:
@@ -65,9 +67,8 @@ def model_weights(config: RunConfig) -> Counter[Weight]:
     for layer in range(model.num_unique_layers):
         weights[Weight("dense", "norm", (dim,))] += 4 if model.sandwich_norm else 2
         weights[Weight("dense", "norm", (width,))] += 2 * model.qk_norm
-        for rows in (model.num_heads * width, model.kv_heads * width):
-            weights[Weight("dense", "attention", (rows, dim))] += 1
-        weights[Weight("dense", "attention", (model.kv_heads * width, dim))] += 1
+        for heads in (model.num_heads, model.kv_heads, model.kv_heads):
+            weights[Weight("dense", "attention", (heads * width, dim), heads)] += 1
         weights[Weight("dense", "attention", (dim, model.num_heads * width))] += 1
         ffn = model.ffn_at(layer)
         hidden = ffn.hidden_dim

@@ -26,14 +26,22 @@ class Muon:
 
     Args:
         parameters: matrices `(N, M)`, and stacks `(K, N, M)`, whose matrices are independent.
+        blocks: number of equal blocks of rows of each matrix that are orthogonalized by themselves; 1 for stacks.
         momentum: of Nesterov's form.
         steps: iterations of the orthogonalization.
         dtype: dtype of the orthogonalization and of the messages.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], momentum: float, steps: int, dtype: torch.dtype) -> None:
-        self.momentum, self.steps, self.dtype = momentum, steps, dtype
-        self.exchange = MatrixExchange(parameters)
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        blocks: Sequence[int],
+        momentum: float,
+        steps: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.blocks, self.momentum, self.steps, self.dtype = blocks, momentum, steps, dtype
+        self.exchange = MatrixExchange(parameters, blocks)
 
     def step(
         self,
@@ -62,26 +70,32 @@ class Muon:
             momentum.lerp_(gradient, share if active_K11 is None else share * active_K11)
             updates.append(gradient.lerp(momentum, self.momentum).to(self.dtype))
         results = self._orthogonalize(self.exchange.gather(updates))
-        for (group, parameter), update in zip(parameters, self.exchange.scatter(results, updates), strict=True):
+        updates = self.exchange.scatter(results, updates)
+        for (group, parameter), blocks, update in zip(parameters, self.blocks, updates, strict=True):
             lr, weight, active_K11 = group["lr"], _stack(local(parameter)), _active(parameter, zero[parameter])
             decay: float | Tensor = lr * group["weight_decay"]
-            step = lr * update_scale(*parameter.shape[-2:])
+            rows, columns = parameter.shape[-2:]
+            step = lr * update_scale(rows // blocks, columns)
             if active_K11 is None:
                 weight.mul_(1 - decay).add_(update, alpha=-step)
             else:
                 weight.mul_(1 - decay * active_K11).sub_(update * (step * active_K11))
 
     def _orthogonalize(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Orthogonalize stacks, all matrices of the same shape in one batch."""
+        """Orthogonalize the blocks of the stacks that this process owns, all of the same shape in one batch."""
+        blocks = [
+            x_KNM.reshape(-1, x_KNM.shape[1] // count, x_KNM.shape[2])
+            for x_KNM, count in zip(matrices, self.exchange.owned_blocks, strict=True)
+        ]
         batches: dict[torch.Size, list[int]] = defaultdict(list)
-        for index, x_KNM in enumerate(matrices):
-            batches[x_KNM.shape[1:]].append(index)
+        for index, block in enumerate(blocks):
+            batches[block.shape[1:]].append(index)
         results: list[Tensor] = list(matrices)
         for indices in batches.values():
-            parts = [matrices[index] for index in indices]
+            parts = [blocks[index] for index in indices]
             batch = orthogonalize(parts[0] if len(parts) == 1 else torch.cat(parts), self.steps)
             for index, result in zip(indices, torch.split(batch, [len(part) for part in parts]), strict=True):
-                results[index] = result
+                results[index] = result.reshape(matrices[index].shape)
         return results
 
 

@@ -4,7 +4,7 @@ Gradient clipping is a factor that the update applies, not a pass over the gradi
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from moelm.config import OptimConfig
 from moelm.model import Transformer
 from moelm.model.dtensor import local, local_slices, num_replicas
 from moelm.train.muon import Muon
-from moelm.train.parameter_groups import build_groups
+from moelm.train.parameter_groups import build_groups, head_counts
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -24,10 +24,13 @@ class Optimizer(torch.optim.Optimizer):
     Args:
         groups: from `build_groups`.
         config: betas, eps, momentum, steps of the orthogonalization, and the limit of the gradient norm.
+        heads: see `head_counts`.
         dtype: dtype of the orthogonalization.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], config: OptimConfig, heads: Mapping[Tensor, int], dtype: torch.dtype
+    ) -> None:
         super().__init__(groups, {"lr": config.lr})
         self.config = config
         matrices: list[nn.Parameter] = []
@@ -35,7 +38,8 @@ class Optimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 self.state[parameter] = _fresh_state(group["kind"], parameter)
             matrices += group["params"] if group["kind"] == "muon" else []
-        self.muon = Muon(matrices, config.momentum, config.newton_schulz_steps, dtype) if matrices else None
+        blocks = [heads[parameter] if config.split_heads and parameter in heads else 1 for parameter in matrices]
+        self.muon = Muon(matrices, blocks, config.momentum, config.newton_schulz_steps, dtype) if matrices else None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -101,7 +105,7 @@ def build_optimizer(model: Transformer, config: OptimConfig, dtype: torch.dtype)
     Args:
         dtype: dtype of matrix products, in which Muon orthogonalizes.
     """
-    return Optimizer(build_groups(model, config), config, dtype)
+    return Optimizer(build_groups(model, config), config, head_counts(model), dtype)
 
 
 def _fresh_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:

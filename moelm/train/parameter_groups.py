@@ -2,11 +2,12 @@
 
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from moelm.config import OptimConfig
 from moelm.errors import MoelmError
 from moelm.model import Transformer
+from moelm.model.attention import Attention
 from moelm.model.feed_forward import FeedForward
 from moelm.model.moe.experts import Experts
 from moelm.model.moe.router import Router
@@ -42,6 +43,16 @@ def _role(name: str, module: nn.Module) -> Role:
         case FeedForward():
             return "ffn"
     return "head" if name == "head" else "attention"
+
+
+def head_counts(model: Transformer) -> dict[Tensor, int]:
+    """The number of heads whose rows each query, key and value projection consists of."""
+    return {
+        projection.weight: heads
+        for module in model.modules()
+        if isinstance(module, Attention)
+        for projection, heads in ((module.wq, module.heads), (module.wk, module.kv_heads), (module.wv, module.kv_heads))
+    }
 
 
 def build_groups(model: Transformer, config: OptimConfig) -> list[dict[str, Any]]:

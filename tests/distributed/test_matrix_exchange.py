@@ -10,7 +10,13 @@ from tests.distributed.muon_products import main as count_products
 from tests.distributed.test_trajectory import LAYOUTS
 from tests.processes import run_ranks
 
-MODEL = ["optim.kind=muon", "model.num_layers=3", "model.ffn={kind: moe, hidden_dim: 48, num_experts: 4, top_k: 2}"]
+MODEL = [
+    "optim.kind=muon",
+    "model.num_heads=4",
+    "model.head_dim=4",
+    "model.num_layers=3",
+    "model.ffn={kind: moe, hidden_dim: 48, num_experts: 4, top_k: 2}",
+]
 UNEVEN = "parallel.dp_shard=4|model.ffn.num_experts=6"
 
 

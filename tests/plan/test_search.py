@@ -189,6 +189,7 @@ def test_the_command_prints_the_cost_of_the_optimizer(moelm: Moelm) -> None:
     assert "adamw: no matrix products, 31.5 MB of moments." in adamw
     plan = json.loads(moelm(*arguments, "optim.kind=muon", "--json").stdout)
     flops = plan["optimizer_flops_per_step"]
-    assert flops == 5 * (16 * 6 * 128**3 + 4 * 8 * 3 * (4 * 128**2 * 256 + 2 * 128**3))
+    heads, output = 3 * 4 * (4 * 32**2 * 128 + 2 * 32**3), 6 * 128**3
+    assert flops == 5 * 4 * (heads + output + 8 * 3 * (4 * 128**2 * 256 + 2 * 128**3))
     share = flops / plan["training_flops"] * load("demo-moe").train.steps
     assert f"muon: {exponent(flops)} FLOPs per step on all GPUs together, {share:.0%} of the model's; " in muon

@@ -28,8 +28,8 @@ def muon_config(**changes: object) -> OptimConfig:
 class Reference:
     """Muon (Jordan et al. 2024; Liu et al. 2025, algorithm 1) and AdamW, in float64, one matrix after another."""
 
-    def __init__(self, weights: Mapping[str, Tensor], muon: set[str]) -> None:
-        self.muon = muon
+    def __init__(self, weights: Mapping[str, Tensor], muon: set[str], heads: Mapping[str, int]) -> None:
+        self.muon, self.heads = muon, heads
         self.weights = {name: weight.double() for name, weight in weights.items()}
         self.m, self.v = ({name: torch.zeros_like(w) for name, w in self.weights.items()} for _ in range(2))
 
@@ -40,7 +40,10 @@ class Reference:
             if name not in self.muon:
                 self._adamw(name, grad, number)
             elif weight.dim() == 2:
-                self._muon(weight, grad, self.m[name])
+                width = len(weight) // self.heads.get(name.rpartition("attention.")[2], 1)
+                for start in range(0, len(weight), width):
+                    rows = slice(start, start + width)
+                    self._muon(weight[rows], grad[rows], self.m[name][rows])
             else:
                 for expert in range(len(weight)):
                     if grad[expert].abs().max() > 0:
@@ -64,10 +67,12 @@ def muon_names(model: Transformer) -> set[str]:
     return {name for name, parameter in model.named_parameters() if roles[parameter] in MUON_ROLES}
 
 
-def test_steps_of_a_whole_model_equal_loops_from_the_papers() -> None:
-    model = small_model(ffn={**MOE, "shared_experts": 1}, num_kv_heads=2, tie_embeddings=False)
-    optimizer = build_optimizer(model, muon_config(), torch.float32)
-    reference = Reference(state_of(model), muon_names(model))
+@pytest.mark.parametrize("split_heads", [True, False])
+def test_steps_of_a_whole_model_equal_loops_from_the_papers(split_heads: bool) -> None:
+    model = small_model(ffn={**MOE, "shared_experts": 1}, num_kv_heads=2, head_dim=6, tie_embeddings=False)
+    optimizer = build_optimizer(model, muon_config(split_heads=split_heads), torch.float32)
+    heads = {"wq.weight": 4, "wk.weight": 2, "wv.weight": 2} if split_heads else {}
+    reference = Reference(state_of(model), muon_names(model), heads)
     for number in range(1, 6):
         set_gradients(model, number)
         if number in (2, 3):  # no token has selected this expert
@@ -106,7 +111,7 @@ def test_two_dimensional_parameters_equal_torchs_muon(monkeypatch: pytest.Monkey
     own, other = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
     settings = {"weight_decay": DECAY, "momentum": MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
     expected = torch.optim.Muon(other, lr=LR, **settings)
-    muon = Muon(own, MOMENTUM, STEPS, torch.float32)
+    muon = Muon(own, [1, 1, 1], MOMENTUM, STEPS, torch.float32)
     state = {parameter: {"momentum": torch.zeros_like(parameter)} for parameter in own}
     for _ in range(4):
         for pair in zip(own, other, strict=True):
