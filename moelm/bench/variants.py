@@ -23,7 +23,9 @@ class BenchVariant(NamedTuple):
     """Whether the allocator keeps freed memory, as moelm's training does; on a CPU, peers are timed with and without."""
 
 
-def list_variants(paths: Sequence[Path], overrides: Sequence[str], vary: str | None, peers: bool) -> list[BenchVariant]:
+def list_variants(
+    paths: Sequence[Path], overrides: Sequence[str], vary: str | None, peers: bool, training: bool = True
+) -> list[BenchVariant]:
     """One variant per config and value of the varied setting, followed by their peers.
 
     Args:
@@ -31,6 +33,8 @@ def list_variants(paths: Sequence[Path], overrides: Sequence[str], vary: str | N
         vary: `key=value,value,...`.
         peers: whether to add peers: with the default allocator and with moelm's (on a CPU), each in the config's precision
             and in bfloat16.
+
+        training: whether training steps will be timed.
 
     Raises:
         MoelmError: an invalid config or `vary`, peers without the library, or a config without a peer.
@@ -47,7 +51,7 @@ def list_variants(paths: Sequence[Path], overrides: Sequence[str], vary: str | N
         for suffix, varied in _varied_overrides(vary)
         for config in [resolve_precision(load_config(path, [*overrides, *varied]))]
     ]
-    return variants + [peer for variant in variants for peer in _peers(variant)] if peers else variants
+    return variants + [peer for variant in variants for peer in _peers(variant, training)] if peers else variants
 
 
 def _varied_overrides(vary: str | None) -> list[tuple[str, list[str]]]:
@@ -69,11 +73,12 @@ def _with_precision(config: RunConfig, precision: str) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
-def _peers(variant: BenchVariant) -> list[BenchVariant]:
-    if variant.config.optim.kind != "adamw":
+def _peers(variant: BenchVariant, training: bool) -> list[BenchVariant]:
+    optim = variant.config.optim
+    if training and (optim.kind != "adamw" or any(role.lr == 0 for _, role in optim.groups)):
         raise MoelmError(
-            f"--peers: {variant.name} has optim.kind={variant.config.optim.kind}, but the library's models are updated "
-            "with AdamW; optim.kind=adamw is expected."
+            f"--peers: {variant.name} has optim.kind={optim.kind} or frozen roles, but of the library's models all "
+            "parameters are updated with AdamW; optim.kind=adamw without frozen roles is expected."
         )
     name = f"{_peer_architecture(variant).model_class.removesuffix('ForCausalLM')} for {variant.name}"
     return [

@@ -27,7 +27,8 @@ def bench(
     from moelm.console import ProgressLine
 
     overrides = [argument for argument in configs if "=" in argument]
-    variants = list_variants([Path(argument) for argument in configs if "=" not in argument], overrides, vary, peers)
+    paths = [Path(argument) for argument in configs if "=" not in argument]
+    variants = list_variants(paths, overrides, vary, peers, training=not generate)
     with ProgressLine("Building the models …") as progress_line:
         timings = run_rounds(variants, Workload(generate), rounds, progress_line.update)
     results = [timing.as_dict() for timing in timings]

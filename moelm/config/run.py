@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from moelm.config.base import Auto, Config, Count, Seed, Size, UserPath
-from moelm.config.model import ModelConfig
+from moelm.config.model import ModelConfig, MoEFFNConfig
 
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 Dtype = Annotated[
@@ -190,7 +190,9 @@ class GroupsConfig(Config):
     experts: RoleConfig = RoleConfig()
     """Routed experts."""
     router: RoleConfig = RoleConfig()
+    """All matrices of the routers; the selection bias is no parameter and has a rate of its own."""
     norm: RoleConfig = RoleConfig()
+    """The scales of all norms."""
 
 
 class MuonAdamWConfig(Config):
@@ -243,10 +245,6 @@ class OptimConfig(Config):
                 value = getattr(self, name)
                 if value != type(self).model_fields[name].default:
                     raise ValueError(f"{name} belongs to kind: muon, but kind is adamw; leave it out or choose muon")
-        if all(role.lr == 0 for _, role in self.groups):
-            raise ValueError(
-                "groups sets every lr to 0, so that nothing would be trained; at least one above 0 is expected"
-            )
         return self
 
 
@@ -321,6 +319,25 @@ class RunConfig(Config):
     optim: OptimConfig
     parallel: ParallelConfig = ParallelConfig()
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "RunConfig":
+        ffn = self.model.ffn
+        moe = ffn if isinstance(ffn, MoEFFNConfig) else None
+        roles = {
+            "embedding": True,
+            "head": not self.model.tie_embeddings,
+            "attention": True,
+            "ffn": moe is None or moe.num_experts == 1 or moe.shared_experts > 0 or moe.every > 1,
+            "experts": moe is not None and moe.num_experts > 1,
+            "router": moe is not None and moe.router.kind not in ("hash", "random"),
+            "norm": True,
+        }
+        if all(getattr(self.optim.groups, role).lr == 0 for role, present in roles.items() if present):
+            raise ValueError(
+                "optim.groups sets lr to 0 for all roles that this model has; at least one above 0 is expected"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_fit(self) -> "RunConfig":

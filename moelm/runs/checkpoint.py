@@ -185,7 +185,12 @@ def _load(path: Path, state: State, ranks: Ranks) -> None:
         with _no_single_process_warning():
             load(state, checkpoint_id=path, no_dist=ranks.size == 1)
     except CheckpointException as error:
-        raise DamagedCheckpoint(f"The checkpoint {path} is damaged: {_cause(error)}.") from error
+        cause = _cause(error)
+        if cause.startswith("Missing key"):  # its files are intact
+            raise MoelmError(
+                f"The checkpoint {path} has no state for this optimizer; another version of moelm has written it."
+            ) from error
+        raise DamagedCheckpoint(f"The checkpoint {path} is damaged: {cause}.") from error
 
 
 def read_progress(path: Path) -> Progress:

@@ -60,9 +60,9 @@ class Muon:
                 the momentum, so that an old one would move it as far as a new one.
         """
         parameters = [(group, parameter) for group in groups for parameter in group["params"]]
-        updates = []
-        for _, parameter in parameters:
-            momentum, active_K11 = _stack(local(state[parameter]["momentum"])), _active(parameter, zero[parameter])
+        updates, active = [], [_active(parameter, zero[parameter]) for _, parameter in parameters]
+        for (_, parameter), active_K11 in zip(parameters, active, strict=True):
+            momentum = _stack(local(state[parameter]["momentum"]))
             gradient = torch.zeros_like(momentum) if parameter.grad is None else _stack(local(parameter.grad))
             if scale < 1:
                 gradient.mul_(scale)
@@ -71,11 +71,10 @@ class Muon:
             updates.append(gradient.lerp(momentum, self.momentum).to(self.dtype))
         results = self._orthogonalize(self.exchange.gather(updates))
         updates = self.exchange.scatter(results, updates)
-        for (group, parameter), blocks, update in zip(parameters, self.blocks, updates, strict=True):
-            lr, weight, active_K11 = group["lr"], _stack(local(parameter)), _active(parameter, zero[parameter])
-            decay: float | Tensor = lr * group["weight_decay"]
-            rows, columns = parameter.shape[-2:]
-            step = lr * update_scale(rows // blocks, columns)
+        for (group, parameter), blocks, update, active_K11 in zip(parameters, self.blocks, updates, active, strict=True):
+            weight, (rows, columns) = _stack(local(parameter)), parameter.shape[-2:]
+            decay = group["lr"] * group["weight_decay"]
+            step = group["lr"] * update_scale(rows // blocks, columns)
             if active_K11 is None:
                 weight.mul_(1 - decay).add_(update, alpha=-step)
             else:

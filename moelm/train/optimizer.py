@@ -56,7 +56,7 @@ class Optimizer(torch.optim.Optimizer):
         return gradient_squares(self.parameters)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, squares: Sequence[float] = ()) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None, *, squares: Sequence[float]) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient.
 
         Args:

@@ -5,7 +5,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from moelm.config import OptimConfig
-from moelm.errors import MoelmError
 from moelm.model import Transformer
 from moelm.model.attention import Attention
 from moelm.model.feed_forward import FeedForward
@@ -59,9 +58,6 @@ def build_groups(model: Transformer, config: OptimConfig) -> list[dict[str, Any]
     """The optimizer's groups; parameters whose factor is 0 are frozen and belong to none.
 
     A group has the keys `params`, `kind` (`adamw` or `muon`), `lr_factor` (relative to `optim.lr`) and `weight_decay`.
-
-    Raises:
-        MoelmError: all parameters are frozen.
     """
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for parameter, role in parameter_roles(model).items():
@@ -75,8 +71,6 @@ def build_groups(model: Transformer, config: OptimConfig) -> list[dict[str, Any]
         if weight_decay is None:
             weight_decay = config.weight_decay if parameter.dim() >= 2 else 0.0
         groups.setdefault((kind, settings.lr * relative, weight_decay), []).append(parameter)
-    if not groups:
-        raise MoelmError("optim.groups freezes every parameter of this model; at least one lr above 0 is expected.")
     return [
         {"params": parameters, "kind": kind, "lr_factor": factor, "weight_decay": weight_decay}
         for (kind, factor, weight_decay), parameters in groups.items()

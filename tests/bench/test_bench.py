@@ -54,8 +54,12 @@ def test_a_model_without_a_peer_is_refused(workplace: Path, override: str, diffe
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="the extra `bench` is not installed")
 def test_peers_are_updated_with_adamw(workplace: Path) -> None:
-    with pytest.raises(MoelmError, match=r"^--peers: tiny-moe has optim.kind=muon.*; optim.kind=adamw is expected\.$"):
-        list_variants([workplace / "moe.yaml"], ["optim.kind=muon"], None, peers=True)
+    for override in ("optim.kind=muon", "optim.groups.experts.lr=0"):
+        with pytest.raises(
+            MoelmError, match=r"^--peers: tiny-moe has .*; optim.kind=adamw without frozen roles is expected"
+        ):
+            list_variants([workplace / "moe.yaml"], [override], None, peers=True)
+        assert len(list_variants([workplace / "moe.yaml"], [override], None, peers=True, training=False)) > 1
 
 
 def test_generation_is_timed_by_phase(moelm: Moelm, workplace: Path) -> None:

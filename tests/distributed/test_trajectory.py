@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moelm.runs.checkpoint import list_checkpoints
-from tests.conftest import largest_deviation, train_here
+from tests.conftest import largest_deviation, metrics_lines, train_here
 from tests.distributed.launching import NO_NEAR_TIES
 from tests.distributed.train_runs import main as train_runs
 from tests.processes import run_ranks
@@ -99,6 +99,17 @@ def test_a_number_of_experts_that_does_not_divide_is_sharded(workplace: Path) ->
         reference = train_here(workplace, "moe", *overrides, f"name=one-{kind}")
         deviations[kind] = largest_deviation(workplace / "runs" / kind, reference)
     check_deviations(deviations)
+
+
+@pytest.mark.slow
+def test_experts_without_tokens_agree_under_muon(workplace: Path) -> None:
+    ffn = "model.ffn={kind: moe, hidden_dim: 16, num_experts: 32, top_k: 1, router: {kind: hash}}"
+    common = [*NO_NEAR_TIES, *steps(8), "optim.kind=muon", ffn]
+    runs = {"copies": "", "shards": "parallel.dp_shard=2", "experts": "parallel.ep=2"}
+    reference = train_here(workplace, "moe", *common, "name=one")
+    assert all(line["moe/dead_experts"] > 0 for line in metrics_lines(reference))
+    train_distributed(workplace, 2, {name: [*common, *filter(None, [layout])] for name, layout in runs.items()})
+    check_deviations({name: largest_deviation(workplace / "runs" / name, reference) for name in runs})
 
 
 @pytest.mark.slow

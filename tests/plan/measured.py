@@ -121,6 +121,7 @@ def measure_update(optimizer: Optimizer) -> tuple[int, int, int]:
         assert sizes[torch.distributed.get_rank()] == 0
         return send(output, given, output_sizes, sizes)
 
+    squares = optimizer.gradient_squares().tolist()
     existing = [tensor for weight in optimizer.parameters for tensor in (weight, weight.grad) if tensor is not None]
     existing += [value for state in optimizer.state.values() for value in state.values()]
     with (
@@ -128,7 +129,7 @@ def measure_update(optimizer: Optimizer) -> tuple[int, int, int]:
         FlopCounterMode(display=False) as flops,
         Temporaries(existing) as temporaries,
     ):
-        optimizer.step()
+        optimizer.step(squares=squares)
     return flops.get_total_flops(), sent, temporaries.peak
 
 

@@ -65,7 +65,7 @@ def test_flops_are_those_of_a_real_update(case: str, kind: str) -> None:
     for parameter in optimizer.parameters:
         parameter.grad = torch.ones_like(parameter)
     with FlopCounterMode(display=False) as counter:
-        optimizer.step()
+        optimizer.step(squares=optimizer.gradient_squares().tolist())
     assert update_flops(config) == counter.get_total_flops()
     assert (update_flops(config) > 0) == (kind == "muon")
 

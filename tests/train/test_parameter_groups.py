@@ -1,17 +1,19 @@
 """The roles of parameters, and the settings of each role."""
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moelm.config import OptimConfig
+from moelm.config import OptimConfig, load_config
 from moelm.errors import MoelmError
 from moelm.train.optimizer import build_optimizer
 from moelm.train.parameter_groups import MUON_ROLES, parameter_roles
 from tests.train.test_optimizer import MOE, set_gradients, small_model, state_of, update
 
+ROOT = Path(__file__).parents[2]
 ROLES = ("embedding", "head", "attention", "ffn", "experts", "router", "norm")
 
 
@@ -100,8 +102,12 @@ def test_muon_updates_matrices_by_role_and_not_by_shape() -> None:
     assert {id(p) for p in optimizer.parameters} == {id(p) for p in model.parameters()}
 
 
-def test_a_model_whose_roles_are_all_frozen_is_refused() -> None:
-    frozen = {role: {"lr": 0} for role in ROLES if role != "head"}  # the head is tied
-    config = OptimConfig.model_validate({"lr": 0.01, "groups": frozen})
-    with pytest.raises(MoelmError, match="freezes every parameter of this model"):
-        build_optimizer(small_model(), config, torch.float32)
+@pytest.mark.parametrize(("ffn", "tied"), [("dense", True), ("moe", True), ("moe", False)])
+def test_a_config_that_trains_none_of_its_parameters_is_refused(ffn: str, tied: bool) -> None:
+    config = ROOT / f"configs/demo-{ffn}.yaml"
+    absent = {"dense": {"experts", "router"}, "moe": {"ffn"}}[ffn] | ({"head"} if tied else set())
+    present = [f"optim.groups.{role}.lr=0" for role in ROLES if role not in absent]
+    common = [f"model.tie_embeddings={str(tied).lower()}"]
+    with pytest.raises(MoelmError, match="lr to 0 for all roles that this model has"):
+        load_config(config, [*common, *present])
+    load_config(config, [*common, *present[1:]])
