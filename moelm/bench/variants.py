@@ -33,7 +33,6 @@ def list_variants(
         vary: `key=value,value,...`.
         peers: whether to add peers: with the default allocator and with moelm's (on a CPU), each in the config's precision
             and in bfloat16.
-
         training: whether training steps will be timed.
 
     Raises:

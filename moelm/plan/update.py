@@ -102,7 +102,7 @@ def update_memory(config: RunConfig, strategy: Strategy) -> int:
     batches: dict[tuple[int, int], float] = defaultdict(float)
     costs: dict[tuple[int, int], int] = defaultdict(int)
     for weight, number in muon_weights(config).items():
-        holders, shape = holders_of(weight, dims), _block_shape(config, weight)
+        holders, shape = holders_of(weight, dims), block_shape(config, weight)
         share = number * weight.size / dims.size
         shards += share * holders.replicas
         assembled += share * holders.replicas if len(weight.shape) == 3 and holders.size > 1 else 0
@@ -134,13 +134,13 @@ def _matrices_per_item(weight: Weight, dims: ParallelDims) -> int:
 
 def _matrix_flops(config: RunConfig, weight: Weight) -> int:
     """Of the orthogonalization of one matrix: in each iteration its Gram matrix, the square of that, and their product."""
-    shape = _block_shape(config, weight)
+    shape = block_shape(config, weight)
     short, long = sorted(shape)
     blocks = weight.shape[-2] // shape[0]
     return blocks * config.optim.newton_schulz_steps * (4 * short**2 * long + 2 * short**3)
 
 
-def _block_shape(config: RunConfig, weight: Weight) -> tuple[int, int]:
+def block_shape(config: RunConfig, weight: Weight) -> tuple[int, int]:
     """Of what is orthogonalized by itself: a matrix or a head."""
     rows, columns = weight.shape[-2:]
     return (rows // weight.heads if config.optim.split_heads else rows), columns

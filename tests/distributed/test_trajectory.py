@@ -59,6 +59,16 @@ def check_layouts(folder: Path, processes: int, common: list[str]) -> None:
     check_deviations({name: largest_deviation(folder / "runs" / name, reference) for name in runs})
 
 
+def check_sharded(folder: Path, processes: int, runs: dict[str, list[str]], *layout: str) -> None:
+    """Compare each run on one layout with the same run on one process."""
+    train_distributed(folder, processes, {f"{name}-sharded": [*overrides, *layout] for name, overrides in runs.items()})
+    deviations = {}
+    for name, overrides in runs.items():
+        reference = train_here(folder, "moe", *overrides, f"name={name}")
+        deviations[name] = largest_deviation(folder / f"runs/{name}-sharded", reference)
+    check_deviations(deviations)
+
+
 def check_deviations(deviations: dict[str, float]) -> None:
     print({name: f"{value:.1e}" for name, value in deviations.items()})
     assert max(deviations.values()) < TOLERANCE, deviations
@@ -81,26 +91,14 @@ def test_repeated_layers_and_deep_experts_agree_on_every_layout(workplace: Path)
 
 @pytest.mark.slow(seconds=15)
 def test_every_router_agrees_with_sharded_experts(workplace: Path) -> None:
-    common = {name: [*NO_NEAR_TIES, *steps(6), *overrides] for name, overrides in SETTINGS.items()}
-    sharded = ["parallel.ep=2", "parallel.dp_shard=2"]
-    train_distributed(workplace, 4, {f"{name}-sharded": [*overrides, *sharded] for name, overrides in common.items()})
-    deviations = {}
-    for name, overrides in common.items():
-        reference = train_here(workplace, "moe", *overrides, f"name={name}")
-        deviations[name] = largest_deviation(workplace / f"runs/{name}-sharded", reference)
-    check_deviations(deviations)
+    runs = {name: [*NO_NEAR_TIES, *steps(6), *overrides] for name, overrides in SETTINGS.items()}
+    check_sharded(workplace, 4, runs, "parallel.ep=2", "parallel.dp_shard=2")
 
 
 @pytest.mark.slow
 def test_a_number_of_experts_that_does_not_divide_is_sharded(workplace: Path) -> None:
     common = [*NO_NEAR_TIES, *steps(8), "model.ffn.num_experts=6"]
-    runs = {kind: [*common, f"optim.kind={kind}"] for kind in KINDS}
-    train_distributed(workplace, 4, {kind: [*overrides, "parallel.dp_shard=4"] for kind, overrides in runs.items()})
-    deviations = {}
-    for kind, overrides in runs.items():
-        reference = train_here(workplace, "moe", *overrides, f"name=one-{kind}")
-        deviations[kind] = largest_deviation(workplace / "runs" / kind, reference)
-    check_deviations(deviations)
+    check_sharded(workplace, 4, {kind: [*common, f"optim.kind={kind}"] for kind in KINDS}, "parallel.dp_shard=4")
 
 
 @pytest.mark.slow
@@ -118,12 +116,7 @@ def test_experts_without_tokens_agree_under_muon(workplace: Path) -> None:
 def test_frozen_and_faster_roles_agree_with_shards(workplace: Path) -> None:
     groups = "optim.groups={attention: {lr: 0}, router: {lr: 0.5}, experts: {lr: 2.0, weight_decay: 0}}"
     runs = {kind: [*NO_NEAR_TIES, *steps(8), groups, f"optim.kind={kind}"] for kind in KINDS}
-    train_distributed(workplace, 2, {kind: [*overrides, "parallel.dp_shard=2"] for kind, overrides in runs.items()})
-    deviations = {}
-    for kind, overrides in runs.items():
-        reference = train_here(workplace, "moe", *overrides, f"name=one-{kind}")
-        deviations[kind] = largest_deviation(workplace / "runs" / kind, reference)
-    check_deviations(deviations)
+    check_sharded(workplace, 2, runs, "parallel.dp_shard=2")
 
 
 @pytest.mark.slow

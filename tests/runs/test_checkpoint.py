@@ -12,9 +12,21 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from moelm.config import OptimConfig
 from moelm.errors import MoelmError
-from moelm.runs.checkpoint import best_checkpoint, fresh_progress, list_checkpoints, read_weights, save_checkpoint
+from moelm.runs.checkpoint import (
+    DamagedCheckpoint,
+    best_checkpoint,
+    fresh_progress,
+    list_checkpoints,
+    load_training,
+    read_weights,
+    save_checkpoint,
+    training_state,
+)
+from moelm.train.optimizer import build_optimizer
 from tests.mutations import count_accepted, mutated_files
+from tests.train.test_optimizer import small_model
 
 
 class FullDisk:
@@ -70,3 +82,14 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> No
     with pytest.raises(MoelmError, match=r"does not list __1_0\.distcp"):
         read_weights(path)
     assert list_checkpoints(tmp_path) == [path]
+
+
+def test_a_checkpoint_of_another_optimizer_is_not_called_damaged(tmp_path: Path) -> None:
+    """As one of another version, whose optimizer has stored other values."""
+    model = small_model()
+    adamw, muon = (build_optimizer(model, OptimConfig(kind=kind, lr=0.01), torch.float32) for kind in ("adamw", "muon"))
+    path = save_checkpoint(tmp_path, training_state(model, adamw), {**fresh_progress(), "step": 1})
+    load_training(path, model, adamw)
+    with pytest.raises(MoelmError, match="has no state for this optimizer; another version of moelm has written") as error:
+        load_training(path, model, muon)
+    assert not isinstance(error.value, DamagedCheckpoint)
