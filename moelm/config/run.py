@@ -138,6 +138,8 @@ class DataConfig(Config):
     """Tokens in one training row."""
     val_fraction: float = Field(default=0.01, gt=0, lt=1)
     """Fraction held out for evaluation."""
+    split_seed: Seed = 0
+    """Another seed holds out other documents: for tuning on others than those that the final losses are measured on."""
     holdout: Literal["documents", "tail"] = "documents"
     """`documents`: whole documents, chosen by their hash; `tail`: the end of every document (for a single long text)."""
     document_mask: bool = False

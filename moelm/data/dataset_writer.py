@@ -9,6 +9,7 @@ from typing import Any
 from moelm.config import DataConfig, SourceConfig
 from moelm.console import ProgressLine, warn
 from moelm.data.document import Document
+from moelm.data.effective_documents import effective_documents, few_documents_warning
 from moelm.data.shards import Account, SplitWriter
 from moelm.data.splitting import SplitDocument, Splitter, cut_document
 from moelm.data.tokenizer import Tokenizer
@@ -74,6 +75,9 @@ class DatasetWriter:
                 f"no document of {', '.join(unseen[:_NAMES_SHOWN])}{more} is in the validation split, so it will have no "
                 f"validation loss; a larger data.val_fraction than {self.data.val_fraction} would include some."
             )
+        lengths = self._splits["val"].lengths
+        if warning := few_documents_warning(len(lengths), effective_documents(lengths)):
+            warn(warning)
         for account in self.accounts:
             if not account["kept"]:
                 warn(f"nothing of {account['label']} is kept, because all of its documents are in sources before it.")
@@ -120,10 +124,11 @@ class DatasetWriter:
             if part.split == "val":
                 self._held_out.add(document.domain)
         account["kept"] += 1
+        account["left_out_characters"] += document.left_out
         account |= {"read": document.read, "duplicates": document.duplicates, "blank": document.blank}
 
     def _progress(self, label: str) -> str:
-        documents = sum(writer.documents for writer in self._splits.values())
+        documents = sum(len(writer.lengths) for writer in self._splits.values())
         size = sum(writer.bytes for writer in self._splits.values())
         rate = size / max(time.monotonic() - self._started, 1e-9)
         return f"Encoding {label}: {documents:,} documents, {byte_size(size)} of text, {byte_size(rate)}/s"
@@ -140,6 +145,7 @@ def _new_account(label: str) -> Account:
         "tokens": 0,
         "bytes": 0,
         "characters": 0,
+        "left_out_characters": 0,
         "unknown_tokens": 0,
         "unknown_characters": 0,
         "lost_characters": 0,

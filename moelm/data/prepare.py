@@ -110,6 +110,8 @@ def _folder(data: DataConfig, recipe: dict[str, Any]) -> Path:
 def _settings(data: DataConfig) -> dict[str, Any]:
     """The settings that the prepared tokens depend on; rows, weights and masks are computed from them later."""
     settings = data.model_dump(mode="json", include={"tokenizer", "val_fraction", "holdout", "max_document_mb"})
+    if data.split_seed:  # the folder of the usual split has the name that it had before there were others
+        settings["split_seed"] = data.split_seed
     settings["format"] = FORMAT
     settings["sources"] = [source.model_dump(mode="json", exclude={"weight"}) for source in data.sources]
     return settings
@@ -154,7 +156,8 @@ def _write_dataset(data: DataConfig, work: Path) -> dict[str, Any]:
     """Write tokenizer, token shards and document tables to an empty folder; returns the manifest without the recipe."""
     with ProgressLine("Reading documents …") as progress_line:
         max_bytes = int(min(data.max_document_mb * 1e6, MAX_DOCUMENT_BYTES))
-        streams = [read_source(source, max_bytes) for source in data.sources]
+        fraction = data.val_fraction if data.holdout == "documents" else None
+        streams = [read_source(source, max_bytes, fraction, data.split_seed) for source in data.sources]
         tokenizer, streams = _train_tokenizer(data, streams, progress_line)
         tokenizer.save(work / "tokenizer.json")
         writer = DatasetWriter(work, data, tokenizer)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moelm.config import SourceConfig
-from moelm.data.corpus.builtin import builtin_documents, builtin_fingerprint
+from moelm.data.corpus.builtin import builtin_documents, builtin_fingerprint, split_corpus
 from moelm.data.document import Document
 from moelm.data.files import read_head, reading, too_long
 from moelm.data.hub import hub_records
@@ -15,8 +15,14 @@ from moelm.data.readers import HEAD_BYTES, Records, check_columns, read_text, re
 from moelm.errors import MoelmError
 
 
-def read_source(source: SourceConfig, max_document_bytes: int) -> Iterator[Document]:
+def read_source(
+    source: SourceConfig, max_document_bytes: int, val_fraction: float | None = None, split_seed: int = 0
+) -> Iterator[Document]:
     """The documents of one source in a fixed order, blank ones included.
+
+    Args:
+        val_fraction: part of the builtin corpus that is held out; None if its documents are not assigned to splits.
+        split_seed: selects the documents that are held out of it.
 
     Raises:
         MoelmError: an unreadable or malformed file, with its line or row.
@@ -26,6 +32,8 @@ def read_source(source: SourceConfig, max_document_bytes: int) -> Iterator[Docum
     elif source.path is not None:
         files = matching_files(source.path)
         documents = (document for path in files for document in _read_file(path, source, max_document_bytes))
+    elif val_fraction is not None:
+        documents = split_corpus(val_fraction, split_seed, source.max_documents)
     else:
         documents = builtin_documents()
     for document in documents:

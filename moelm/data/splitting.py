@@ -1,11 +1,10 @@
 """What is kept of a source's documents: deduplication, the two splits, and the limits of the source."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from moelm.config import DataConfig, SourceConfig
-from moelm.data.document import Document
+from moelm.data.document import Document, text_digest
 from moelm.data.tokenizer import Tokenizer
 
 
@@ -25,6 +24,8 @@ class SplitDocument(NamedTuple):
     read: int
     duplicates: int
     blank: int
+    left_out: int
+    """Characters of it that the source has left out."""
 
     @property
     def texts(self) -> list[str]:
@@ -35,7 +36,7 @@ class SplitDocument(NamedTuple):
 class Splitter:
     """The documents of one source without blanks and exact duplicates, each in its split.
 
-    A split is chosen by the hash of the text, independently of other documents.
+    A split is chosen by the hash of the text, independently of other documents, unless the source has chosen it.
 
     Args:
         seen: hashes of the documents of all sources so far; those of this source are added.
@@ -57,14 +58,17 @@ class Splitter:
             if not document.text or document.text.isspace():
                 self.blank += 1
                 continue
-            digest = int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), "big")
+            digest = text_digest(document.text)
             if digest in self._seen:
                 self.duplicates += 1
                 continue
             self._seen.add(digest)
             kept += 1
-            parts = split_text(document.text, digest, self.data)
-            yield SplitDocument(parts, document.domain, digest, self.read, self.duplicates, self.blank)
+            parts = split_text(document.text, self.data)
+            if document.split is not None:
+                parts = (Part(document.text, document.split),)
+            counts = self.read, self.duplicates, self.blank, document.left_out
+            yield SplitDocument(parts, document.domain, digest, *counts)
             if kept == self.source.max_documents:
                 return
 
@@ -74,9 +78,10 @@ class Splitter:
         self._seen.discard(document.hash)
 
 
-def split_text(text: str, digest: int, data: DataConfig) -> tuple[Part, ...]:
-    """The parts of a text in the training and the validation split; the hash decides where it is not divided."""
+def split_text(text: str, data: DataConfig) -> tuple[Part, ...]:
+    """The parts of a text in the training and the validation split; its hash decides where it is not divided."""
     if data.holdout == "documents":
+        digest = text_digest(text, data.split_seed)
         return (Part(text, "val" if digest < int(data.val_fraction * 2**64) else "train"),)
     boundary = round(len(text) * (1 - data.val_fraction))
     return tuple(part for part in (Part(text[:boundary], "train"), Part(text[boundary:], "val")) if part.text)
@@ -99,7 +104,7 @@ def cut_document(
         cut = text[: starts[budget]] if budget < len(starts) else text
         if not cut or cut.isspace():
             return None
-        parts = split_text(cut, document.hash, data)
+        parts = split_text(cut, data) if len(document.parts) > 1 else (document.parts[0]._replace(text=cut),)
         ids = tokenizer.encode_batch([part.text for part in parts])
         excess = sum(map(len, ids)) + len(ids) - limit
         if excess <= 0:

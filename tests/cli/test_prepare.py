@@ -18,7 +18,19 @@ def test_each_source_has_a_row_and_brackets_are_text(
     )
     overrides = [f"data.sources={sources}"]
     prepare(Path("moe.yaml"), overrides)
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["letters", "[/x]", "4", "2", "1", "1", "1", "6", "0", "0"]
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        "letters",
+        "[/x]",
+        "4",
+        "2",
+        "1",
+        "1",
+        "1",
+        "6",
+        "0",
+        "0",
+        "0",
+    ]
     prepare(Path("moe.yaml"), overrides)
     assert "was prepared before, and its files are as they were written" in capsys.readouterr().out
     prepare(Path("moe.yaml"), overrides, as_json=True)

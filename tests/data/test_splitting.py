@@ -62,7 +62,14 @@ def test_every_document_is_accounted_for(tmp_path: Path) -> None:
     assert sorted(texts) == ["first\n", "second\n", "third\n"]
     assert account == {
         **{"label": "a", "read": 8, "kept": 3, "duplicates": 2, "blank": 3, "cut": 0, "tokens": 22},
-        **{"bytes": 19, "characters": 19, "unknown_tokens": 0, "unknown_characters": 0, "lost_characters": 0},
+        **{
+            "bytes": 19,
+            "characters": 19,
+            "left_out_characters": 0,
+            "unknown_tokens": 0,
+            "unknown_characters": 0,
+            "lost_characters": 0,
+        },
     }
 
 

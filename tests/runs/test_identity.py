@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers
 
 import moelm.cli.eval_
+import moelm.data.corpus.builtin
 import moelm.data.sources
 from moelm.config import load_config
 from moelm.data.document import Document
@@ -132,7 +133,7 @@ def test_other_settings_of_the_data_are_named_as_such() -> None:
 def test_the_builtin_corpus_after_an_upgrade_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [f"document {i} of a package" for i in range(300)]
     monkeypatch.setattr(
-        moelm.data.sources, "builtin_documents", lambda: (Document(text, "code", text) for text in documents)
+        moelm.data.corpus.builtin, "builtin_documents", lambda: (Document(text, "code", text) for text in documents)
     )
     monkeypatch.setattr(moelm.data.sources, "builtin_fingerprint", lambda: str(len(documents)))
     settings = ("name=builtin", "data.sources=[{name: builtin}]", "train.steps=2")

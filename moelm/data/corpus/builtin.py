@@ -11,20 +11,25 @@ import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib import metadata
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from moelm.data.corpus.holdout import hold_out
 from moelm.data.corpus.synthetic import GENERATOR_VERSION, SYNTHETIC_DOMAINS, synthetic_documents
 from moelm.data.document import Document
 
-CORPUS_VERSION = 1
-"""Incremented whenever a rule in this file changes the documents."""
+CORPUS_VERSION = 2
+"""Incremented whenever a rule in this file or in `moelm.data.corpus.holdout` changes the documents."""
 
 SYNTHETIC_BYTES = 3_000_000
 """UTF-8 bytes of each synthetic domain."""
 
 MIN_CHARS = 64
 """Minimum length of a document; shorter ones are empty `__init__.py` files and one-line docstrings."""
+
+MAX_CHARS = 200_000
+"""Longest document; the rest of a longer one is left out, so that no document is more than 0.5% of the training split."""
 
 # A larger file is a generated table or an amalgamation, and would dominate its domain.
 _MAX_FILE_BYTES = 400_000
@@ -104,6 +109,12 @@ _PACKAGES = (
 )
 
 
+def split_corpus(val_fraction: float, split_seed: int, max_documents: int | None = None) -> Iterator[Document]:
+    """The documents of the corpus, or the first ones, each with its split; see `moelm.data.corpus.holdout`."""
+    documents = list(islice(builtin_documents(), max_documents))
+    return hold_out(documents, val_fraction, split_seed, generated="synthetic-")
+
+
 def builtin_documents() -> Iterator[Document]:
     """The documents of the corpus in a fixed order, alternating between its parts.
 
@@ -117,7 +128,8 @@ def builtin_documents() -> Iterator[Document]:
         key = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
         if len(document.text) >= MIN_CHARS and key not in seen:
             seen.add(key)
-            yield document
+            text = document.text[:MAX_CHARS]
+            yield document._replace(text=text, left_out=len(document.text) - len(text))
 
 
 def builtin_fingerprint() -> str:
