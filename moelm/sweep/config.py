@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,9 @@ class SweepConfig(Config):
     """The size in which the other variants equal the first within 1%, by the choice of `model.ffn.hidden_dim`."""
     budget: BudgetConfig | None = None
     """Default: the config's `train.steps`."""
+    branches: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[])
+    """Parts of the steps after which shorter runs of each variant end. They branch off the constant phase of the full run
+    (`optim.schedule: wsd`), so each costs little more than its own decay, and are compared as lengths of one variant."""
 
 
 def load_sweep(path: Path) -> SweepConfig:

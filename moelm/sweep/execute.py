@@ -26,7 +26,7 @@ TIME_TOLERANCE = 0.1
 
 
 def train_all(variants: Sequence[SweepVariant], processes: int, budget: BudgetConfig | None) -> None:
-    """Train every run that is not finished: all variants with the first seed, then with the second, and so on.
+    """Train every run that is not finished, each followed by its branches: all variants with the first seed, then the next.
 
     Args:
         processes: of each run.
@@ -34,20 +34,28 @@ def train_all(variants: Sequence[SweepVariant], processes: int, budget: BudgetCo
     Raises:
         MoelmError: a run of the same name has other settings, or a run failed after printing its error.
     """
-    order = [(variant, seed) for seed in variants[0].runs for variant in variants]
-    for number, (variant, seed) in enumerate(order, 1):
-        run = variant.runs[seed]
+    order = [
+        (variant, seed, steps)
+        for seed in variants[0].runs
+        for variant in variants
+        for steps in (None, *variant.branch_steps)
+    ]
+    for number, (variant, seed, steps) in enumerate(order, 1):
+        run, config = variant.runs[seed], variant.config.model_copy(update={"seed": seed})
+        if steps is not None:
+            run = variant.branch(seed, steps)
+            config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
         title = f"[{number}/{len(order)}] {run.path.name}"
-        if _is_finished(run, variant.config.model_copy(update={"seed": seed})):
+        if _is_finished(run, config):
             log(f"{title} is already trained.")
             continue
         log(title)
         nproc = ["--nproc", str(processes)] if processes > 1 else []
-        if code := _run_process([sys.executable, "-m", "moelm", *variant.train_arguments(seed), *nproc]):
+        if code := _run_process([sys.executable, "-m", "moelm", *variant.train_arguments(seed, steps), *nproc]):
             error = MoelmError(f"The sweep stopped; run the same command again to continue with {run.path.name}.")
             error.exit_code = code
             raise error
-        if budget is not None and budget.seconds is not None:
+        if steps is None and budget is not None and budget.seconds is not None:
             _check_duration(run, budget.seconds)
 
 

@@ -31,6 +31,8 @@ class SweepVariant(NamedTuple):
     """The config file that they override."""
     runs: dict[int, RunDirectory]
     """By seed."""
+    branch_steps: tuple[int, ...] = ()
+    """Steps of the shorter runs that branch off each run."""
 
     @property
     def flops(self) -> int:
@@ -42,9 +44,18 @@ class SweepVariant(NamedTuple):
         """Training FLOPs per token."""
         return count_flops(self.config.model, self.config.data.seq_len).training
 
-    def train_arguments(self, seed: int) -> list[str]:
-        """The command-line arguments of `moelm` that train one run."""
-        return ["train", str(self.base), *self.overrides, f"seed={seed}", f"name={self.runs[seed].path.name}"]
+    def branch(self, seed: int, steps: int) -> RunDirectory:
+        """The shorter run of this many steps."""
+        run = self.runs[seed].path
+        return RunDirectory(run.with_name(f"{run.name}-{steps}"))
+
+    def train_arguments(self, seed: int, steps: int | None = None) -> list[str]:
+        """The command-line arguments of `moelm` that train one run, or a branch of it."""
+        run, branch = self.runs[seed].path, []
+        if steps is not None:
+            branch = [f"train.steps={steps}", "--branch-from", str(run)]
+            run = self.branch(seed, steps).path
+        return ["train", str(self.base), *self.overrides, f"seed={seed}", f"name={run.name}", *branch]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -60,6 +71,7 @@ class SweepVariant(NamedTuple):
             "tokens": config.train.steps * config.train.batch_tokens,
             "flops": self.flops,
             "runs": [run.path.name for run in self.runs.values()],
+            "branches": [self.branch(seed, steps).path.name for seed in self.runs for steps in self.branch_steps],
         }
 
 
@@ -98,7 +110,7 @@ def plan_sweep(path: Path, sweep: SweepConfig, overrides: Sequence[str], process
         steps = _steps_within(sweep.budget, variants)
         variants = [_add_override(variant, f"train.steps={count}") for variant, count in zip(variants, steps, strict=True)]
     _check_distinct(variants)
-    return variants
+    return [variant._replace(branch_steps=_branch_steps(sweep, variant)) for variant in variants]
 
 
 def _load_variant(base: Path, sweep: SweepConfig, label: str, own: list[str], shared: Sequence[str]) -> SweepVariant:
@@ -120,6 +132,22 @@ def _load_variant(base: Path, sweep: SweepConfig, label: str, own: list[str], sh
         raise MoelmError(f"Variant {label}: {error}") from None
     runs = {seed: RunDirectory(Path("runs") / f"{name}-{seed}") for seed in sweep.seeds}
     return SweepVariant(label, overrides, _with_vocab_size(config), base, runs)
+
+
+def _branch_steps(sweep: SweepConfig, variant: SweepVariant) -> tuple[int, ...]:
+    config = variant.config
+    if sweep.branches and config.optim.schedule == "cosine":
+        raise MoelmError(
+            f"The sweep {sweep.name} has branches, but the learning rate of {variant.label} decays from the start "
+            "(optim.schedule: cosine); wsd or constant is expected."
+        )
+    steps = tuple(sorted({round(part * config.train.steps) for part in sweep.branches}))
+    if steps and (steps[0] <= config.optim.warmup_steps or steps[-1] == config.train.steps):
+        raise MoelmError(
+            f"The sweep {sweep.name} has branches that end at the steps {', '.join(map(str, steps))}; steps after the "
+            f"warmup ({config.optim.warmup_steps}) and before the end ({config.train.steps}) are expected."
+        )
+    return steps
 
 
 def _add_override(variant: SweepVariant, override: str) -> SweepVariant:

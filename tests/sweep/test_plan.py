@@ -145,3 +145,33 @@ def test_variants_of_the_shipped_sweeps_match(path: Path) -> None:
     variants = plan_sweep(path, sweep, ["model.vocab_size=2048"])
     target = model_size(variants[0].config, sweep.match)
     assert all(model_size(each.config, sweep.match) == pytest.approx(target, rel=0.01) for each in variants)
+
+
+def test_branches_end_at_parts_of_the_steps(workplace: Path) -> None:
+    overrides = ("train.steps=40", "optim.schedule=wsd", "optim.warmup_steps=5")
+    dense, moe = plan(workplace, *overrides, seeds=[3, 5], branches=[0.75, 0.5])
+    assert dense.branch_steps == moe.branch_steps == (20, 30)
+    assert moe.branch(5, 30).path.name == "study-moe-5-30"
+    arguments = moe.train_arguments(5, 30)
+    assert arguments[-3:] == ["train.steps=30", "--branch-from", "runs/study-moe-5"]
+    assert "name=study-moe-5-30" in arguments
+    assert moe.as_dict()["branches"] == ["study-moe-3-20", "study-moe-3-30", "study-moe-5-20", "study-moe-5-30"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "branches", "message"),
+    [
+        (
+            ["optim.schedule=cosine"],
+            [0.5],
+            r"decays from the start \(optim.schedule: cosine\); wsd or constant is expected",
+        ),
+        (["optim.schedule=wsd"], [0.1, 0.5], r"end at the steps 4, 20; steps after the warmup \(5\)"),
+        (["optim.schedule=wsd"], [0.999], r"end at the steps 40; steps after the warmup \(5\) and before the end \(40\)"),
+    ],
+)
+def test_impossible_branches_are_refused(
+    workplace: Path, overrides: list[str], branches: list[float], message: str
+) -> None:
+    with pytest.raises(MoelmError, match=message):
+        plan(workplace, "train.steps=40", "optim.warmup_steps=5", *overrides, branches=branches)
