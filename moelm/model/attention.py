@@ -14,6 +14,9 @@ from moelm.model.norm import RMSNorm
 from moelm.model.rope import rotate
 from moelm.model.sliding_window import WindowBlocks, window_blocks, windowed_attention
 
+SHORT = 512
+"""Positions up to which `short_causal_attention` is faster."""
+
 
 def build_mask(
     config: ModelConfig,
@@ -88,6 +91,22 @@ def capped_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tenso
     return output_BHTC
 
 
+def short_causal_attention(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
+    """Causal attention as two batched products and a softmax, with all logits in memory.
+
+    On a CPU in bfloat16 it takes a third of the time of `F.scaled_dot_product_attention`, forward and backward, if
+    sequences are short. Logits are rounded to bfloat16.
+    """
+    batch, heads, length, _ = q_BHTC.shape
+    group_size = heads // k_BGTC.shape[1]
+    if group_size > 1:
+        k_BGTC, v_BGTC = (x.repeat_interleave(group_size, dim=1) for x in (k_BGTC, v_BGTC))
+    q_NTC, k_NTC, v_NTC = (x.reshape(batch * heads, length, -1) for x in (q_BHTC, k_BGTC, v_BGTC))
+    mask_TT = torch.full((length, length), float("-inf"), dtype=q_NTC.dtype).triu(1)
+    logits_NTT = torch.baddbmm(mask_TT, q_NTC, k_NTC.transpose(1, 2), alpha=q_NTC.shape[-1] ** -0.5)
+    return torch.bmm(logits_NTT.softmax(dim=-1), v_NTC).view(batch, heads, length, -1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) without biases."""
 
@@ -132,4 +151,6 @@ class Attention(nn.Module):
         if self.logit_cap is not None:
             return capped_attention(q_BHTC, k_BGSC, v_BGSC, mask, self.logit_cap)
         causal, grouped = mask is None and q_BHTC.shape[2] > 1, self.heads != self.kv_heads
+        if causal and q_BHTC.device.type == "cpu" and q_BHTC.dtype == torch.bfloat16 and q_BHTC.shape[2] <= SHORT:
+            return short_causal_attention(q_BHTC, k_BGSC, v_BGSC)
         return F.scaled_dot_product_attention(q_BHTC, k_BGSC, v_BGSC, attn_mask=mask, is_causal=causal, enable_gqa=grouped)

@@ -148,8 +148,8 @@ def grouped_swiglu_cpu(
     recompute: bool = False,
 ) -> Tensor:
     """One expert after another, with a custom backward that stores two of five hidden activations and works in place."""
-    gates_S1 = None if gates_S is None else gates_S[:, None]
     dtype = compute_dtype(x_SD)
+    gates_S1 = None if gates_S is None else gates_S[:, None].to(dtype)
     slices = _slices(ends_E, dtype)
     if not torch.is_grad_enabled():
         cast = (weights[0].to(dtype), weights[1].to(dtype), weights[2].to(dtype))

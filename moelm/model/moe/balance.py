@@ -43,7 +43,7 @@ def routing_sums(routing: Routing, valid_N: Tensor) -> Sums:
             torch.zeros_like(routing.probs_NE).scatter_add(-1, routing.experts_NK, routing.gates_NK * chosen_NK)
         ),
         "probs": total(routing.probs_NE),
-        "entropy": total(torch.special.entr(routing.probs_NE.detach()).sum(dim=-1)),
+        "entropy": total(entropy(routing.probs_NE.detach())),
     }
     if routing.logits_NE is not None:
         sums["z"] = total(routing.logits_NE.logsumexp(dim=-1).square())
@@ -56,6 +56,12 @@ def routing_sums(routing: Routing, valid_N: Tensor) -> Sums:
     if routing.dropped_NK is not None:
         sums["dropped"] = total(routing.dropped_NK.double().sum(dim=-1))
     return sums
+
+
+def entropy(probs_NE: Tensor) -> Tensor:
+    """The entropy of each distribution, `(N,)`, in nats."""
+    # In less than a third of the time of torch.special.entr.
+    return -(probs_NE * probs_NE.clamp_min(torch.finfo(probs_NE.dtype).tiny).log()).sum(dim=-1)
 
 
 def add_sums(parts: Iterable[Sums]) -> Sums:

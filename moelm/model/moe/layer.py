@@ -16,6 +16,7 @@ from moelm.config import (
     SigmoidRouterConfig,
     TopKRouterConfig,
 )
+from moelm.model.backend import compute_dtype
 from moelm.model.feed_forward import FeedForward
 from moelm.model.moe.dispatcher import LocalDispatcher, TokenDispatcher, drop_over_capacity
 from moelm.model.moe.experts import Experts
@@ -67,7 +68,7 @@ class MoELayer(nn.Module):
         routing: Routing = self.router(x_ND, context)
         if self.capacity_factor is not None and self.training:
             routing = drop_over_capacity(routing, self.capacity_factor, context.valid_N)
-        rows = self.dispatcher.dispatch(x_ND, routing)
+        rows = self.dispatcher.dispatch(x_ND.to(compute_dtype(x_ND)), routing)
         y_SD = self.experts(rows.x_SD, rows.gates_S, rows.ends_E)
         y_BTD = self.dispatcher.combine(y_SD, rows).view_as(x_BTD)
         if self.shared is not None:

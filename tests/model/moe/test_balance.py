@@ -185,3 +185,10 @@ def test_the_bias_moves_against_the_load_and_does_not_affect_gates(kind: str) ->
     last = [update_and_measure() for _ in range(300)][-1]
     assert last < first
     assert torch.equal(model(tokens).routings[0].gates_NK, torch.ones(16, 1))  # normalized over one choice
+
+
+def test_the_entropy_equals_torch_s_and_is_zero_for_a_certain_choice() -> None:
+    torch.manual_seed(0)
+    probs = torch.cat((3 * torch.randn(50, 6), torch.full((1, 6), -1e4).index_fill(1, torch.tensor([2]), 0.0))).softmax(-1)
+    assert_close(balance.entropy(probs), torch.special.entr(probs).sum(dim=-1))
+    assert balance.entropy(probs)[-1] == 0

@@ -12,7 +12,7 @@ from moelm.config import ModelConfig
 from moelm.model import build_model, rng
 from moelm.model.moe import balance
 from moelm.model.moe.layer import MoELayer
-from moelm.model.moe.router import Routing, TokenContext
+from moelm.model.moe.router import Routing, TokenContext, top_experts
 from tests.model import oracle
 from tests.tolerance import assert_close
 
@@ -279,3 +279,14 @@ def test_a_random_router_changes_with_the_seed_alone() -> None:
     first, again, other = (moe(x, token_context(50, seed))[1].experts_NK for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_top_experts_are_those_of_torch_topk(top_k: int) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(500, 7)
+    before = scores.clone()
+    assert torch.equal(top_experts(scores, top_k), scores.topk(top_k, dim=-1).indices)
+    assert torch.equal(scores, before)
+    if top_k == 2:  # of equal scores, two different experts
+        assert (top_experts(torch.zeros(3, 7), 2).diff(dim=-1) != 0).all()
