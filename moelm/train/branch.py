@@ -88,8 +88,8 @@ def load_branch_point(
         steps = join_names([f"{step_of(path):,}" for path in saved])
         intact = "intact " if usable else ""
         raise MoelmError(
-            f"{config.name} cannot branch from {source.run.path}, which has no {intact}checkpoint from step 1 to {last:,}, up "
-            f"to which the two are the same (its checkpoints are of steps {steps or 'none'}); a smaller "
+            f"{config.name} cannot branch from {source.run.path}, which has no {intact}checkpoint from step 1 to {last:,}, "
+            f"up to which the two are the same (its checkpoints are of steps {steps or 'none'}); a smaller "
             "train.checkpoint_every or a larger train.keep_checkpoints of that run keeps one."
         )
     log(f"Branching from {source.run.path} at step {progress['step']:,}.")
