@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="The first is the reference.")],
     out: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("reports/compare"),
-    group: Annotated[bool, typer.Option("--group", help="Average runs that differ only in their seed.")] = False,
+    group: Annotated[
+        bool,
+        typer.Option(
+            "--group", help="Average runs that differ only in their seed, and join those that differ in train.steps."
+        ),
+    ] = False,
     price: Annotated[
         list[float] | None,
         typer.Option(

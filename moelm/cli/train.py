@@ -15,6 +15,14 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[Literal["auto", "never"], typer.Option(help="Continue a run of this name, or refuse to.")] = "auto",
+    branch_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Start from a checkpoint of a run that differs in train.steps alone (wsd or constant schedule), before "
+            "either decays.",
+        ),
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Trace a few steps: a table and trace.json.")] = False,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
     max_restarts: Annotated[int, typer.Option(min=0, help="How often all processes are restarted when one fails.")] = 0,
@@ -38,11 +46,12 @@ def train(
         refuse_if_locked(run)
         resolve_parallel_dims(run_config, nproc)
         argv = ["train", str(config), *(overrides or ()), "--resume", resume, *["--profile"] * profile]
+        argv += ["--branch-from", branch_from] if branch_from is not None else []
         raise typer.Exit(launch(argv, nproc, max_restarts))
     from moelm.train.setup import train as train_run
 
     warn_if_ineffective(run_config)
-    evaluation = train_run(run_config, run, resume, profile)
+    evaluation = train_run(run_config, run, resume, profile, branch_from)
     if evaluation is not None:
         score = evaluation.overall
         with suppress(OutputError):  # the run is finished and saved, whether anybody reads this or not

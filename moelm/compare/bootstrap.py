@@ -3,14 +3,14 @@
 Shapes: S seeds of one variant, N runs in total, D documents, R resamples.
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from moelm.compare.reading import Reading
 from moelm.compare.variants import Variant
 from moelm.runs.record import Array
 
@@ -32,7 +32,7 @@ def student_t(degrees: int) -> float:
 
 @dataclass(frozen=True)
 class BootstrapInterval:
-    """The difference of the final losses of two variants, with its 95% confidence interval; in nats per token."""
+    """The difference of the losses of two variants, with its 95% confidence interval; in nats per token."""
 
     gain: float
     """Loss of the second minus loss of the first: positive where the first is better."""
@@ -51,17 +51,6 @@ class BootstrapInterval:
     def half_width(self, gain: float) -> float:
         """Half width, on the side toward 0, of an interval of this shape around another gain."""
         return self.gain - self.low if gain > 0 else self.high - self.gain
-
-    def swap(self) -> "BootstrapInterval":
-        """The same interval with first and second exchanged."""
-        return replace(
-            self,
-            gain=-self.gain,
-            low=-self.high,
-            high=-self.low,
-            better_documents=1 - self.better_documents,
-            seeds=self.seeds[::-1],
-        )
 
 
 @dataclass(frozen=True)
@@ -109,71 +98,116 @@ def pooled_seed_std(losses: Sequence[Array], seeds: Sequence[tuple[int, ...]]) -
     return SeedStd(math.sqrt(squares / degrees), degrees)
 
 
-def paired_differences(variants: Sequence[Variant]) -> dict[tuple[str, str], PairedDifference]:
-    """The differences of all ordered pairs of variants that have losses on the same documents, by their names."""
-    saved = [(variant, variant.document_losses) for variant in variants]
-    known = [(variant, *losses) for variant, losses in saved if losses is not None]
-    if not known:
-        return {}
-    documents = known[0][1]
-    rows: dict[str, slice] = {}
-    nats: list[Array] = []
-    seeds: list[tuple[int, ...]] = []
-    for variant, others, nats_SD in known:
-        if np.array_equal(others.numbers, documents.numbers) and np.array_equal(others.tokens, documents.tokens):
-            rows[variant.name] = slice(len(nats), len(nats) + len(nats_SD))
-            nats += list(nats_SD)
-            seeds.append(variant.seeds)
-    tokens_D, nats_ND = documents.tokens.astype(np.float64), np.stack(nats)
-    if len(tokens_D) < 2:
-        return {}
+class PairedBootstrap:
+    """Paired differences of variants on the documents that they share, all from the same resamples.
 
-    def intervals(mask_D: Array) -> dict[tuple[str, str], BootstrapInterval]:
-        return _intervals(tokens_D[mask_D], nats_ND[:, mask_D], rows, seeds)
-
-    overall = intervals(np.ones(len(tokens_D), dtype=bool))
-    masks = {name: documents.domains == number for number, name in enumerate(documents.names)}
-    domains = {name: intervals(mask_D) for name, mask_D in masks.items() if mask_D.sum() > 1}
-    return {
-        pair: PairedDifference(interval, {name: by_pair[pair] for name, by_pair in domains.items()})
-        for pair, interval in overall.items()
-    }
-
-
-def _intervals(
-    tokens_D: Array, nats_ND: Array, rows: Mapping[str, slice], seeds: Sequence[tuple[int, ...]]
-) -> dict[tuple[str, str], BootstrapInterval]:
-    """The intervals of all ordered pairs on one set of documents, from the same resamples.
-
-    Args:
-        rows: the rows of each variant's runs in `nats_ND`.
-        seeds: the seeds of each variant's runs.
+    Variants that have not saved their losses on the documents of the first one that has are left out.
     """
-    losses_N = nats_ND.sum(axis=1) / tokens_D.sum()
-    seed_std = pooled_seed_std([losses_N[each] for each in rows.values()], seeds)
-    tokens_R, nats_RN = resample_sums(tokens_D, nats_ND)
-    tail = (1 - CONFIDENCE) / 2
-    found: dict[tuple[str, str], BootstrapInterval] = {}
-    for a, b in itertools.combinations(rows, 2):
-        gain_D = nats_ND[rows[b]].mean(axis=0) - nats_ND[rows[a]].mean(axis=0)
-        gain = float(gain_D.sum() / tokens_D.sum())
-        gain_R = (nats_RN[:, rows[b]].mean(axis=1) - nats_RN[:, rows[a]].mean(axis=1)) / tokens_R
-        low, high = np.quantile(gain_R, [tail, 1 - tail])
-        runs = len(nats_ND[rows[a]]), len(nats_ND[rows[b]])
+
+    def __init__(self, variants: Sequence[Variant]) -> None:
+        saved = [(variant, i, length.document_losses) for variant in variants for i, length in enumerate(variant.lengths)]
+        known = [(variant, i, *losses) for variant, i, losses in saved if losses is not None]
+        self._rows: dict[tuple[str, int], slice] = {}
+        """The runs of each length of a variant, by its name and the index of the length."""
+        nats: list[Array] = []
+        for variant, i, others, nats_SD in known:
+            documents = known[0][2]
+            if np.array_equal(others.numbers, documents.numbers) and np.array_equal(others.tokens, documents.tokens):
+                self._rows[variant.name, i] = slice(len(nats), len(nats) + len(nats_SD))
+                nats += list(nats_SD)
+        self._variants = [variant for variant in variants if (variant.name, len(variant.shorter)) in self._rows]
+        self._samples: dict[str | None, _Sample] = {}
+        if not self._variants or len(known[0][2].tokens) < 2:
+            return
+        documents = known[0][2]
+        masks: dict[str | None, Array] = {None: np.ones(len(documents.tokens), dtype=bool)}
+        masks |= {name: documents.domains == number for number, name in enumerate(documents.names)}
+        for name, mask_D in masks.items():
+            if mask_D.sum() > 1:
+                self._samples[name] = _Sample(documents.tokens[mask_D].astype(np.float64), np.stack(nats)[:, mask_D])
+
+    def difference(self, a: Variant, b: Variant) -> PairedDifference | None:
+        """The difference of the final losses; None unless both are known on at least two shared documents."""
+        if (overall := self._interval(None, a, _final(a), b, _final(b))) is None:
+            return None
+        by_domain = {name: self._interval(name, a, _final(a), b, _final(b)) for name in self._samples if name is not None}
+        return PairedDifference(overall, {name: each for name, each in by_domain.items() if each is not None})
+
+    def interval(self, a: Variant, reading_a: Reading, b: Variant, reading_b: Reading) -> BootstrapInterval | None:
+        """The difference of two readings of final losses; None for others."""
+        if reading_a.weights is None or reading_b.weights is None:
+            return None
+        return self._interval(None, a, reading_a.weights, b, reading_b.weights)
+
+    def _interval(
+        self, name: str | None, a: Variant, weights_a: Sequence[float], b: Variant, weights_b: Sequence[float]
+    ) -> BootstrapInterval | None:
+        """The interval on the documents of a domain, or on all of them.
+
+        Args:
+            weights_a: of the lengths of `a`.
+        """
+        if not self._samples or a not in self._variants or b not in self._variants:
+            return None
+        sample = self._samples[name]
+        mix_a, mix_b = self._mix(a, weights_a), self._mix(b, weights_b)
+        if mix_a is None or mix_b is None:
+            return None
+        # The other variants, at their ends, take part in the standard deviation over seeds.
+        mixes = {variant.name: self._mix(variant, _final(variant)) for variant in self._variants}
+        mixes |= {a.name: mix_a, b.name: mix_b}
+        losses = [sample.losses(mix) for mix in mixes.values() if mix is not None]
+        seed_std = pooled_seed_std(losses, [each.seeds for each in self._variants])
+        return sample.interval(mix_a, mix_b, seed_std)
+
+    def _mix(self, variant: Variant, weights: Sequence[float]) -> Array | None:
+        """`(S, N)`: the weight of every run in the readings of a variant; None if a run's losses are unknown."""
+        mix_SN = np.zeros((len(variant.runs), max(rows.stop for rows in self._rows.values())))
+        for i, weight in enumerate(weights):
+            if weight and (variant.name, i) not in self._rows:
+                return None
+            if weight:
+                mix_SN[:, self._rows[variant.name, i]] = weight * np.eye(len(mix_SN))
+        return mix_SN
+
+
+def _final(variant: Variant) -> tuple[float, ...]:
+    """The weights of a variant's lengths in its final losses."""
+    return (*(0.0 for _ in variant.shorter), 1.0)
+
+
+class _Sample:
+    """All runs' losses on one set of documents, and their sums over the resamples."""
+
+    def __init__(self, tokens_D: Array, nats_ND: Array) -> None:
+        self.tokens_D, self.nats_ND = tokens_D, nats_ND
+        self.tokens_R, self.nats_RN = resample_sums(tokens_D, nats_ND)
+
+    def losses(self, mix_SN: Array) -> Array:
+        """`(S,)`: the losses of readings."""
+        losses: Array = mix_SN @ self.nats_ND.sum(axis=1) / self.tokens_D.sum()
+        return losses
+
+    def interval(self, a_SN: Array, b_SN: Array, seed_std: SeedStd | None) -> BootstrapInterval:
+        """The interval of the difference of two readings."""
+        difference_N = b_SN.mean(axis=0) - a_SN.mean(axis=0)
+        gain_D = difference_N @ self.nats_ND
+        gain = float(gain_D.sum() / self.tokens_D.sum())
+        gain_R = self.nats_RN @ difference_N / self.tokens_R
+        # Both from the lower tail, so that the other order of the pair gives the same numbers with the other sign.
+        low, high = (sign * float(np.quantile(sign * gain_R, (1 - CONFIDENCE) / 2)) for sign in (1, -1))
         # Documents and seeds vary independently, so the squares of the half widths add up.
-        seed_half_width = seed_std.half_width(*runs) if seed_std is not None else 0.0
-        interval = BootstrapInterval(
+        seed_half_width = seed_std.half_width(len(a_SN), len(b_SN)) if seed_std is not None else 0.0
+        return BootstrapInterval(
             gain=gain,
             low=gain - math.hypot(gain - low, seed_half_width),
             high=gain + math.hypot(high - gain, seed_half_width),
             documents=len(gain_D),
-            effective_documents=float(tokens_D.sum() ** 2 / (tokens_D**2).sum()),
+            effective_documents=float(self.tokens_D.sum() ** 2 / (self.tokens_D**2).sum()),
             better_documents=float((gain_D > 0).mean()),
-            seeds=runs,
+            seeds=(len(a_SN), len(b_SN)),
             seeds_included=seed_std is not None,
         )
-        found |= {(a, b): interval, (b, a): interval.swap()}
-    return found
 
 
 def resample_sums(tokens_D: Array, nats_ND: Array, resamples: int = RESAMPLES) -> tuple[Array, Array]:

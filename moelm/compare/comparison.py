@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moelm.compare.axes import AXES, Axis
-from moelm.compare.bootstrap import paired_differences
+from moelm.compare.bootstrap import PairedBootstrap
 from moelm.compare.pairwise import PairResult, compare_pair
 from moelm.compare.scaling import DoublingFit, fit_doubling
 from moelm.compare.variants import Variant
@@ -55,15 +55,15 @@ def compare(variants: Sequence[Variant], force: bool = False) -> Comparison:
     """
     if len(variants) < 2:
         raise MoelmError("A comparison needs at least two variants.")
-    warnings = tuple(_mismatches([run for variant in variants for run in variant.runs]))
+    warnings = tuple(_mismatches([run for variant in variants for run in variant.all_runs]))
     if warnings and not force:
         raise MoelmError(f"{' '.join(warnings)} Use --force to compare the runs anyway.")
     reference = variants[0]
     challenger = min(variants[1:], key=lambda variant: variant.val.loss[-1])
     axes = AXES if all(variant.price is not None for variant in variants) else AXES[:-1]
-    differences = paired_differences(variants)
+    documents = PairedBootstrap(variants)
     pairs = [
-        compare_pair(a, b, axes, differences.get((a.name, b.name)))
+        compare_pair(a, b, axes, documents)
         for first, second in itertools.combinations(variants, 2)
         for a, b in ((first, second), (second, first))
     ]
@@ -73,7 +73,7 @@ def compare(variants: Sequence[Variant], force: bool = False) -> Comparison:
         challenger=challenger.name,
         verdict=decide(challenger, reference, pairs),
         scaling=fit_doubling(variants),
-        notes=tuple(reading_notes(variants, challenger, reference)),
+        notes=tuple(reading_notes(variants, challenger, reference, pairs)),
         warnings=warnings,
         config_differences=_config_differences(variants),
     )
@@ -93,11 +93,14 @@ def _mismatches(runs: Sequence[RunRecord]) -> Iterator[str]:
 
 
 def _config_differences(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
-    """By key and variant; the seeds of a group are one value."""
+    """By key and variant; the seeds of a group are one value, and so are its lengths."""
     settings = {variant.name: flatten(variant.first.config) for variant in variants}
     for variant in variants:
         if len(variant.runs) > 1:
             settings[variant.name]["seed"] = ", ".join(map(str, variant.seeds))
+        if variant.shorter:
+            steps = [length.first.config.train.steps for length in variant.lengths]
+            settings[variant.name]["train.steps"] = ", ".join(map(str, steps))
     reference = settings[variants[0].name]
     keys = dict.fromkeys(key for values in settings.values() for key in values if key != "name")
     return {

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moelm.compare.axes import AXIS_NAMES, Axis
 from moelm.compare.comparison import Comparison
+from moelm.compare.reading import end_costs, final_losses, has_ends
 from moelm.compare.scaling import DoublingFit
 from moelm.compare.variants import Variant
 from moelm.report.figures import COLORS, DASHED, LIGHT, MUTED, legend_label
@@ -22,7 +23,10 @@ LOSS_LABEL = "validation loss (nats per token)"
 
 
 def draw_comparison(comparison: Comparison) -> Figure:
-    """Validation loss against each cost; the range over seeds is a band around their mean."""
+    """Validation loss against each cost; the range over seeds is a band around their mean.
+
+    The ends of several lengths of a variant are joined by a line, beside the thinner curve of the longest.
+    """
     axes = comparison.axes
     figure = Figure(figsize=(3.5 * len(axes), 4.1), layout=ConstrainedLayoutEngine(wspace=0.04))
     panels = figure.subplots(1, len(axes), sharey=True)
@@ -73,16 +77,28 @@ def _draw_losses(panel: Axes, comparison: Comparison, axis: Axis) -> None:
     for i, (variant, cost) in enumerate(zip(comparison.variants, costs, strict=True)):
         line = "-" if i < len(COLORS) else "--"
         color = COLORS[i % len(COLORS)]
-        panel.plot(cost / scale, variant.val.loss, line, color=color, linewidth=2, label=legend_label(variant.name))
+        joined = has_ends(variant, axis)
+        x, losses_SN = _joined_ends(variant, axis) if joined else (cost, variant.losses)
+        if joined:
+            panel.plot(cost / scale, variant.val.loss, line, color=color, linewidth=1)
+        panel.plot(x / scale, losses_SN.mean(axis=0), line, color=color, linewidth=2, label=legend_label(variant.name))
         if len(variant.runs) > 1:
-            low, high = variant.losses.min(axis=0), variant.losses.max(axis=0)
-            panel.fill_between(cost / scale, low, high, color=color, alpha=0.2, linewidth=0)
-        panel.plot(cost[-1] / scale, variant.val.loss[-1], "o", color=color, markersize=5)
+            low, high = losses_SN.min(axis=0), losses_SN.max(axis=0)
+            panel.fill_between(x / scale, low, high, color=color, alpha=0.2, linewidth=0)
+        panel.plot(end_costs(variant, axis) / scale, final_losses(variant).mean(axis=1), "o", color=color, markersize=5)
     panel.set_title(f"By {AXIS_NAMES[axis]}")
     panel.set_xlabel(label)
     panel.set_xlim(left=0)
     panel.margins(x=0.03)
     _draw_cost_to_reach(panel, comparison, axis, scale)
+
+
+def _joined_ends(variant: Variant, axis: Axis) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Costs `(N,)` from the end of the shortest length to that of the longest, and the losses `(S, N)` read there."""
+    ends = end_costs(variant, axis)
+    costs = np.unique(np.concatenate([ends, np.geomspace(ends[0], ends[-1], 50)]).clip(ends[0], ends[-1]))
+    losses_LS = final_losses(variant)
+    return costs, np.stack([np.interp(np.log(costs), np.log(ends), each) for each in losses_LS.T])
 
 
 def _draw_cost_to_reach(panel: Axes, comparison: Comparison, axis: Axis, scale: float) -> None:
@@ -98,7 +114,7 @@ def _draw_cost_to_reach(panel: Axes, comparison: Comparison, axis: Axis, scale: 
     text_color, background = mpl.rcParams["text.color"], mpl.rcParams["axes.facecolor"]
     panel.plot(x, pair.target_loss, "o", markersize=7, markerfacecolor=background, markeredgecolor=text_color, zorder=4)
     if x > 0.35 * panel.get_xlim()[1]:  # further left, the text would not fit into the panel
-        text = f"{reached.ratio:.2f}× {'sooner' if reached.ratio >= 1 else '(later)'}"
+        text = f"{'≥ ' if reached.at_most else ''}{reached.ratio:.2f}× {'sooner' if reached.ratio >= 1 else '(later)'}"
         panel.annotate(text, (x, pair.target_loss), (-7, -6), textcoords="offset points", ha="right", va="top")
 
 

@@ -19,7 +19,7 @@ from moelm.report.figures import render_light_and_dark
 from moelm.report.page import Report, ReportFigure, report_html, report_markdown
 from moelm.runs.record import read_runs
 
-SCHEMA = 2
+SCHEMA = 3
 KIND = "moelm compare"
 """Together with the schema, this identifies a directory as an earlier report."""
 TITLE_NAMES = 4
@@ -131,7 +131,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _write_files(comparison: Comparison, directory: Path, command: str | None) -> None:
-    runs = [run for variant in comparison.variants for run in variant.runs]
+    runs = [run for variant in comparison.variants for run in variant.all_runs]
     commands = [str(run.environment["command"]) for run in runs if run.environment.get("command")]
     report = Report(
         title=_title([variant.name for variant in comparison.variants]),
@@ -173,10 +173,8 @@ def _variant_json(variant: Variant) -> dict[str, Any]:
     return {
         "name": variant.name,
         "path": str(first.path),
-        "runs": [
-            {"name": run.name, "path": str(run.path), "seed": run.config.seed, "val_loss": loss}
-            for run, loss in zip(variant.runs, variant.final_losses.tolist(), strict=True)
-        ],
+        "runs": _runs_json(variant),
+        "lengths": [_length_json(length) for length in variant.lengths],
         "parameters": first.parameters,
         "flops_per_token": first.flops_per_token,
         "tokens": val.tokens[-1],
@@ -192,6 +190,19 @@ def _variant_json(variant: Variant) -> dict[str, Any]:
         "load": first.load and {"layers": list(first.load.layers), "final_share": first.load.share[-1].tolist()},
         "environment": first.environment,
     }
+
+
+def _runs_json(variant: Variant) -> list[dict[str, Any]]:
+    return [
+        {"name": run.name, "path": str(run.path), "seed": run.config.seed, "val_loss": loss}
+        for run, loss in zip(variant.runs, variant.final_losses.tolist(), strict=True)
+    ]
+
+
+def _length_json(length: Variant) -> dict[str, Any]:
+    val = length.val
+    costs = {"tokens": val.tokens[-1], "flops": val.flops[-1], "seconds": val.seconds[-1]}
+    return {"steps": length.first.config.train.steps, **costs, "val_loss": val.loss[-1], "runs": _runs_json(length)}
 
 
 def _pair_json(pair: PairResult) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from moelm.compare.axes import AXIS_NAMES, Axis, cost_with_unit, format_cost
 from moelm.compare.bootstrap import BootstrapInterval
 from moelm.compare.comparison import Comparison
-from moelm.compare.pairwise import CostToReach, PairResult
+from moelm.compare.pairwise import CostToReach, EqualCost, PairResult
 from moelm.compare.variants import Variant
 from moelm.formats import duration, quantity
 from moelm.report.table import NO_VALUE, Table
@@ -104,13 +104,18 @@ def _equal_cost_table(comparison: Comparison) -> Table:
             continue
         for axis in comparison.axes:
             equal = pair.equal_cost[axis]
-            cells = (NO_VALUE,) * 4
-            if equal:
-                gain = "tie" if equal.negligible else f"{equal.gain:+.3f}" + (" uncertain" if equal.tie else "")
-                cells = (cost_with_unit(axis, equal.at), f"{equal.loss_a:.3f}", f"{equal.loss_b:.3f}", gain)
+            cells = (NO_VALUE,) * 7 if equal is None else _equal_cost_cells(axis, equal)
             rows.append((f"{pair.a} against {pair.b}", f"equal {AXIS_NAMES[axis]}", *cells))
-    head = ("runs", "at", "cost", "loss", "loss of the other", "gain in nats")
+    head = ("runs", "at", "cost", "loss", "loss of the other", "gain in nats", "95% interval", "seeds ahead", "read")
     return Table("Validation loss at equal cost", head, tuple(rows), left=2)
+
+
+def _equal_cost_cells(axis: Axis, equal: EqualCost) -> tuple[str, ...]:
+    gain = "tie" if equal.negligible else f"{equal.gain:+.3f}" + (" uncertain" if equal.tie else "")
+    interval = NO_VALUE if equal.interval is None else f"{equal.interval.low:+.3f} to {equal.interval.high:+.3f}"
+    ahead = f"{equal.seeds_ahead} of {equal.seeds_shared}" if equal.seeds_shared else NO_VALUE
+    read = equal.read_a if equal.read_a == equal.read_b else f"{equal.read_a} / {equal.read_b}"
+    return cost_with_unit(axis, equal.at), f"{equal.loss_a:.3f}", f"{equal.loss_b:.3f}", gain, interval, ahead, read
 
 
 def _domain_table(comparison: Comparison, title: str, synthetic: bool) -> Table:
@@ -133,14 +138,15 @@ def _domain_table(comparison: Comparison, title: str, synthetic: bool) -> Table:
 
 def _seed_table(comparison: Comparison) -> Table:
     """The runs of each variant; no rows if each variant is a single run."""
-    grouped = any(len(variant.runs) > 1 for variant in comparison.variants)
+    grouped = any(len(variant.all_runs) > 1 for variant in comparison.variants)
     rows = [
-        (run.name, variant.name, str(run.config.seed), f"{loss:.3f}", duration(seconds))
+        (run.name, variant.name, str(run.config.seed), f"{run.config.train.steps:,}", f"{loss:.3f}", duration(seconds))
         for variant in comparison.variants
-        for run, loss, seconds in zip(variant.runs, variant.final_losses, variant.final_seconds, strict=True)
+        for length in variant.lengths
+        for run, loss, seconds in zip(length.runs, length.final_losses, length.final_seconds, strict=True)
         if grouped
     ]
-    return Table("Runs", ("run", "variant", "seed", "val loss final", "time"), tuple(rows), left=2)
+    return Table("Runs", ("run", "variant", "seed", "steps", "val loss final", "time"), tuple(rows), left=2)
 
 
 def _config_table(comparison: Comparison) -> Table:
@@ -179,7 +185,10 @@ def _cost_and_ratio(axis: Axis, reached: CostToReach) -> str:
     if reached.cost is None:
         return "not reached"
     cost = format_cost(axis, reached.cost)
-    return f"{cost} ({reached.ratio:.2f}×)" if reached.ratio else cost
+    ratio = "" if not reached.ratio else f" ({'≥ ' if reached.at_most else ''}{reached.ratio:.2f}×"
+    if ratio and reached.ratio_low is not None and reached.ratio_high is not None:
+        ratio += f", {reached.ratio_low:.2f} to {reached.ratio_high:.2f}"
+    return f"{'≤ ' if reached.at_most else ''}{cost}{ratio and ratio + ')'}"
 
 
 def _gain_cells(interval: BootstrapInterval | None) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The sides of a comparison: single runs, or groups of runs that differ only in their seed, averaged.
+"""The sides of a comparison: single runs, or groups of runs that differ only in their seed, averaged, and in their length.
 
 Shapes: S seeds, N evaluations, D evaluation documents.
 """
@@ -29,6 +29,23 @@ class Variant:
     """One run, or one for each seed."""
     price: float | None = None
     """Dollars per process and hour."""
+    shorter: tuple["Variant", ...] = ()
+    """Complete runs of the same seeds with smaller `train.steps`, the shortest first; each length is a variant."""
+
+    @property
+    def lengths(self) -> tuple["Variant", ...]:
+        """All lengths, the shortest first; the last is this variant."""
+        return (*self.shorter, self)
+
+    @property
+    def all_runs(self) -> tuple[RunRecord, ...]:
+        """The runs of all lengths, the longest first."""
+        return tuple(run for length in reversed(self.lengths) for run in length.runs)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all runs were evaluated at the end of their schedule."""
+        return all(self.val.steps[-1] == run.config.train.steps for run in self.runs)
 
     @property
     def first(self) -> RunRecord:
@@ -126,17 +143,14 @@ def group_runs(runs: Sequence[RunRecord], grouped: bool = False, prices: Sequenc
     """Runs as variants, in their order.
 
     Args:
-        grouped: whether runs that differ only in their seed are one variant.
+        grouped: whether runs that differ only in their seed and in `train.steps` are one variant.
         prices: dollars per process and hour: one for all variants, or one for each.
 
     Raises:
-        MoelmError: two runs of a group have the same seed, or the prices are invalid.
+        MoelmError: two runs of a group have the same seed and length, lengths have different seeds or are not complete, or
+            the prices are invalid.
     """
     groups = runs_by_config(runs) if grouped else [[run] for run in runs]
-    for group in groups:
-        if len({run.config.seed for run in group}) < len(group):
-            same = join_names([run.name for run in group])
-            raise MoelmError(f"{same} have the same config, but not all have different seeds.")
     if len(prices) not in (0, 1, len(groups)):
         raise MoelmError(
             f"There are {len(prices)} prices for {len(groups)} variants; one for all, or one for each is expected."
@@ -147,22 +161,61 @@ def group_runs(runs: Sequence[RunRecord], grouped: bool = False, prices: Sequenc
     per_variant: Sequence[float | None] = prices or [None]
     if len(per_variant) == 1:
         per_variant = [per_variant[0]] * len(groups)
-    names = [_group_name(group) for group in groups]
+    longest = [_by_length(group)[-1] for group in groups]
+    names = [_group_name(group) for group in longest]
     if len(set(names)) < len(names):
-        names = [group[0].name for group in groups]
+        names = [group[0].name for group in longest]
     return tuple(make_variant(*each) for each in zip(names, groups, per_variant, strict=True))
 
 
 def make_variant(name: str, runs: Sequence[RunRecord], price: float | None = None) -> Variant:
-    """A variant with its runs in the order of their seeds."""
-    return Variant(name, tuple(sorted(runs, key=lambda run: run.config.seed)), price)
+    """A variant with its runs in the order of their seeds, those with the largest `train.steps` as the longest.
+
+    Raises:
+        MoelmError: see `group_runs`.
+    """
+    *shorter, longest = (sorted(group, key=lambda run: run.config.seed) for group in _by_length(runs))
+    for group in (*shorter, longest):
+        if len({run.config.seed for run in group}) < len(group):
+            same = join_names([run.name for run in group])
+            raise MoelmError(f"{same} have the same config, but not all have different seeds.")
+    lengths = tuple(Variant(f"{name} ({group[0].config.train.steps:,} steps)", tuple(group), price) for group in shorter)
+    variant = Variant(name, tuple(longest), price, lengths)
+    if shorter:
+        _check_lengths(variant)
+    return variant
+
+
+def _by_length(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """The runs by `train.steps`, the smallest first."""
+    steps = sorted({run.config.train.steps for run in runs})
+    return [[run for run in runs if run.config.train.steps == each] for each in steps]
+
+
+def _check_lengths(variant: Variant) -> None:
+    """Refuse lengths of different seeds, or that are not trained to their ends."""
+    for length in variant.lengths:
+        steps = length.first.config.train.steps
+        if length.seeds != variant.seeds:
+            ours, theirs = (", ".join(map(str, each.seeds)) for each in (length, variant))
+            raise MoelmError(
+                f"{variant.name} has runs of {steps:,} steps with the seeds {ours}, and runs of "
+                f"{variant.first.config.train.steps:,} steps with the seeds {theirs}; all lengths need the same seeds."
+            )
+        for run in length.runs:
+            if run.val.steps[-1] != steps:
+                raise MoelmError(
+                    f"{run.name} was last evaluated at step {run.val.steps[-1]:,.0f} of {steps:,}; runs that differ in "
+                    "train.steps are read at their ends, so all of them must be complete."
+                )
 
 
 def runs_by_config(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Groups of runs with the same training settings but for the seed, in their order."""
+    """Groups of runs with the same training settings but for the seed and `train.steps`, in their order."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        shared = {key: value for key, value in trajectory_settings(run.config).items() if key != "seed"}
+        settings = trajectory_settings(run.config)
+        shared = {key: value for key, value in settings.items() if key not in ("seed", "train.steps")}
         groups.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
     return list(groups.values())
 

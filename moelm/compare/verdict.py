@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from moelm.compare.axes import AXIS_NAMES, Axis, format_cost
 from moelm.compare.bootstrap import CONFIDENCE
 from moelm.compare.pairwise import NEGLIGIBLE, PairResult
+from moelm.compare.reading import has_ends, read_loss
 from moelm.compare.variants import Variant, runs_by_config
 from moelm.formats import count_noun, join_names, quantity
 from moelm.runs.record import LOSSY_NOTE
@@ -80,9 +81,12 @@ def _clause(pair: PairResult, axis: Axis) -> str:
     if equal.tie:
         difference = f"the same within {NEGLIGIBLE} nats" if equal.negligible else "not significantly different"
         return f"{difference} at equal {AXIS_NAMES[axis]} ({losses})"
-    if axis == "tokens" and pair.paired is not None and abs(equal.gain - pair.paired.overall.gain) < 5e-4:
-        low, high = sorted((abs(pair.paired.overall.low), abs(pair.paired.overall.high)))
+    if equal.interval is not None and abs(equal.gain - equal.interval.gain) < 5e-4:
+        low, high = sorted((abs(equal.interval.low), abs(equal.interval.high)))
         losses += f"; {CONFIDENCE:.0%}: {low:.3f} to {high:.3f}"
+    if equal.seeds_shared > 1:
+        number = equal.seeds_ahead if equal.gain > 0 else equal.seeds_shared - equal.seeds_ahead
+        losses += f"; {'ahead' if equal.gain > 0 else 'behind'} in {number} of {equal.seeds_shared} seeds"
     sign = "lower" if equal.gain > 0 else "higher"
     return f"{abs(equal.gain):.3f} nats {sign} at equal {AXIS_NAMES[axis]} ({losses})"
 
@@ -114,7 +118,11 @@ def _efficiency(pair: PairResult) -> str:
         times = f"{reached.ratio:.2f}× {less}" if reached.ratio >= 1 else f"{1 / reached.ratio:.2f}× more"
         if f"{reached.ratio:.2f}" == "1.00":
             times = equal
+        if reached.at_most:
+            times = f"at least {times}" if reached.ratio >= 1 else f"at most {times}"
         costs = f"{format_cost(axis, reached.cost)} against {format_cost(axis, reached.other_cost)}"
+        if reached.ratio_low is not None and reached.ratio_high is not None:
+            costs += f"; {CONFIDENCE:.0%} of the ratio over seeds: {reached.ratio_low:.2f} to {reached.ratio_high:.2f}"
         parts.append(f"{times} {noun} ({costs})")
     if not parts:
         return f"{pair.a} does not reach {pair.b}'s final loss of {pair.target_loss:.3f}."
@@ -143,9 +151,11 @@ def _sizes(challenger: Variant, reference: Variant) -> str:
     return f"{'; '.join(sentences)}."
 
 
-def reading_notes(variants: Sequence[Variant], challenger: Variant, reference: Variant) -> Iterator[str]:
+def reading_notes(
+    variants: Sequence[Variant], challenger: Variant, reference: Variant, pairs: Sequence[PairResult]
+) -> Iterator[str]:
     """Limitations of the comparison, one sentence each."""
-    runs = [run for variant in variants for run in variant.runs]
+    runs = [run for variant in variants for run in variant.all_runs]
     for run in runs:
         last, steps, init_from = int(run.val.steps[-1]), run.config.train.steps, run.config.init_from
         if last < steps:
@@ -164,6 +174,7 @@ def reading_notes(variants: Sequence[Variant], challenger: Variant, reference: V
             "its confidence interval is not corrected for that."
         )
     yield from _schedule_notes(challenger, reference)
+    yield from _bound_notes(next(pair for pair in pairs if (pair.a, pair.b) == (challenger.name, reference.name)))
     optimizers = dict.fromkeys(run.config.optim.kind for run in runs)
     if len(optimizers) > 1:
         yield (
@@ -174,23 +185,43 @@ def reading_notes(variants: Sequence[Variant], challenger: Variant, reference: V
         values = [str(run.environment.get(key, "–")) for run in runs]
         if len(set(values)) > 1:
             yield f"Times are not comparable: {key} differs ({', '.join(dict.fromkeys(values))})."
-    variation = max(variant.final_seconds.max() / variant.final_seconds.min() - 1 for variant in variants)
+    lengths = [length for variant in variants for length in variant.lengths]
+    variation = max(length.final_seconds.max() / length.final_seconds.min() - 1 for length in lengths)
     if variation > 0.05:
         yield f"Runs of one variant took up to {variation:.0%} more time for equal work; times are uncertain by as much."
     yield from _seed_notes(variants)
 
 
 def _schedule_notes(challenger: Variant, reference: Variant) -> Iterator[str]:
-    """Axes on which one of the two is compared before the end of its learning rate schedule."""
+    """How the two were read at equal cost, where that is not at the end of their learning rate schedules."""
     for axis in ("tokens", "flops", "seconds"):
         ends = {variant.name: float(variant.cost(axis)[-1]) for variant in (challenger, reference)}
         at = min(ends.values())
         for variant in (challenger, reference):
-            if at < 0.99 * ends[variant.name] and variant.first.config.optim.schedule != "constant":
+            read, part = read_loss(variant, axis, at).read, at / ends[variant.name]
+            where = f"At equal {AXIS_NAMES[axis]}, {variant.name} is"
+            if read == "between completed runs":
+                steps = join_names([f"{length.first.config.train.steps:,}" for length in variant.lengths])
+                yield f"{where} read between the ends of its completed runs, of {steps} steps."
+            elif read == "in mid-schedule" and part < 0.99 and variant.first.config.optim.schedule != "constant":
                 yield (
-                    f"At equal {AXIS_NAMES[axis]}, {variant.name} is compared at {at / ends[variant.name]:.0%} of its "
-                    "training, before its learning rate has decayed, which puts it at a disadvantage."
+                    f"{where} compared at {part:.0%} of its training, before its learning rate has decayed, which puts it "
+                    "at a disadvantage; a shorter run of it (another train.steps, and --group) would be read at its end."
                 )
+            if variant.shorter and not has_ends(variant, axis):
+                yield (
+                    f"Longer runs of {variant.name} did not take more {_COST_NOUNS[axis][0]} than shorter ones, so only "
+                    f"the longest are read at equal {AXIS_NAMES[axis]}."
+                )
+
+
+def _bound_notes(pair: PairResult) -> Iterator[str]:
+    axes = [AXIS_NAMES[axis] for axis, reached in pair.cost_to_reach.items() if reached.at_most]
+    if axes:
+        yield (
+            f"The shortest completed runs of {pair.a} end below {pair.b}'s final loss, so their cost is an upper bound of "
+            f"the cost to reach it ({', '.join(axes)})."
+        )
 
 
 def _seed_notes(variants: Sequence[Variant]) -> Iterator[str]:
@@ -201,4 +232,5 @@ def _seed_notes(variants: Sequence[Variant]) -> Iterator[str]:
     for group in runs_by_config(single):
         if len({run.config.seed for run in group}) > 1:
             names = join_names([run.name for run in group])
-            yield f"{names} differ only in their seed; --group combines them into one variant."
+            what = "their seed" if len({run.config.train.steps for run in group}) == 1 else "their seed and train.steps"
+            yield f"{names} differ only in {what}; --group combines them into one variant."

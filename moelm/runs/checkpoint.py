@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from moelm.atomic import atomic_directory, remove_temporary, temporary_path
+from moelm.console import warn
 from moelm.distributed.ranks import SINGLE_PROCESS, Ranks
 from moelm.errors import MoelmError, first_line
 from moelm.model import Transformer
@@ -144,6 +145,20 @@ def load_training(path: Path, model: Transformer, optimizer: Optimizer, ranks: R
         _load(path, state, ranks)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return progress
+
+
+def load_newest(paths: Sequence[Path], model: Transformer, optimizer: Optimizer, ranks: Ranks) -> Progress | None:
+    """Load the newest intact one of some checkpoints, with a warning for each damaged one; None if there is none.
+
+    Args:
+        paths: oldest first; the same on every process.
+    """
+    for path in reversed(paths):
+        try:
+            return load_training(path, model, optimizer, ranks)
+        except DamagedCheckpoint as error:
+            warn(f"{error} Falling back to the previous one.")
+    return None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -26,11 +26,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         try:
             if path.exists():
-                # A kill can cut off the last line.
-                complete = [(number, text) for number, text in _lines(path) if text.endswith("}\n")]
-                lines = [text for number, text in complete if _parse(path, number, text)["step"] <= resume_step]
-                with atomic_file(path) as work:
-                    work.write_text("".join(lines), encoding="utf-8")
+                copy_metrics(path, path, resume_step)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -51,6 +47,20 @@ class MetricsFile:
         """Close the file; write errors have been raised before."""
         with suppress(OSError):
             self._file.close()
+
+
+def copy_metrics(source: Path, target: Path, last_step: int) -> None:
+    """Copy the complete lines of `source` up to a step to `target`, which may be the same file.
+
+    Raises:
+        MoelmError: a line that is not JSON.
+        OSError: the file cannot be written.
+    """
+    # A kill can cut off the last line.
+    complete = [(number, text) for number, text in _lines(source) if text.endswith("}\n")]
+    lines = [text for number, text in complete if _parse(source, number, text)["step"] <= last_step]
+    with atomic_file(target) as work:
+        work.write_text("".join(lines), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[Line]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,18 +32,20 @@ from moelm.hardware import dtype_of, keep_memory, pick_device, pick_precision, s
 from moelm.model import Transformer, build_model
 from moelm.model.init import initialize
 from moelm.runs.checkpoint import (
-    DamagedCheckpoint,
     Progress,
     fresh_progress,
     list_checkpoints,
-    load_training,
+    load_newest,
     remove_unfinished,
+    step_of,
 )
 from moelm.runs.directory import RunDirectory
 from moelm.runs.environment import describe_code, describe_environment
 from moelm.runs.identity import check_data_tokenizer, load_run_config, read_data_record
 from moelm.runs.lock import RunLock
+from moelm.runs.metrics import copy_metrics
 from moelm.runs.record import LOSSY_NOTE
+from moelm.train.branch import BranchSource, check_branch_settings, load_branch_point, open_branch_source
 from moelm.train.init_from import load_initial_weights, resolve_init_from
 from moelm.train.optimizer import Optimizer, build_optimizer
 from moelm.train.trainer import Execution, Trainer, TrainState
@@ -50,11 +53,18 @@ from moelm.train.trainer import Execution, Trainer, TrainState
 Resume = Literal["auto", "never"]
 
 
-def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto", profile: bool = False) -> Evaluation | None:
+def train(
+    config: RunConfig,
+    run: RunDirectory,
+    resume: Resume = "auto",
+    profile: bool = False,
+    branch_from: str | None = None,
+) -> Evaluation | None:
     """Train a run from the start or from its newest intact checkpoint, on the processes of this launch.
 
     Args:
         profile: whether to trace a few steps into the run's directory.
+        branch_from: a run with which a run without checkpoints shares its first steps; see `moelm.train.branch`.
 
     Returns:
         The last evaluation; None on all processes but rank 0.
@@ -67,7 +77,7 @@ def train(config: RunConfig, run: RunDirectory, resume: Resume = "auto", profile
         console.quiet = not ranks.is_main
         try:
             with _locked(run, ranks) as lock, Watchdog(ranks, config.parallel.timeout_s) as watchdog:
-                evaluation = _train(config, run, resume, profile, ranks, watchdog, lock)
+                evaluation = _train(config, run, resume, profile, branch_from, ranks, watchdog, lock)
         except MoelmError as error:
             error.reported = not ranks.first_to_report(str(error))
             raise
@@ -92,12 +102,13 @@ def _train(
     run: RunDirectory,
     resume: Resume,
     profile: bool,
+    branch_from: str | None,
     ranks: Ranks,
     watchdog: Watchdog,
     lock: RunLock | None,
 ) -> Evaluation:
     try:
-        trainer = build_trainer(config, run, resume, ranks, watchdog, lock)
+        trainer = build_trainer(config, run, resume, branch_from, ranks, watchdog, lock)
         watchdog.heartbeat()
         return trainer.fit(profile)
     except RuntimeError as error:
@@ -108,42 +119,66 @@ def _train(
 
 
 def build_trainer(
-    config: RunConfig, run: RunDirectory, resume: Resume, ranks: Ranks, watchdog: Watchdog, lock: RunLock | None
+    config: RunConfig,
+    run: RunDirectory,
+    resume: Resume,
+    branch_from: str | None,
+    ranks: Ranks,
+    watchdog: Watchdog,
+    lock: RunLock | None,
 ) -> Trainer:
-    """A trainer at step 0 or at the newest intact checkpoint."""
+    """A trainer at step 0, at the run's newest intact checkpoint, or at one of the run that it branches from."""
     dims = resolve_parallel_dims(config, ranks.size)
     saved, record = _read_saved(run, ranks)
     if saved is not None:
         if resume == "never" and not is_restart():
             run.require_new()
         _check_same_settings(config, saved, run, prefix="data.")
-    data = _open_data(config, run, record, ranks)
+    source = _open_source(branch_from, run, ranks)
+    if source is not None:
+        check_branch_settings(config, source, prefix="data.")
+        data = _open_data(config, source.run, source.record, ranks)
+    else:
+        data = _open_data(config, run, record, ranks)
     device = pick_device()
-    config = _resolve(config, data.tokenizer.vocab_size, device, saved, ranks)
+    earlier = saved if source is None else source.config
+    config = _resolve(config, data.tokenizer.vocab_size, device, earlier, ranks)
     _check_ranks_agree(config, data, ranks)
     if saved is not None:
         _check_same_settings(config, saved, run)
+    if source is not None:
+        check_branch_settings(config, source)
     dtype = dtype_of(config.train.precision, device)
     model = build_parallel_model(config, device, dtype, dims)
     optimizer = build_optimizer(model, config.optim, dtype)
-    progress = _resume(run, model, optimizer, ranks) if saved is not None else None
-    if isinstance(config.model.ffn, MoEFFNConfig) and config.model.ffn.router.kind == "expert_choice":
-        warn(
-            "with expert_choice the experts of a token depend on later tokens, which leaks the future: losses are too low, "
-            "and the model cannot generate text."
-        )
-    if progress is None and config.init_from is not None:
-        load_initial_weights(config.init_from, config.model, data, model, ranks)
-    if progress is None or "origin" in progress:
+    _warn_of_future_tokens(config)
+    environment = describe_environment(config, data, device, dtype, dims)
+    progress = _resume(run, model, optimizer, ranks) if saved is not None and source is None else None
+    if source is not None:
+        progress = load_branch_point(config, source, model, optimizer, ranks)
+        environment["branched_from"] = {"run": str(source.run.path), "step": progress["step"]}
+        if ranks.is_main:
+            _create_directory(run, config, data, environment, source.run.metrics, progress["step"])
+    elif progress is None or "origin" in progress:
         if progress is not None:
             check_data_tokenizer(run, data.record)
+        elif config.init_from is not None:
+            load_initial_weights(config.init_from, config.model, data, model, ranks)
         if ranks.is_main:
-            _create_directory(run, config, data, describe_environment(config, data, device, dtype, dims))
+            _create_directory(run, config, data, environment)
         progress = fresh_progress()
     if ranks.size > 1:
         log(f"{ranks.size} processes, {dims}.")
     state = TrainState(model, optimizer, progress)
     return Trainer(config, run, data, state, Execution(device, dtype, ranks, dims, watchdog, lock))
+
+
+def _warn_of_future_tokens(config: RunConfig) -> None:
+    if isinstance(config.model.ffn, MoEFFNConfig) and config.model.ffn.router.kind == "expert_choice":
+        warn(
+            "with expert_choice the experts of a token depend on later tokens, which leaks the future: losses are too low, "
+            "and the model cannot generate text."
+        )
 
 
 def build_parallel_model(config: RunConfig, device: torch.device, dtype: torch.dtype, dims: ParallelDims) -> Transformer:
@@ -166,6 +201,15 @@ def _read_saved(run: RunDirectory, ranks: Ranks) -> tuple[RunConfig | None, Data
         if ranks.is_main and run.config.exists():
             saved = load_run_config(run), read_data_record(run)
     return ranks.broadcast(saved)
+
+
+def _open_source(branch_from: str | None, run: RunDirectory, ranks: Ranks) -> BranchSource | None:
+    """The run to branch from, as rank 0 reads it; None without one, and for a run that has checkpoints already."""
+    source: BranchSource | None = None
+    with ranks.shared_outcome():
+        if ranks.is_main and branch_from is not None and not list_checkpoints(run.checkpoints):
+            source = open_branch_source(branch_from)
+    return ranks.broadcast(source)
 
 
 def _open_data(config: RunConfig, run: RunDirectory, record: DataRecord | None, ranks: Ranks) -> PreparedData:
@@ -241,11 +285,24 @@ def _check_same_settings(config: RunConfig, saved: RunConfig, run: RunDirectory,
         )
 
 
-def _create_directory(run: RunDirectory, config: RunConfig, data: PreparedData, environment: dict[str, Any]) -> None:
-    """Create the files of a run; config.yaml is written last, because it marks a complete directory."""
+def _create_directory(
+    run: RunDirectory,
+    config: RunConfig,
+    data: PreparedData,
+    environment: dict[str, Any],
+    metrics: Path | None = None,
+    last_step: int = 0,
+) -> None:
+    """Create the files of a run; config.yaml is written last, because it marks a complete directory.
+
+    Args:
+        metrics: of the run that this one branches from, to be copied up to `last_step`.
+    """
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         run.metrics.unlink(missing_ok=True)
+        if metrics is not None:
+            copy_metrics(metrics, run.metrics, last_step)
         shutil.copyfile(data.folder / "tokenizer.json", run.tokenizer)
         run.environment.write_text(json.dumps(environment, indent=1), encoding="utf-8")
         with atomic_file(run.config) as work:
@@ -259,16 +316,11 @@ def _resume(run: RunDirectory, model: Transformer, optimizer: Optimizer, ranks: 
     if ranks.is_main:
         remove_unfinished(run.checkpoints)
     saved = ranks.broadcast(list_checkpoints(run.checkpoints))
-    for path in reversed(saved):
-        try:
-            progress = load_training(path, model, optimizer, ranks)
-        except DamagedCheckpoint as error:
-            warn(f"{error} Falling back to the previous one.")
-            continue
-        if "origin" in progress and path != saved[-1]:
-            break  # restarting from imported weights would be another run
-        log(f"Resuming {run.path} from step {progress['step']:,}.")
-        return progress
-    if saved:
+    if not saved:
+        return None
+    progress = load_newest(saved, model, optimizer, ranks)
+    # Restarting from imported weights would be another run.
+    if progress is None or ("origin" in progress and progress["step"] != step_of(saved[-1])):
         raise MoelmError(f"All checkpoints that {run.path} has written are damaged; choose another name=... to start over.")
-    return None
+    log(f"Resuming {run.path} from step {progress['step']:,}.")
+    return progress

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from moelm.compare.axes import cost_with_unit
-from moelm.compare.pairwise import EqualCost, cost_at_loss
+from moelm.compare.pairwise import EqualCost
+from moelm.compare.reading import cost_at_loss
 from moelm.errors import MoelmError
 from moelm.formats import duration, exponent, quantity
 from moelm.runs.record import read_run, read_runs

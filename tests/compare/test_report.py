@@ -40,20 +40,25 @@ def test_report_json_keys(pair: list[str], tmp_path: Path) -> None:
         *("schema", "kind", "moelm", "reference", "challenger", "winner", "verdict", "confidence", "efficiency", "sizes"),
         *("scaling", "notes", "forced", "warnings", "variants", "pairs", "config_differences"),
     }
-    assert (report["schema"], report["kind"], report["forced"]) == (2, "moelm compare", False)
+    assert (report["schema"], report["kind"], report["forced"]) == (3, "moelm compare", False)
     assert (report["reference"], report["challenger"], report["winner"]) == ("dense", "moe", None)
     assert report["verdict"] == comparison.verdict.sentence
     moe = report["variants"][1]
     assert moe.keys() == {
-        *("name", "path", "runs", "parameters", "flops_per_token", "tokens", "flops", "seconds", "dollars"),
+        *("name", "path", "runs", "lengths", "parameters", "flops_per_token", "tokens", "flops", "seconds", "dollars"),
         *("val_loss", "val_bpb", "tokens_per_second", "memory_peak_bytes", "domains", "curve", "load", "environment"),
     }
     assert moe["val_loss"] == pytest.approx({"final": 1.8, "best": 1.8, "seed_std": None})
     assert moe["load"] == {"layers": [0, 1], "final_share": [[0.4, 0.3, 0.2, 0.1]] * 2}
     assert report["variants"][0]["load"] is None
     forth = next(pair for pair in report["pairs"] if pair["a"] == "moe")
-    assert forth["cost_to_reach"]["tokens"] == pytest.approx({"cost": 250_000, "other_cost": 400_000, "ratio": 1.6})
-    assert forth["equal_cost"]["tokens"].keys() == {"at", "loss_a", "loss_b", "margin", "gain", "tie"}
+    reached = forth["cost_to_reach"]["tokens"]
+    assert (reached["cost"], reached["other_cost"], reached["ratio"]) == pytest.approx((250_000, 400_000, 1.6))
+    assert reached.keys() - {"cost", "other_cost", "ratio"} == {"at_most", "read", "ratio_low", "ratio_high"}
+    assert forth["equal_cost"]["tokens"].keys() == {
+        *("at", "loss_a", "loss_b", "margin", "gain", "tie"),
+        *("read_a", "read_b", "interval", "seeds_ahead", "seeds_shared"),
+    }
     back = next(pair for pair in report["pairs"] if pair["a"] == "dense")
     assert back["cost_to_reach"]["flops"]["cost"] is None
 
@@ -64,7 +69,10 @@ def test_markdown_has_aligned_tables(pair: list[str], tmp_path: Path) -> None:
     assert "| dense | 20.0K | 20.0K | 120K | 400K | 3.000 | 3.000 | 1.500 | 1.500 | 10.0K | 1.00 GiB |" in text
     assert "| dense | moe at 1.800 | not reached | not reached | not reached |" in text
     assert "| moe | dense at 3.000 | 250K (1.60×) | 5.0e11 (0.80×) | 50.0 s (0.80×) |" in text
-    assert "| moe against dense | equal FLOPs | 4.0e11 FLOPs | 3.400 | 3.000 | -0.400 |" in text
+    assert (
+        "| moe against dense | equal FLOPs | 4.0e11 FLOPs | 3.400 | 3.000 | -0.400 | – | 0 of 1 | in mid-schedule / end"
+        in text
+    )
     real, synthetic = text.index("## Final loss by domain"), text.index("## Final loss by synthetic domain")
     assert real < text.index("| code | 3.500 | 2.300 |") < synthetic
     assert synthetic < text.index("| synthetic-sums | 2.500 | 1.300 |")
@@ -145,7 +153,7 @@ def test_a_report_of_schema_1_is_replaced(pair: list[str], tmp_path: Path) -> No
     (out / "report.json").write_text(json.dumps(report | {"schema": 1}))
     (out / "trend.png").write_bytes(b"")
     compare_runs(pair, out)
-    assert json.loads((out / "report.json").read_text())["schema"] == 2
+    assert json.loads((out / "report.json").read_text())["schema"] == 3
     assert not (out / "trend.png").exists()
 
 
