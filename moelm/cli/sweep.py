@@ -43,9 +43,7 @@ def sweep(
             print_json(sweep_json(config, variants))
         return
     train_all(variants, nproc, config.budget)
-    comparison = compare(
-        [make_variant(each.label, read_runs([run.path for run in each.runs.values()])) for each in variants]
-    )
+    comparison = compare([make_variant(each.label, read_runs(each.all_paths)) for each in variants])
     write_report(comparison, out, command_line())
     print_comparison(comparison, out, as_json)
 

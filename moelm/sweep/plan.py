@@ -49,6 +49,15 @@ class SweepVariant(NamedTuple):
         run = self.runs[seed].path
         return RunDirectory(run.with_name(f"{run.name}-{steps}"))
 
+    @property
+    def all_paths(self) -> list[Path]:
+        """The directories of all runs, each followed by its branches."""
+        return [
+            path
+            for seed, run in self.runs.items()
+            for path in (run.path, *(self.branch(seed, steps).path for steps in self.branch_steps))
+        ]
+
     def train_arguments(self, seed: int, steps: int | None = None) -> list[str]:
         """The command-line arguments of `moelm` that train one run, or a branch of it."""
         run, branch = self.runs[seed].path, []

@@ -45,11 +45,6 @@ def test_in_bfloat16_it_is_as_exact_as_the_logits_are() -> None:
         (torch.float32, 16, False),
         (torch.bfloat16, 1, False),
     ],
-        (torch.bfloat16, SHORT, True),
-        (torch.bfloat16, SHORT + 1, False),
-        (torch.float32, 16, False),
-        (torch.bfloat16, 1, False),
-    ],
 )
 def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, length: int, used: bool) -> None:
     calls = []
