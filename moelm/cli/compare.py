@@ -33,13 +33,22 @@ def compare(
             min=0, callback=finite_each, help="Dollars per process and hour: once for all, or once for each variant."
         ),
     ] = None,
+    seed_std: Annotated[
+        Path | None,
+        typer.Option(
+            "--seed-std",
+            metavar="REPORT",
+            help="The report.json of the same models over several seeds, whose variation between seeds is used for runs "
+            "of one seed.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Compare runs on different data, with a warning.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare runs and write a report. The comparison is at equal tokens, FLOPs and seconds, with confidence intervals."""
     from moelm.compare.report import compare_runs
 
-    comparison = compare_runs(runs, out, force, group, price or (), command_line())
+    comparison = compare_runs(runs, out, force, group, price or (), command_line(), seed_std)
     print_comparison(comparison, out, as_json)
 
 

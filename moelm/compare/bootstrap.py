@@ -6,11 +6,11 @@ Shapes: S seeds of one variant, N runs in total, D documents, R resamples.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from moelm.compare.reading import Reading
+from moelm.compare.seed_std import SeedStd, pooled_seed_std
 from moelm.compare.variants import Variant
 from moelm.runs.record import Array
 
@@ -20,14 +20,6 @@ MAX_DRAWS = 50_000_000
 """Limit on resamples times documents; with very many documents, fewer resamples are as precise."""
 CHUNK_DRAWS = 4_000_000
 """Documents drawn at a time, to bound the memory."""
-
-_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t at 97.5% for 1, 2, ... degrees of freedom."""
-
-
-def student_t(degrees: int) -> float:
-    """Student's t at 97.5%."""
-    return _T[degrees - 1] if degrees <= len(_T) else 1.96 + 2.5 / degrees
 
 
 @dataclass(frozen=True)
@@ -47,6 +39,8 @@ class BootstrapInterval:
     """Number of runs of each variant."""
     seeds_included: bool
     """Whether the interval includes the variation between seeds, or documents only."""
+    seeds_from: str | None = None
+    """The report from which the variation between seeds was taken; None if it is that of these runs."""
 
     def half_width(self, gain: float) -> float:
         """Half width, on the side toward 0, of an interval of this shape around another gain."""
@@ -63,48 +57,17 @@ class PairedDifference:
     """On the documents of each domain."""
 
 
-class SeedStd(NamedTuple):
-    """An estimate of the standard deviation of a run's loss over seeds."""
-
-    std: float
-    """Nats per token."""
-    degrees: int
-    """Degrees of freedom of the estimate."""
-
-    def half_width(self, runs_a: int, runs_b: int) -> float:
-        """Half width of the 95% interval of the difference between means over so many runs."""
-        return student_t(self.degrees) * self.std * math.sqrt(1 / runs_a + 1 / runs_b)
-
-
-def pooled_seed_std(losses: Sequence[Array], seeds: Sequence[tuple[int, ...]]) -> SeedStd | None:
-    """The standard deviation over seeds, pooled over variants; None if no variant has two runs.
-
-    If all variants have the same seeds, the effect that a seed has on all of them (through the batches) is removed: the
-    residual of a randomized block design, which for two variants is the paired t-test.
-
-    Args:
-        losses: final losses of each variant's runs.
-        seeds: their seeds.
-    """
-    if len(losses) > 1 and len(seeds[0]) > 1 and len(set(seeds)) == 1:
-        table_VS = np.stack(losses)
-        residual_VS = table_VS - table_VS.mean(axis=0) - table_VS.mean(axis=1, keepdims=True) + table_VS.mean()
-        degrees = (len(table_VS) - 1) * (table_VS.shape[1] - 1)
-        return SeedStd(math.sqrt(float((residual_VS**2).sum()) / degrees), degrees)
-    degrees = sum(len(each) - 1 for each in losses)
-    if not degrees:
-        return None
-    squares = sum(float(((each - each.mean()) ** 2).sum()) for each in losses)
-    return SeedStd(math.sqrt(squares / degrees), degrees)
-
-
 class PairedBootstrap:
     """Paired differences of variants on the documents that they share, all from the same resamples.
 
     Variants that have not saved their losses on the documents of the first one that has are left out.
+
+    Args:
+        seed_std: the variation between seeds where no variant has two runs.
     """
 
-    def __init__(self, variants: Sequence[Variant]) -> None:
+    def __init__(self, variants: Sequence[Variant], seed_std: SeedStd | None = None) -> None:
+        self._other_seed_std = seed_std
         saved = [(variant, i, length.document_losses) for variant in variants for i, length in enumerate(variant.lengths)]
         known = [(variant, i, *losses) for variant, i, losses in saved if losses is not None]
         self._rows: dict[tuple[str, int], slice] = {}
@@ -158,7 +121,7 @@ class PairedBootstrap:
         mixes |= {a.name: mix_a, b.name: mix_b}
         losses = [sample.losses(mix) for mix in mixes.values() if mix is not None]
         seed_std = pooled_seed_std(losses, [each.seeds for each in self._variants])
-        return sample.interval(mix_a, mix_b, seed_std)
+        return sample.interval(mix_a, mix_b, seed_std or self._other_seed_std)
 
     def _mix(self, variant: Variant, weights: Sequence[float]) -> Array | None:
         """`(S, N)`: the weight of every run in the readings of a variant; None if a run's losses are unknown."""
@@ -207,6 +170,7 @@ class _Sample:
             better_documents=float((gain_D > 0).mean()),
             seeds=(len(a_SN), len(b_SN)),
             seeds_included=seed_std is not None,
+            seeds_from=None if seed_std is None else seed_std.source,
         )
 
 

@@ -9,6 +9,7 @@ from moelm.compare.axes import AXES, Axis
 from moelm.compare.bootstrap import PairedBootstrap
 from moelm.compare.pairwise import PairResult, compare_pair
 from moelm.compare.scaling import DoublingFit, fit_doubling
+from moelm.compare.seed_std import SeedStd, pooled_seed_std
 from moelm.compare.variants import Variant
 from moelm.compare.verdict import Verdict, decide, reading_notes
 from moelm.config import flatten
@@ -30,6 +31,8 @@ class Comparison:
     verdict: Verdict
     scaling: DoublingFit | None
     """None unless variants differ in one setting of the experts."""
+    seed_std: SeedStd | None
+    """The variation of final losses between seeds; None if no variant has two runs."""
     notes: tuple[str, ...]
     """Limitations of the comparison."""
     warnings: tuple[str, ...]
@@ -47,8 +50,11 @@ class Comparison:
         return next(pair for pair in self.pairs if (pair.a, pair.b) == (a, b))
 
 
-def compare(variants: Sequence[Variant], force: bool = False) -> Comparison:
+def compare(variants: Sequence[Variant], force: bool = False, seed_std: SeedStd | None = None) -> Comparison:
     """Compare variants with each other; the first is the reference.
+
+    Args:
+        seed_std: the variation between seeds, for variants with one run each.
 
     Raises:
         MoelmError: there are fewer than two, or their runs are on different data and `force` is not set.
@@ -61,7 +67,7 @@ def compare(variants: Sequence[Variant], force: bool = False) -> Comparison:
     reference = variants[0]
     challenger = min(variants[1:], key=lambda variant: variant.val.loss[-1])
     axes = AXES if all(variant.price is not None for variant in variants) else AXES[:-1]
-    documents = PairedBootstrap(variants)
+    documents = PairedBootstrap(variants, seed_std)
     pairs = [
         compare_pair(a, b, axes, documents)
         for first, second in itertools.combinations(variants, 2)
@@ -73,6 +79,7 @@ def compare(variants: Sequence[Variant], force: bool = False) -> Comparison:
         challenger=challenger.name,
         verdict=decide(challenger, reference, pairs),
         scaling=fit_doubling(variants),
+        seed_std=pooled_seed_std([each.final_losses for each in variants], [each.seeds for each in variants]),
         notes=tuple(reading_notes(variants, challenger, reference, pairs)),
         warnings=warnings,
         config_differences=_config_differences(variants),

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelm.compare.axes import TIMED_AXES, Axis
-from moelm.compare.bootstrap import BootstrapInterval, PairedBootstrap, PairedDifference, student_t
+from moelm.compare.bootstrap import BootstrapInterval, PairedBootstrap, PairedDifference
 from moelm.compare.reading import Read, Reading, read_cost, read_loss
+from moelm.compare.seed_std import student_t
 from moelm.compare.variants import Variant
 
 NEGLIGIBLE = 0.005

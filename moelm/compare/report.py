@@ -12,6 +12,7 @@ from moelm.atomic import atomic_directory
 from moelm.compare.comparison import Comparison, compare
 from moelm.compare.figures import draw_comparison, draw_expert_load, draw_scaling
 from moelm.compare.pairwise import PairResult
+from moelm.compare.seed_std import read_seed_std
 from moelm.compare.tables import report_tables
 from moelm.compare.variants import Variant, group_runs
 from moelm.errors import MoelmError
@@ -36,6 +37,7 @@ def compare_runs(
     grouped: bool = False,
     prices: Sequence[float] = (),
     command: str | None = None,
+    seed_std: Path | None = None,
 ) -> Comparison:
     """Compare runs and write the report.
 
@@ -45,12 +47,14 @@ def compare_runs(
         force: whether to compare runs on different data, with a warning in the report.
         grouped, prices: see `group_runs`.
         command: the command line, for the report.
+        seed_std: a report.json, see `read_seed_std`.
 
     Raises:
         MoelmError: runs that cannot be read or compared, or an `out` that must not be replaced.
     """
     check_report_directory(out)
-    comparison = compare(group_runs(read_runs(paths), grouped, prices), force)
+    variants = group_runs(read_runs(paths), grouped, prices)
+    comparison = compare(variants, force, None if seed_std is None else read_seed_std(seed_std, variants))
     write_report(comparison, out, command)
     return comparison
 
@@ -110,6 +114,7 @@ def report_json(comparison: Comparison) -> dict[str, Any]:
         "warnings": list(comparison.warnings),
         "variants": [_variant_json(variant) for variant in comparison.variants],
         "pairs": [_pair_json(pair) for pair in comparison.pairs],
+        "seed_std": comparison.seed_std and {"std": comparison.seed_std.std, "degrees": comparison.seed_std.degrees},
         "scaling": comparison.scaling and asdict(comparison.scaling),
         "config_differences": {key: dict(values) for key, values in comparison.config_differences.items()},
     }

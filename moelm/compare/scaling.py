@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moelm.compare.bootstrap import student_t
+from moelm.compare.seed_std import student_t
 from moelm.compare.variants import Variant
 from moelm.config import MoEFFNConfig, differing, trajectory_settings
 from moelm.formats import count_noun

@@ -98,7 +98,9 @@ def _confidence(pair: PairResult) -> str:
     basis = f"over {count_noun(interval.documents, 'evaluation document')}"
     if interval.effective_documents < 0.5 * interval.documents:
         basis += f" (equivalent to {interval.effective_documents:.0f} of equal length)"
-    if interval.seeds_included:
+    if interval.seeds_from is not None:
+        basis += f" and the variation between seeds in {interval.seeds_from}"
+    elif interval.seeds_included:
         a, b = interval.seeds
         basis += f" and {count_noun(a, 'seed')}" if a == b else f" and {a} against {count_noun(b, 'seed')}"
     else:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moelm.compare.bootstrap import pooled_seed_std, resample_sums
+from moelm.compare.bootstrap import resample_sums
 from moelm.compare.report import compare_runs
+from moelm.compare.seed_std import pooled_seed_std
 from moelm.errors import MoelmError
 from moelm.runs.document_losses import DocumentLosses, load_document_losses
 from moelm.runs.record import Array
@@ -140,7 +141,17 @@ def test_intervals_are_in_the_report(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out/report.json").read_text())
     pair = next(pair for pair in report["pairs"] if pair["a"] == "moe")
     assert pair["paired"].keys() == {
-        *("gain", "low", "high", "documents", "effective_documents", "better_documents", "seeds", "seeds_included")
+        *(
+            "gain",
+            "low",
+            "high",
+            "documents",
+            "effective_documents",
+            "better_documents",
+            "seeds",
+            "seeds_included",
+            "seeds_from",
+        )
     }
     assert pair["paired"]["gain"] == pytest.approx(0.15)
     assert pair["domains"].keys() == {"code", "synthetic-sums"}

@@ -38,7 +38,7 @@ def test_report_json_keys(pair: list[str], tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report.keys() == {
         *("schema", "kind", "moelm", "reference", "challenger", "winner", "verdict", "confidence", "efficiency", "sizes"),
-        *("scaling", "notes", "forced", "warnings", "variants", "pairs", "config_differences"),
+        *("seed_std", "scaling", "notes", "forced", "warnings", "variants", "pairs", "config_differences"),
     }
     assert (report["schema"], report["kind"], report["forced"]) == (3, "moelm compare", False)
     assert (report["reference"], report["challenger"], report["winner"]) == ("dense", "moe", None)

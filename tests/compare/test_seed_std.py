@@ -1,0 +1,76 @@
+"""The variation between seeds that is taken from the report of another comparison."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moelm.compare.report import compare_runs
+from moelm.compare.seed_std import read_seed_std, student_t
+from moelm.compare.variants import group_runs
+from moelm.errors import MoelmError
+from moelm.runs.record import read_runs
+from tests.compare.linear_runs import MOE, write_run
+
+LOSSES = [1.0, 1.2, 0.9, 1.1, 1.05, 0.95]
+
+
+def write_pair(folder: Path, seed: int, gain: float, evaluations: int = 4) -> list[str]:
+    """A dense run and a mixture that is better by `gain` on every document."""
+    dense = write_run(folder / f"dense-{seed}", slope=0.1, seed=seed, documents=LOSSES, evaluations=evaluations)
+    better = [loss - gain for loss in LOSSES]
+    moe = write_run(folder / f"moe-{seed}", slope=0.1, ffn=MOE, seed=seed, documents=better, evaluations=evaluations)
+    return [str(dense), str(moe)]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """The report of three seeds."""
+    gains = {1: 0.1, 2: 0.2, 3: 0.4}
+    runs = [path for seed, gain in gains.items() for path in write_pair(tmp_path, seed, gain)]
+    compare_runs(runs, tmp_path / "study", grouped=True)
+    return tmp_path / "study/report.json"
+
+
+def test_the_interval_of_one_seed_includes_the_variation_of_another_report(study: Path, tmp_path: Path) -> None:
+    runs = write_pair(tmp_path, 9, 0.3)
+    alone = compare_runs(runs, tmp_path / "alone").pair("moe-9", "dense-9").paired
+    comparison = compare_runs(runs, tmp_path / "surely", seed_std=study)
+    surely = comparison.pair("moe-9", "dense-9").paired
+    assert alone is not None
+    assert surely is not None
+    assert not alone.overall.seeds_included
+    # Two variants over three seeds: the standard deviation of the difference is that of the paired gains.
+    stated = json.loads(study.read_text())["seed_std"]
+    half_width = student_t(stated["degrees"]) * stated["std"] * math.sqrt(2)
+    assert surely.overall.gain - surely.overall.low == pytest.approx(
+        math.hypot(alone.overall.gain - alone.overall.low, half_width)
+    )
+    assert surely.overall.seeds_from == str(study)
+    assert f"the variation between seeds in {study}" in comparison.verdict.confidence
+
+
+def test_a_report_states_the_standard_deviation_of_its_final_losses(study: Path) -> None:
+    report = json.loads(study.read_text())
+    losses = np.array([[run["val_loss"] for run in variant["runs"]] for variant in report["variants"]])
+    gains = losses[0] - losses[1]
+    assert report["seed_std"]["std"] == pytest.approx(gains.std(ddof=1) / math.sqrt(2), abs=1e-12)
+    assert report["seed_std"]["degrees"] == 2
+
+
+def test_reports_of_one_seed_other_lengths_or_no_report_are_refused(study: Path, tmp_path: Path) -> None:
+    variants = group_runs(read_runs(write_pair(tmp_path, 9, 0.3)))
+    assert read_seed_std(study, variants).degrees == 2
+    longer = group_runs(read_runs(write_pair(tmp_path, 10, 0.3, evaluations=5)))
+    with pytest.raises(MoelmError, match="no variant with the parameters, FLOPs per token and tokens of dense-10"):
+        read_seed_std(study, longer)
+    with pytest.raises(MoelmError, match="cannot be read: No such file"):
+        read_seed_std(tmp_path / "missing.json", variants)
+    compare_runs([str(variant.first.path) for variant in variants], tmp_path / "single")
+    for content in (None, "[]", "{", '{"seed_std": {"std": 1}}'):
+        if content is not None:
+            (tmp_path / "single/report.json").write_text(content)
+        with pytest.raises(MoelmError, match=r"is no report\.json of a comparison over several seeds"):
+            read_seed_std(tmp_path / "single/report.json", variants)
