@@ -1,15 +1,22 @@
 """The machine: device, precision, peak FLOP/s, memory. Nothing here depends on models."""
 
 import ctypes
+import hashlib
+import json
 import os
+import platform
 import resource
 import sys
 import time
+from contextlib import suppress
 from functools import cache
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from moelm.atomic import temporary_path
+from moelm.console import warn
 from moelm.errors import MoelmError
 
 
@@ -78,14 +85,59 @@ def pick_device() -> torch.device:
 def pick_precision(device: torch.device) -> Precision:
     """The precision for `train.precision: auto` on this machine: bf16 if its products are clearly faster, otherwise fp32.
 
-    CPUs are timed, because some have bfloat16 instructions that are slower than float32.
+    CPUs are timed, because some have bfloat16 instructions that are slower than float32. They are timed once, because the
+    result depends on what else the machine is doing, and the runs of a comparison must have the same; it is kept in
+    `cache_folder`.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if not _cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
         return "fp32"
+    key = {"cpu": _cpu_model(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    path = cache_folder() / f"precision-{name}.json"
+    if (stored := _read_precision(path, key)) is not None:
+        return stored
     gain = peak_flops(device, torch.bfloat16) / peak_flops(device, torch.float32)
-    return "bf16" if gain > MIN_BF16_SPEEDUP else "fp32"
+    chosen: Precision = "bf16" if gain > MIN_BF16_SPEEDUP else "fp32"
+    try:
+        _store_first(path, json.dumps(key | {"precision": chosen, "bf16_speedup": round(gain, 2)}, indent=1), key)
+    except OSError as error:
+        warn(f"train.precision: auto is {chosen} here, but {path} cannot be written for other runs ({error.strerror}).")
+    return _read_precision(path, key) or chosen
+
+
+def cache_folder() -> Path:
+    """The folder of what is measured once for a machine: `MOELM_CACHE`, or `moelm` in the user's cache directory."""
+    if chosen := os.environ.get("MOELM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "moelm"
+
+
+def _read_precision(path: Path, key: dict[str, Any]) -> Precision | None:
+    """The precision that was chosen for this machine; None without a readable file of this machine."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(stored, dict) or {name: stored.get(name) for name in key} != key:
+        return None
+    precision = stored.get("precision")
+    return precision if precision in ("fp32", "bf16") else None
+
+
+def _store_first(path: Path, text: str, key: dict[str, Any]) -> None:
+    """Write the file, unless another process has meanwhile: of two that start together, both use the first choice."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = temporary_path(path)
+    try:
+        work.write_text(text, encoding="utf-8")
+        with suppress(OSError):  # it exists, or the file system has no hard links
+            os.link(work, path)
+        if _read_precision(path, key) is None:
+            work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
@@ -100,12 +152,20 @@ def should_compile(wanted: bool | str, device: torch.device) -> bool:
 
 
 def _cpu_flags() -> set[str]:
+    return set(_cpu_info("flags", "Features").split())
+
+
+def _cpu_model() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(*names: str) -> str:
+    """A value of the first CPU; empty where the system has no such file or value."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith(("flags", "Features"))]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return set()
-    return set(lines[0].split()) if lines else set()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
 
 
 @cache

@@ -18,7 +18,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-NOT_COMPARED = ("time_s", "perf/tokens_per_s", "perf/mfu", "perf/memory_peak_bytes")
+NOT_COMPARED = ("time_s", "perf/")
+"""Prefixes of metrics that vary between runs of the same trajectory."""
 
 
 def child_pids(pid: int) -> list[int]:
@@ -73,7 +74,7 @@ def compared_metrics(run: Path) -> list[dict[str, object]]:
     """Every line of metrics.jsonl, without the values that may differ."""
     # Not by read_metrics, which merges lines of the same step: a repeated step is a failure here.
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in NOT_COMPARED} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(NOT_COMPARED)} for line in lines]
 
 
 def main() -> None:

@@ -91,6 +91,12 @@ def fill(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what is measured here out of the user's cache directory."""
+    os.environ["MOELM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
     """A folder with a text and the configs of a dense and a sparse run."""

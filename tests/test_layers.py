@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "moelm"
 
 LAYERS = [
     ["errors", "formats"],
-    ["atomic", "config", "console", "hardware"],
+    ["atomic", "console"],
+    ["config", "hardware"],
     ["data"],
     ["model"],
     ["distributed"],

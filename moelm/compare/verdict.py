@@ -187,6 +187,10 @@ def reading_notes(
         values = [str(run.environment.get(key, "–")) for run in runs]
         if len(set(values)) > 1:
             yield f"Times are not comparable: {key} differs ({', '.join(dict.fromkeys(values))})."
+    for run in runs:
+        cpus = run.environment.get("cpus")
+        if run.cpu_use is not None and isinstance(cpus, int) and (load := run.cpu_use.describe_load(cpus)) is not None:
+            yield f"The machine was not idle while {run.name} trained ({load}); its times are uncertain."
     lengths = [length for variant in variants for length in variant.lengths]
     variation = max(length.final_seconds.max() / length.final_seconds.min() - 1 for length in lengths)
     if variation > 0.05:

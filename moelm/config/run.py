@@ -166,7 +166,7 @@ class TrainConfig(Config):
     log_every: Count = 1
     """Steps between lines of metrics.jsonl; a line describes its own step alone."""
     precision: Dtype | Auto = "auto"
-    """`bf16` is autocast; `auto`: bf16 where the hardware multiplies it faster, otherwise fp32; resolved at the start."""
+    """`bf16` is autocast; `auto`: bf16 where the hardware multiplies it faster, otherwise fp32; settled once a machine."""
 
 
 class RoleConfig(Config):

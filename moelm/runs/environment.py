@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import os
 import platform
 import shlex
 import sys
@@ -38,6 +39,7 @@ def describe_environment(
         "torch": torch.__version__,
         "platform": platform.platform(),
         "device": f"{device.type} ({name})",
+        "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": dims.size,
         "parallel_dims": dims._asdict(),

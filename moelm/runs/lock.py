@@ -66,7 +66,7 @@ class RunLock:
     def __init__(self, run: RunDirectory) -> None:
         self.run, self.path = run, run.lock
         since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        self.owner = Owner(os.getpid(), platform.node(), _boot(), _launch(), since, uuid.uuid4().hex)
+        self.owner = Owner(os.getpid(), platform.node(), boot_id(), _launch(), since, uuid.uuid4().hex)
         self._created = [folder for folder in (run.path, run.path.parent) if not folder.exists()]
         self._file = -1
         self._lost_to: str | None = None
@@ -255,7 +255,8 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _boot() -> str:
+def boot_id() -> str:
+    """Identifies the machine and its last start."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return platform.node()

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from moelm.config import RunConfig, load_config
 from moelm.errors import MoelmError
+from moelm.runs.cpu_load import CpuUse, mean_use
 from moelm.runs.directory import RunDirectory
 from moelm.runs.document_losses import DocumentLosses, load_document_losses
 from moelm.runs.metrics import TOTALS, Line, is_finite, read_metrics
@@ -83,6 +84,8 @@ class RunRecord:
     """Losses of the validation documents, and the step of that evaluation; None if they were not saved."""
     load: Load | None
     """None for a dense run."""
+    cpu_use: CpuUse | None
+    """Use of the machine by other processes; None if it was not recorded."""
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -129,6 +132,7 @@ def read_run(run: str | Path) -> RunRecord:
         domains_at={line["step"]: _domains(line) for line in lines if line.get("val/domains")},
         documents=load_document_losses(directory.documents),
         load=_load(lines, directory.metrics),
+        cpu_use=mean_use(lines),
     )
 
 

@@ -242,7 +242,8 @@ def _resolve(config: RunConfig, vocab_size: int, device: torch.device, saved: Ru
     if precision == "auto" and saved is not None:
         precision = saved.train.precision
     if precision == "auto":
-        precision = ranks.broadcast(pick_precision(device))
+        # On several processes at once, the timing would be of all of them.
+        precision = ranks.broadcast(pick_precision(device) if ranks.is_main else "fp32")
     return config.model_copy(
         update={
             "init_from": ranks.broadcast(resolve_init_from(config.init_from, saved) if ranks.is_main else None),

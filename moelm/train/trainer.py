@@ -30,6 +30,7 @@ from moelm.model import ModelOutput, Transformer, count_flops, rng
 from moelm.model.forward import forward_batch
 from moelm.model.moe.balance import LayerSums, add_layer_sums, map_layer_sums
 from moelm.runs.checkpoint import Progress, checkpoint_path, list_checkpoints
+from moelm.runs.cpu_load import CpuLoad
 from moelm.runs.directory import RunDirectory
 from moelm.runs.lock import RunLock
 from moelm.runs.metrics import Line
@@ -127,6 +128,7 @@ class Trainer:
         logger = MetricsLogger(config, self.run, first, enabled=self.ranks.is_main)
         evaluation: Evaluation | None = None
         started = time.monotonic()
+        cpu_load = CpuLoad(self.ranks.gather)
         trace_folder = self.run.path if profile and self.ranks.is_main else None
         try:
             with (
@@ -143,6 +145,7 @@ class Trainer:
                         self.lock.check()
                     if step % config.train.eval_every == 0 or step == steps:
                         progress_line.update(f"{config.name}: evaluating at step {step:,} …")
+                        line |= cpu_load.as_metrics()
                         evaluation = self._evaluate_and_log(line)
                     if step % config.train.log_every == 0 or "val/loss" in line:
                         logger.write(line)
@@ -157,6 +160,8 @@ class Trainer:
         finally:
             self.saver.close()
             logger.close()
+        if (load := cpu_load.describe()) is not None:
+            warn(f"the machine was not idle while {config.name} trained ({load}); its times are uncertain.")
         return evaluation or self._run_evaluation()
 
     def _step(self, index: int) -> tuple[Line, signal.Signals | None]:

@@ -299,3 +299,13 @@ def test_number_formats() -> None:
     assert [exponent(x) for x in (1.2e15, 123_000.0)] == ["1.2e15", "1.2e5"]
     assert [duration(x) for x in (41.23, 512, 9000)] == ["41.2 s", "8.5 min", "2.5 h"]
     assert cost_with_unit("tokens", 4_915_200) == "4.9M tokens"
+
+
+def test_a_machine_that_was_not_idle_is_noted(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, slope=0.5, seconds=0.1, environment={"cpus": 2}) for name in "ab")
+    lines = [json.loads(text) for text in (b / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line |= {"perf/cpu_others": 0.9, "perf/cpu_steal": 0.0}
+    (b / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    note = "The machine was not idle while b trained (other processes used 0.9 of 2 CPUs); its times are uncertain."
+    assert [each for each in compared([a, b]).notes if "not idle" in each] == [note]
