@@ -12,6 +12,7 @@ import numpy as np
 from moelm.compare.reading import Reading
 from moelm.compare.seed_std import SeedStd, pooled_seed_std
 from moelm.compare.variants import Variant
+from moelm.data.effective_documents import effective_documents
 from moelm.runs.record import Array
 
 CONFIDENCE = 0.95
@@ -166,7 +167,7 @@ class _Sample:
             low=gain - math.hypot(gain - low, seed_half_width),
             high=gain + math.hypot(high - gain, seed_half_width),
             documents=len(gain_D),
-            effective_documents=float(self.tokens_D.sum() ** 2 / (self.tokens_D**2).sum()),
+            effective_documents=effective_documents(self.tokens_D.tolist()),
             better_documents=float((gain_D > 0).mean()),
             seeds=(len(a_SN), len(b_SN)),
             seeds_included=seed_std is not None,

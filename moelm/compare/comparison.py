@@ -13,6 +13,7 @@ from moelm.compare.seed_std import SeedStd, pooled_seed_std
 from moelm.compare.variants import Variant
 from moelm.compare.verdict import Verdict, decide, reading_notes
 from moelm.config import flatten
+from moelm.data.effective_documents import effective_documents, few_documents_warning
 from moelm.errors import MoelmError
 from moelm.formats import join_names
 from moelm.runs.record import FINGERPRINTS, RunRecord
@@ -36,7 +37,9 @@ class Comparison:
     notes: tuple[str, ...]
     """Limitations of the comparison."""
     warnings: tuple[str, ...]
-    """Why these runs are not comparable; empty unless forced."""
+    """Why these runs are not comparable, if forced, and whether the evaluation documents are few."""
+    forced: bool
+    """Whether the runs are not comparable."""
     config_differences: Mapping[str, Mapping[str, Any]]
     """The value of each variant, by dotted config key, for the keys in which variants differ."""
 
@@ -61,9 +64,9 @@ def compare(variants: Sequence[Variant], force: bool = False, seed_std: SeedStd 
     """
     if len(variants) < 2:
         raise MoelmError("A comparison needs at least two variants.")
-    warnings = tuple(_mismatches([run for variant in variants for run in variant.all_runs]))
-    if warnings and not force:
-        raise MoelmError(f"{' '.join(warnings)} Use --force to compare the runs anyway.")
+    mismatches = tuple(_mismatches([run for variant in variants for run in variant.all_runs]))
+    if mismatches and not force:
+        raise MoelmError(f"{' '.join(mismatches)} Use --force to compare the runs anyway.")
     reference = variants[0]
     challenger = min(variants[1:], key=lambda variant: variant.val.loss[-1])
     axes = AXES if all(variant.price is not None for variant in variants) else AXES[:-1]
@@ -81,7 +84,8 @@ def compare(variants: Sequence[Variant], force: bool = False, seed_std: SeedStd 
         scaling=fit_doubling(variants),
         seed_std=pooled_seed_std([each.final_losses for each in variants], [each.seeds for each in variants]),
         notes=tuple(reading_notes(variants, challenger, reference, pairs)),
-        warnings=warnings,
+        warnings=(*mismatches, *_few_documents(reference)),
+        forced=bool(mismatches),
         config_differences=_config_differences(variants),
     )
 
@@ -97,6 +101,15 @@ def _mismatches(runs: Sequence[RunRecord]) -> Iterator[str]:
             lossy = reference.environment.get("lossy") or run.environment.get("lossy")
             hint = " (only bits per byte are)" if differ == ["tokenizer"] and not lossy else ""
             yield f"{names} differ in {join_names(differ)}, so their losses are not comparable{hint}."
+
+
+def _few_documents(reference: Variant) -> Iterator[str]:
+    """A sentence if the evaluation documents are too few for an interval over them."""
+    if (saved := reference.document_losses) is None:
+        return
+    lengths = saved[0].tokens.tolist()
+    if warning := few_documents_warning(len(lengths), effective_documents(lengths)):
+        yield warning[0].upper() + warning[1:]
 
 
 def _config_differences(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:

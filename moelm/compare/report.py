@@ -110,7 +110,7 @@ def report_json(comparison: Comparison) -> dict[str, Any]:
         "efficiency": verdict.efficiency,
         "sizes": verdict.sizes,
         "notes": list(comparison.notes),
-        "forced": bool(comparison.warnings),
+        "forced": comparison.forced,
         "warnings": list(comparison.warnings),
         "variants": [_variant_json(variant) for variant in comparison.variants],
         "pairs": [_pair_json(pair) for pair in comparison.pairs],

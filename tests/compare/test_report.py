@@ -236,3 +236,15 @@ def test_the_command_with_groups_and_prices(moelm: Moelm, workplace: Path) -> No
 def test_comparison_does_not_import_torch() -> None:
     code = "import sys, moelm.compare.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("documents", "few"), [(9, True), (10, False)])
+def test_few_evaluation_documents_are_warned_of_first(tmp_path: Path, documents: int, few: bool) -> None:
+    losses = [1 + number / 10 for number in range(documents)]
+    runs = [str(write_run(tmp_path / name, slope=0.1, documents=losses)) for name in "ab"]
+    comparison = compare_runs(runs, tmp_path / "out")
+    lines = (tmp_path / "out/report.md").read_text().split("\n\n")
+    warning = "Warning:** The 9 evaluation documents weigh as much as 9.0 of equal length, so an interval over them means"
+    assert (warning in lines[1]) == few
+    assert (len(comparison.warnings) == 1) == few
+    assert json.loads((tmp_path / "out/report.json").read_text())["forced"] is False
