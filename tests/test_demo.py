@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+OVERRIDES = (
+    "data.sources.0.max_documents=400",
+    "train.steps=20",
+    "train.checkpoint_every=5",
+    "optim.warmup_steps=2",
+)
 
 
 @pytest.mark.slow(seconds=30)
@@ -19,7 +25,7 @@ def test_the_demo_writes_a_report(tmp_path: Path) -> None:
     # With all threads, because the models are larger than those of other tests.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        ["bash", "scripts/demo.sh", "data.sources.0.max_documents=400", "train.steps=10", "optim.warmup_steps=5"],
+        ["bash", "scripts/demo.sh", *OVERRIDES],
         cwd=tmp_path,
         env={**environment, "BIN": str(Path(sys.executable).parent)},
         capture_output=True,
@@ -28,7 +34,8 @@ def test_the_demo_writes_a_report(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "reports/demo/report.json").read_text())
-    assert report["schema"] == 2
+    assert report["schema"] == 3
+    assert [length["steps"] for length in report["variants"][1]["lengths"]] == [10, 16, 20]
     for name in ("report.html", "report.md", "comparison.png", "load.png"):
         assert (tmp_path / "reports/demo" / name).stat().st_size > 1000
     dense, moe = (json.loads((tmp_path / f"runs/demo-{kind}/environment.json").read_text()) for kind in ("dense", "moe"))

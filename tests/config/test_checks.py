@@ -8,6 +8,7 @@ from moelm.config import describe_ineffective, load_config
 from moelm.config.load import dump_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+MOE = Path(__file__).parents[1] / "configs/moe.yaml"
 NOT_TRAINED = ("base", "bench", "gpu")
 
 
@@ -39,7 +40,7 @@ NOT_TRAINED = ("base", "bench", "gpu")
     ],
 )
 def test_a_setting_without_effect_is_reported(overrides: str, sentence: str) -> None:
-    config = load_config(CONFIGS / "demo-moe.yaml", overrides.split())
+    config = load_config(MOE, overrides.split())
     found = describe_ineffective(config)
     assert len(found) == 1
     assert sentence in found[0]
@@ -63,7 +64,7 @@ def test_a_setting_without_effect_is_reported(overrides: str, sentence: str) -> 
     ],
 )
 def test_a_setting_with_an_effect_is_not_reported(tmp_path: Path, overrides: str) -> None:
-    config = load_config(CONFIGS / "demo-moe.yaml", overrides.split())
+    config = load_config(MOE, overrides.split())
     assert describe_ineffective(config) == []
     (tmp_path / "config.yaml").write_text(dump_config(config))  # with every default written out
     assert describe_ineffective(load_config(tmp_path / "config.yaml")) == []

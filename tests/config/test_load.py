@@ -8,7 +8,8 @@ from moelm.config import DenseFFNConfig, apply_overrides, check_config, dump_con
 from moelm.errors import MoelmError
 
 TINY = "kind: moe, hidden_dim: 8, num_experts: 4, top_k: 2"
-MOE = Path(__file__).parents[2] / "configs/demo-moe.yaml"
+MOE = Path(__file__).parents[1] / "configs/moe.yaml"
+SHIPPED = Path(__file__).parents[2] / "configs"
 
 
 def check_refused(override: str, message: str) -> None:
@@ -237,7 +238,7 @@ def test_a_dumped_config_loads_as_an_equal_config(tmp_path: Path) -> None:
 
 
 def test_the_demo_configs_differ_only_in_the_ffn() -> None:
-    sparse, dense = (load_config(MOE.with_name(f"demo-{kind}.yaml")).model_dump() for kind in ("moe", "dense"))
+    sparse, dense = (load_config(SHIPPED / f"demo-{kind}.yaml").model_dump() for kind in ("moe", "dense"))
     for tree in (sparse, dense):
         tree["model"].pop("ffn")
         tree.pop("name")

@@ -8,7 +8,7 @@ from moelm.config import load_config
 from moelm.plan.counts import BYTE_VOCABULARY, assumed_vocab_size
 from tests.conftest import Moelm
 
-CONFIG = Path(__file__).parents[2] / "configs/demo-moe.yaml"
+CONFIG = Path(__file__).parents[1] / "configs/moe.yaml"
 
 
 @pytest.mark.parametrize(

@@ -19,26 +19,26 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("train.precision=fp32", "train.batch_tokens=2048")
 MUON = ("optim.kind=muon",)
 CASES = {
-    "dense": ("demo-dense", 1, ()),
-    "moe-bf16": ("demo-moe", 1, ("train.precision=bf16",)),
-    "full": ("demo-moe", 1, ("parallel.activation_checkpointing=full",)),
-    "deep": ("demo-moe", 1, ("model.ffn.depth=2",)),
-    "looped": ("demo-moe", 1, ("model.unique_layers=2",)),
-    "replicas": ("demo-moe", 2, ()),
-    "ep": ("demo-moe", 2, ("parallel.ep=2",)),
-    "sharded-ep": ("demo-moe", 4, ("parallel.dp_shard=2", "parallel.ep=2")),
-    "sharded-ep-bf16": ("demo-moe", 4, ("parallel.dp_shard=2", "parallel.ep=2", "train.precision=bf16")),
-    "muon-dense": ("demo-dense", 1, MUON),
-    "muon-shared": ("demo-moe", 1, (*MUON, "model.ffn.shared_experts=2", "model.ffn.every=2")),
-    "muon-looped-bf16": ("demo-moe", 1, (*MUON, "model.unique_layers=2", "train.precision=bf16")),
-    "muon-frozen": ("demo-moe", 2, (*MUON, "optim.groups.experts.lr=0", "optim.groups.embedding.lr=0")),
-    "muon-replicas": ("demo-moe", 2, MUON),
-    "muon-sharded-bf16": ("demo-moe", 2, (*MUON, "parallel.dp_shard=2", "train.precision=bf16")),
-    "muon-sharded-along-rows": ("demo-moe", 2, (*MUON, "parallel.dp_shard=2", "model.ffn.num_experts=3")),
-    "muon-ep": ("demo-moe", 2, (*MUON, "parallel.ep=2")),
-    "muon-replicas-sharded": ("demo-dense", 4, (*MUON, "parallel.dp_shard=2", "parallel.dp_replicate=2")),
-    "muon-replicas-ep": ("demo-moe", 4, (*MUON, "parallel.ep=2")),
-    "muon-sharded-ep": ("demo-moe", 4, (*MUON, "parallel.dp_shard=2", "parallel.ep=2")),
+    "dense": ("dense", 1, ()),
+    "moe-bf16": ("moe", 1, ("train.precision=bf16",)),
+    "full": ("moe", 1, ("parallel.activation_checkpointing=full",)),
+    "deep": ("moe", 1, ("model.ffn.depth=2",)),
+    "looped": ("moe", 1, ("model.unique_layers=2",)),
+    "replicas": ("moe", 2, ()),
+    "ep": ("moe", 2, ("parallel.ep=2",)),
+    "sharded-ep": ("moe", 4, ("parallel.dp_shard=2", "parallel.ep=2")),
+    "sharded-ep-bf16": ("moe", 4, ("parallel.dp_shard=2", "parallel.ep=2", "train.precision=bf16")),
+    "muon-dense": ("dense", 1, MUON),
+    "muon-shared": ("moe", 1, (*MUON, "model.ffn.shared_experts=2", "model.ffn.every=2")),
+    "muon-looped-bf16": ("moe", 1, (*MUON, "model.unique_layers=2", "train.precision=bf16")),
+    "muon-frozen": ("moe", 2, (*MUON, "optim.groups.experts.lr=0", "optim.groups.embedding.lr=0")),
+    "muon-replicas": ("moe", 2, MUON),
+    "muon-sharded-bf16": ("moe", 2, (*MUON, "parallel.dp_shard=2", "train.precision=bf16")),
+    "muon-sharded-along-rows": ("moe", 2, (*MUON, "parallel.dp_shard=2", "model.ffn.num_experts=3")),
+    "muon-ep": ("moe", 2, (*MUON, "parallel.ep=2")),
+    "muon-replicas-sharded": ("dense", 4, (*MUON, "parallel.dp_shard=2", "parallel.dp_replicate=2")),
+    "muon-replicas-ep": ("moe", 4, (*MUON, "parallel.ep=2")),
+    "muon-sharded-ep": ("moe", 4, (*MUON, "parallel.dp_shard=2", "parallel.ep=2")),
 }
 
 
@@ -55,7 +55,7 @@ def layer_activations(config: RunConfig, strategy: Strategy) -> int:
 @pytest.mark.parametrize("case", CASES)
 def test_estimates_agree_with_a_real_step(case: str) -> None:
     name, processes, overrides = CASES[case]
-    arguments = [str(ROOT / f"configs/{name}.yaml"), *SMALL, *overrides]
+    arguments = [str(ROOT / f"tests/configs/{name}.yaml"), *SMALL, *overrides]
     done = run_ranks(measured_step, ["measured", *arguments], ROOT, processes)
     assert done.returncode == 0, done.stderr
     step = json.loads(done.stdout)

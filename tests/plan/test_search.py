@@ -1,6 +1,7 @@
 """The layouts of a plan, their communication, time and order."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,14 @@ from tests.distributed.launching import ROOT
 GB = 1e9
 
 
+def find(name: str) -> Path:
+    """A config for tests, or a shipped one."""
+    own = ROOT / f"tests/configs/{name}.yaml"
+    return own if own.exists() else ROOT / f"configs/{name}.yaml"
+
+
 def load(name: str, *overrides: str) -> RunConfig:
-    return count_model(load_config(ROOT / f"configs/{name}.yaml", overrides))[1]
+    return count_model(load_config(find(name), overrides))[1]
 
 
 def fp32_traffic(config: RunConfig, *dims: int) -> Traffic:
@@ -31,10 +38,10 @@ def fp32_traffic(config: RunConfig, *dims: int) -> Traffic:
 
 
 def test_layouts_are_all_products_that_the_model_allows() -> None:
-    assert set(possible_dims(load("demo-moe"), 4)) == {
+    assert set(possible_dims(load("moe"), 4)) == {
         ParallelDims(*sizes) for sizes in [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
     }
-    assert all(dims.ep == 1 for dims in possible_dims(load("demo-dense"), 4))
+    assert all(dims.ep == 1 for dims in possible_dims(load("dense"), 4))
 
 
 def test_candidates_that_fit_come_first_ordered_by_time() -> None:
@@ -64,7 +71,7 @@ def test_sharded_weights_are_divided_and_replicas_are_not() -> None:
 
 def test_traffic_of_two_processes_in_closed_form() -> None:
     """One micro-batch, float32: all-reduce of P numbers sends 4 P bytes, all-gather and reduce-scatter half of that."""
-    config = load("demo-moe", "train.precision=fp32")
+    config = load("moe", "train.precision=fp32")
     parameters, experts = 3_937_664, 4 * 8 * 3 * 128 * 256
     assert fp32_traffic(config, 2, 1, 1) == (0, 0, 4 * parameters, 0, 0)
     assert fp32_traffic(config, 1, 2, 1) == (2 * 2 * parameters, 2 * parameters, 0, 0, 0)
@@ -74,8 +81,8 @@ def test_traffic_of_two_processes_in_closed_form() -> None:
 
 
 def test_repeated_layers_are_gathered_at_each_repeat_and_reduced_once() -> None:
-    config = load("demo-moe", "train.precision=fp32")
-    looped = load("demo-moe", "train.precision=fp32", "model.unique_layers=2")
+    config = load("moe", "train.precision=fp32")
+    looped = load("moe", "train.precision=fp32", "model.unique_layers=2")
     plain, repeated = (fp32_traffic(each, 1, 2, 1) for each in (config, looped))
     assert repeated.all_gather == plain.all_gather
     fewer = count_parameters(config.model).total - count_parameters(looped.model).total
@@ -84,7 +91,7 @@ def test_repeated_layers_are_gathered_at_each_repeat_and_reduced_once() -> None:
 
 def test_matrices_are_exchanged_by_the_processes_that_hold_them() -> None:
     """Elements sent by one process; a result returns to every replica, and experts are whole where they live."""
-    config = load("demo-moe", "train.precision=fp32", "optim.kind=muon")
+    config = load("moe", "train.precision=fp32", "optim.kind=muon")
     attention, experts = 4 * 4 * 128 * 128, 4 * 8 * 3 * 128 * 256
 
     def sent(*dims: int) -> float:
@@ -99,7 +106,7 @@ def test_matrices_are_exchanged_by_the_processes_that_hold_them() -> None:
 
 
 def test_frozen_weights_have_no_gradients_to_reduce() -> None:
-    config, frozen = (load("demo-moe", "train.precision=fp32", *key) for key in ((), ("optim.groups.experts.lr=0",)))
+    config, frozen = (load("moe", "train.precision=fp32", *key) for key in ((), ("optim.groups.experts.lr=0",)))
     experts = 4 * 8 * 3 * 128 * 256
     assert fp32_traffic(config, 2, 1, 1).all_reduce - fp32_traffic(frozen, 2, 1, 1).all_reduce == 4 * experts
     assert fp32_traffic(config, 1, 2, 1).all_gather == fp32_traffic(frozen, 1, 2, 1).all_gather
@@ -107,7 +114,7 @@ def test_frozen_weights_have_no_gradients_to_reduce() -> None:
 
 def test_a_step_includes_the_update() -> None:
     """On one GPU, Muon adds its FLOPs, and moves two numbers fewer for each of its weights: those of one moment."""
-    adamw, muon = (load("demo-moe", f"optim.kind={kind}") for kind in ("adamw", "muon"))
+    adamw, muon = (load("moe", f"optim.kind={kind}") for kind in ("adamw", "muon"))
     difference = make_plan(muon, 1, "h100").best.step_s - make_plan(adamw, 1, "h100").best.step_s
     device = DEVICES["h100"]
     matrices = 4 * 4 * 128 * 128 + 4 * 8 * 3 * 128 * 256
@@ -117,7 +124,7 @@ def test_a_step_includes_the_update() -> None:
 
 def test_temporaries_of_the_update_count_only_above_the_backward_pass() -> None:
     strategy = Strategy(ParallelDims(), "none", 1, bf16=False)
-    memory = estimate_memory(load("demo-moe", "optim.kind=muon"), strategy)
+    memory = estimate_memory(load("moe", "optim.kind=muon"), strategy)
     backward = memory.gathered + memory.activations + memory.all_to_all
     rest = memory.weights + memory.gradients + memory.optimizer
     assert memory.total == rest + max(backward, memory.update)
@@ -165,7 +172,7 @@ def test_activation_checkpointing_is_smaller_and_slower() -> None:
 )
 def test_an_impossible_plan_is_refused(gpus: int, device: str, sentence: str) -> None:
     with pytest.raises(MoelmError, match=sentence):
-        make_plan(load("demo-moe"), gpus, device)
+        make_plan(load("moe"), gpus, device)
 
 
 def test_the_command_prints_a_table_and_json(moelm: Moelm) -> None:
@@ -184,12 +191,12 @@ def test_the_command_prints_a_table_and_json(moelm: Moelm) -> None:
 
 
 def test_the_command_prints_the_cost_of_the_optimizer(moelm: Moelm) -> None:
-    arguments = ["plan", str(ROOT / "configs/demo-moe.yaml")]
+    arguments = ["plan", str(ROOT / "tests/configs/moe.yaml")]
     adamw, muon = (moelm(*arguments, f"optim.kind={kind}").stdout for kind in ("adamw", "muon"))
     assert "adamw: no matrix products, 31.5 MB of moments." in adamw
     plan = json.loads(moelm(*arguments, "optim.kind=muon", "--json").stdout)
     flops = plan["optimizer_flops_per_step"]
     heads, output = 3 * 4 * (4 * 32**2 * 128 + 2 * 32**3), 6 * 128**3
     assert flops == 5 * 4 * (heads + output + 8 * 3 * (4 * 128**2 * 256 + 2 * 128**3))
-    share = flops / plan["training_flops"] * load("demo-moe").train.steps
+    share = flops / plan["training_flops"] * load("moe").train.steps
     assert f"muon: {exponent(flops)} FLOPs per step on all GPUs together, {share:.0%} of the model's; " in muon

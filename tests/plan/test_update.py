@@ -18,19 +18,19 @@ from tests.distributed.launching import ROOT
 
 TINY = ("model.dim=32", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=2", "model.vocab_size=64")
 MODELS = {
-    "dense": ("demo-dense", "model.ffn.hidden_dim=48", "model.tie_embeddings=false"),
-    "moe": ("demo-moe", "model.ffn.hidden_dim=24"),
-    "narrow-experts": ("demo-moe", "model.ffn.hidden_dim=80", "model.ffn.num_experts=3"),
-    "shared": ("demo-moe", "model.ffn.hidden_dim=24", "model.ffn.shared_experts=2", "model.ffn.every=2"),
-    "one-expert": ("demo-moe", "model.ffn.num_experts=1", "model.ffn.top_k=1", "model.qk_norm=true"),
-    "looped": ("demo-moe", "model.unique_layers=2", "model.sandwich_norm=true", "model.ffn.router.kind=noisy_topk"),
-    "hash": ("demo-moe", "model.ffn.router.kind=hash", "optim.groups.attention.lr=0"),
-    "frozen": ("demo-moe", "optim.groups.experts.lr=0"),
+    "dense": ("dense", "model.ffn.hidden_dim=48", "model.tie_embeddings=false"),
+    "moe": ("moe", "model.ffn.hidden_dim=24"),
+    "narrow-experts": ("moe", "model.ffn.hidden_dim=80", "model.ffn.num_experts=3"),
+    "shared": ("moe", "model.ffn.hidden_dim=24", "model.ffn.shared_experts=2", "model.ffn.every=2"),
+    "one-expert": ("moe", "model.ffn.num_experts=1", "model.ffn.top_k=1", "model.qk_norm=true"),
+    "looped": ("moe", "model.unique_layers=2", "model.sandwich_norm=true", "model.ffn.router.kind=noisy_topk"),
+    "hash": ("moe", "model.ffn.router.kind=hash", "optim.groups.attention.lr=0"),
+    "frozen": ("moe", "optim.groups.experts.lr=0"),
 }
 
 
 def load(name: str, *overrides: str) -> RunConfig:
-    return count_model(load_config(ROOT / f"configs/{name}.yaml", [*TINY, *overrides]))[1]
+    return count_model(load_config(ROOT / f"tests/configs/{name}.yaml", [*TINY, *overrides]))[1]
 
 
 @pytest.mark.parametrize("case", MODELS)

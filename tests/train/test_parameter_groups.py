@@ -104,7 +104,7 @@ def test_muon_updates_matrices_by_role_and_not_by_shape() -> None:
 
 @pytest.mark.parametrize(("ffn", "tied"), [("dense", True), ("moe", True), ("moe", False)])
 def test_a_config_that_trains_none_of_its_parameters_is_refused(ffn: str, tied: bool) -> None:
-    config = ROOT / f"configs/demo-{ffn}.yaml"
+    config = ROOT / f"tests/configs/{ffn}.yaml"
     absent = {"dense": {"experts", "router"}, "moe": {"ffn"}}[ffn] | ({"head"} if tied else set())
     present = [f"optim.groups.{role}.lr=0" for role in ROLES if role not in absent]
     common = [f"model.tie_embeddings={str(tied).lower()}"]
