@@ -90,13 +90,15 @@ class PairResult:
 
 def compare_pair(a: Variant, b: Variant, axes: tuple[Axis, ...], documents: PairedBootstrap) -> PairResult:
     """Measure variant `a` against variant `b`."""
+    paired = documents.difference(a, b)
+    final = None if paired is None else paired.overall
     return PairResult(
         a=a.name,
         b=b.name,
         target_loss=float(b.val.loss[-1]),
         cost_to_reach={axis: cost_to_reach(a, b, axis) for axis in axes},
-        equal_cost={axis: compare_at_equal_cost(a, b, axis, documents) for axis in axes},
-        paired=documents.difference(a, b),
+        equal_cost={axis: compare_at_equal_cost(a, b, axis, documents, final) for axis in axes},
+        paired=paired,
     )
 
 
@@ -121,11 +123,14 @@ def _ratio_interval(a: Variant, b: Variant, axis: Axis, other_cost: float) -> tu
     return math.exp(mean - half_width), math.exp(mean + half_width)
 
 
-def compare_at_equal_cost(a: Variant, b: Variant, axis: Axis, documents: PairedBootstrap) -> EqualCost | None:
+def compare_at_equal_cost(
+    a: Variant, b: Variant, axis: Axis, documents: PairedBootstrap, final: BootstrapInterval | None
+) -> EqualCost | None:
     """Both losses at the largest cost that both reached; None without overlap.
 
-    A difference in mid-schedule is taken to be as uncertain as that of the final losses, and at equal time as uncertain as
-    its variation between pairs of runs with the same seed.
+    Args:
+        final: the interval of the final losses, if known; a difference in mid-schedule is taken to be as uncertain, and at
+            equal time also as uncertain as its variation between pairs of runs with the same seed.
     """
     cost_a, cost_b = a.cost(axis), b.cost(axis)
     at = float(min(cost_a[-1], cost_b[-1]))
@@ -138,8 +143,7 @@ def compare_at_equal_cost(a: Variant, b: Variant, axis: Axis, documents: PairedB
     if interval is not None:
         half_widths.append(interval.half_width(gain))
     else:
-        final = documents.difference(a, b)
-        half_widths.append(0.0 if final is None else final.overall.half_width(gain))
+        half_widths.append(0.0 if final is None else final.half_width(gain))
         half_widths.append(_timing_half_width(a, b) if axis in TIMED_AXES else 0.0)
     gains = _gains_by_seed(a, reading_a, b, reading_b)
     return EqualCost(

@@ -9,10 +9,14 @@ from moelm.compare.pairwise import NEGLIGIBLE, PairResult
 from moelm.compare.reading import has_ends, read_loss
 from moelm.compare.variants import Variant, runs_by_config
 from moelm.formats import count_noun, join_names, quantity
-from moelm.runs.record import LOSSY_NOTE
+from moelm.runs.cpu_load import CpuUse
+from moelm.runs.record import LOSSY_NOTE, RunRecord
 
 SAME_SIZE = 0.03
 """Relative difference below which two sizes count as equal; a router adds about one percent."""
+
+MOST_NAMES = 4
+"""Number of runs that a note names; of more, it says how many."""
 
 _COST_NOUNS: Mapping[Axis, tuple[str, str, str]] = {
     "tokens": ("tokens", "fewer", "as many"),
@@ -187,15 +191,29 @@ def reading_notes(
         values = [str(run.environment.get(key, "–")) for run in runs]
         if len(set(values)) > 1:
             yield f"Times are not comparable: {key} differs ({', '.join(dict.fromkeys(values))})."
-    for run in runs:
-        cpus = run.environment.get("cpus")
-        if run.cpu_use is not None and isinstance(cpus, int) and (load := run.cpu_use.describe_load(cpus)) is not None:
-            yield f"The machine was not idle while {run.name} trained ({load}); its times are uncertain."
+    yield from _load_notes(runs)
     lengths = [length for variant in variants for length in variant.lengths]
     variation = max(length.final_seconds.max() / length.final_seconds.min() - 1 for length in lengths)
     if variation > 0.05:
         yield f"Runs of one variant took up to {variation:.0%} more time for equal work; times are uncertain by as much."
     yield from _seed_notes(variants)
+
+
+def _load_notes(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """The runs whose machine was not idle, in one sentence for each number of CPUs."""
+    by_cpus: dict[int, list[tuple[str, CpuUse]]] = {}
+    for run in runs:
+        cpus, use = run.environment.get("cpus"), run.cpu_use
+        if isinstance(cpus, int) and use is not None and use.describe_load(cpus) is not None:
+            by_cpus.setdefault(cpus, []).append((run.name, use))
+    for cpus, loaded in by_cpus.items():
+        names = [name for name, _ in loaded]
+        if len(names) > MOST_NAMES:
+            names = [*names[: MOST_NAMES - 1], count_noun(len(names) - MOST_NAMES + 1, "other run")]
+        columns = zip(*(use for _, use in loaded), strict=True)
+        load = CpuUse(*map(max, columns)).describe_load(cpus)
+        most, its = ("in the worst case, ", "their") if len(names) > 1 else ("", "its")
+        yield f"The machine was not idle while {join_names(names)} trained ({most}{load}); {its} times are uncertain."
 
 
 def _schedule_notes(challenger: Variant, reference: Variant) -> Iterator[str]:

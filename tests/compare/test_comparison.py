@@ -1,6 +1,7 @@
 """Comparisons of runs with linear losses, for which all expected numbers can be computed by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -309,3 +310,9 @@ def test_a_machine_that_was_not_idle_is_noted(tmp_path: Path) -> None:
     (b / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     note = "The machine was not idle while b trained (other processes used 0.9 of 2 CPUs); its times are uncertain."
     assert [each for each in compared([a, b]).notes if "not idle" in each] == [note]
+    others = [shutil.copytree(b, tmp_path / f"c{number}") for number in range(5)]
+    (note,) = (each for each in compared([a, b, *others]).notes if "not idle" in each)
+    assert note == (
+        "The machine was not idle while b, c0, c1 and 3 other runs trained (in the worst case, other processes used "
+        "0.9 of 2 CPUs); their times are uncertain."
+    )
