@@ -113,10 +113,17 @@ def top_experts(scores_NE: Tensor, top_k: int) -> Tensor:
     """The indices of each token's largest scores, best first, `(N, K)`."""
     if top_k > MAX_SEARCHES or not eager_on_cpu(scores_NE):
         return scores_NE.topk(top_k, dim=-1).indices
-    choices = [scores_NE.max(dim=-1, keepdim=True).indices]
+    num_experts = scores_NE.shape[-1]
+    # On a CPU amax is vectorized, but topk and argmax are not. The index of a maximum is the rank added to a gap of zero;
+    # of equal maxima, the first has the largest rank. A score that is not a number must not give an invalid index.
+    rank_E = torch.arange(num_experts, 0, -1, dtype=scores_NE.dtype)
+    choices: list[Tensor] = []
     while len(choices) < top_k:
-        scores_NE = scores_NE.scatter(-1, choices[-1], float("-inf"))
-        choices.append(scores_NE.max(dim=-1, keepdim=True).indices)
+        if choices:
+            scores_NE = scores_NE.scatter(-1, choices[-1], float("-inf"))
+        gap_NE = scores_NE - scores_NE.amax(dim=-1, keepdim=True)
+        first_N1 = num_experts - torch.add(rank_E, gap_NE, alpha=1e30).amax(dim=-1, keepdim=True)
+        choices.append(first_N1.long().clamp_(0, num_experts - 1))
     return torch.cat(choices, dim=-1)
 
 
