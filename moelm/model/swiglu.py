@@ -3,7 +3,8 @@
 `grouped_swiglu_loop` is the reference, `grouped_swiglu_cpu` is for CPUs, `grouped_swiglu_cuda` for GPUs. On a CPU, a dense
 block is computed as one expert that gets all rows.
 
-Shapes: S rows sorted by expert, D model width, F hidden width, E experts.
+Shapes: S rows sorted by expert, D model width, F hidden width, E experts. On CPUs: P padded rows, G experts of a group, R
+rows of each of them.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,9 @@ Weights = tuple[Tensor, Tensor, Tensor]
 ALIGN = 64
 """Multiple that the row counts of low-precision CPU products are rounded up to: oneDNN compiles a kernel for each row
 count, and an expert's row count changes at every step."""
+
+GROUP_PADDING = 128
+"""Rows that an expert may have less than the largest of its group, in low precision."""
 
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward, {}),
@@ -98,12 +102,6 @@ def split_depth(x: Tensor, weights: Weights, depth: int, block: Callable[[Tensor
     return y
 
 
-def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
-    """First row of each expert, and the row after its last."""
-    ends = ends_E.tolist()
-    return list(zip([0, *ends], ends, strict=False))
-
-
 def grouped_swiglu_loop(
     x_SD: Tensor,
     ends_E: Tensor,
@@ -112,10 +110,10 @@ def grouped_swiglu_loop(
     gates_S: Tensor | None = None,
 ) -> Tensor:
     """Reference implementation: one expert after another, differentiated by autograd."""
-    parts = []
+    parts, counts = [], ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
     # Unbound once: indexing the stacks in the loop would make the backward pass write E gradients of full size.
-    for (start, end), w1, w2, w3 in zip(_spans(ends_E), *(w.unbind() for w in weights), strict=True):
-        parts.append(swiglu(x_SD[start:end], w1, w2, w3, activation))
+    for x, w1, w2, w3 in zip(torch.split(x_SD, counts), *(w.unbind() for w in weights), strict=True):
+        parts.append(swiglu(x, w1, w2, w3, activation))
     y_SD = torch.cat(parts)
     return y_SD if gates_S is None else y_SD * gates_S[:, None].to(y_SD.dtype)
 
@@ -147,70 +145,112 @@ def grouped_swiglu_cpu(
     gates_S: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """One expert after another, with a custom backward that stores two of five hidden activations and works in place."""
+    """One group of experts after another, with a custom backward that stores few activations and works in place.
+
+    In low precision, where the products of small experts take less time than their calls, experts with similar numbers of
+    rows are grouped and padded to the same number, and a group is computed by batched products. In float32 each expert is
+    a group of its own, without padding.
+    """
     dtype = compute_dtype(x_SD)
     gates_S1 = None if gates_S is None else gates_S[:, None].to(dtype)
-    slices = _slices(ends_E, dtype)
+    layout = _grouped_layout(ends_E) if dtype.itemsize < 4 else _plain_layout(ends_E)
     if not torch.is_grad_enabled():
-        cast = (weights[0].to(dtype), weights[1].to(dtype), weights[2].to(dtype))
-        padded_SD, padded_S1 = _cast(x_SD, dtype, slices), _cast(gates_S1, None, slices)
-        return _forward_slices(padded_SD, padded_S1, cast, slices, activation)[: len(x_SD)]
-    y_SD: Tensor = _GroupedSwiGLU.apply(x_SD, gates_S1, *weights, slices, dtype, activation, recompute)  # type: ignore[no-untyped-call]
+        y_PD = _forward(_pad(x_SD.to(dtype), layout), _sorted_weights(weights, dtype, layout), layout, activation)
+        y_SD: Tensor = _unpad(y_PD, layout)
+        if gates_S1 is not None:
+            y_SD *= gates_S1
+        return y_SD
+    y_SD = _GroupedSwiGLU.apply(x_SD, gates_S1, *weights, layout, dtype, activation, recompute)  # type: ignore[no-untyped-call]
     return y_SD
 
 
-class _Slice(NamedTuple):
-    """One expert's rows, `start` to `end`; products include the rows up to `stop`, whose results are discarded."""
+class _Group(NamedTuple):
+    """Experts that are computed by batched products."""
 
-    start: int
-    end: int
-    stop: int
+    experts: slice
+    """In the order of the layout."""
+    rows: slice
+    """Padded rows, an equal number for each expert."""
 
-
-def _slices(ends_E: Tensor, dtype: torch.dtype) -> list[_Slice]:
-    step = 1 if dtype.itemsize >= 4 else ALIGN
-    return [_Slice(start, end, start + -(-(end - start) // step) * step) for start, end in _spans(ends_E)]
-
-
-def _cast(x_SC: Tensor | None, dtype: torch.dtype | None, slices: list[_Slice]) -> Any:
-    """The rows in another dtype, padded with zeros where a slice exceeds them."""
-    if x_SC is None:
-        return None
-    rows = max([len(x_SC), *(piece.stop for piece in slices)])
-    if rows == len(x_SC):
-        return x_SC.to(dtype or x_SC.dtype)
-    y_SC = x_SC.new_zeros(rows, x_SC.shape[1], dtype=dtype)
-    y_SC[: len(x_SC)] = x_SC
-    return y_SC
+    def take(self, x_PC: Tensor) -> Tensor:
+        """The group's rows, `(G, R, C)`."""
+        x_GRC: Tensor = x_PC[self.rows].view(self.experts.stop - self.experts.start, -1, x_PC.shape[1])
+        return x_GRC
 
 
-def _forward_slices(
-    x_SD: Tensor,
-    gates_S1: Tensor | None,
-    weights: Weights,
-    slices: list[_Slice],
-    activation: str,
-    saved: list[Tensor] | None = None,
-) -> Tensor:
-    """The outputs; the hidden activations w1 x and w3 x of each expert are appended to `saved`.
+class _Layout(NamedTuple):
+    """Groups of experts, and their order and rows; without order and rows, both are unchanged."""
 
-    Experts are computed in order: rows past a slice's end belong to later experts, which overwrite them.
-    """
+    groups: list[_Group]
+    order_E: Tensor | None = None
+    """Expert at each position."""
+    source_P: Tensor | None = None
+    """Row at each padded row; padding has any."""
+    padding: Tensor | None = None
+    """Padded rows without a row."""
+    target_S: Tensor | None = None
+    """Padded row of each row."""
+
+
+def _plain_layout(ends_E: Tensor) -> _Layout:
+    ends = ends_E.tolist()
+    spans = enumerate(zip([0, *ends], ends, strict=False))
+    return _Layout([_Group(slice(e, e + 1), slice(start, end)) for e, (start, end) in spans])
+
+
+def _grouped_layout(ends_E: Tensor) -> _Layout:
+    """Groups of experts in descending order of their rows."""
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    order_E = counts_E.argsort(descending=True, stable=True)
+    counts = counts_E[order_E].tolist()
+    groups: list[_Group] = []
+    starts: list[int] = []
+    while (first := len(starts)) < len(counts):
+        rows = -(-counts[first] // ALIGN) * ALIGN
+        size = sum(count >= rows - GROUP_PADDING for count in counts[first:])
+        start = groups[-1].rows.stop if groups else 0
+        groups.append(_Group(slice(first, first + size), slice(start, start + size * rows)))
+        starts += range(start, start + size * rows, rows) if rows else [start] * size
+    num_rows, num_padded = int(ends_E[-1]), groups[-1].rows.stop
+    if len(counts) == 1 and num_rows == num_padded:
+        return _Layout(groups)
+    start_E = torch.empty_like(order_E).scatter_(0, order_E, torch.tensor(starts))
+    target_S = torch.arange(num_rows) + (start_E - ends_E + counts_E).repeat_interleave(counts_E)
+    source_P = torch.full((num_padded,), -1).scatter_(0, target_S, torch.arange(num_rows))
+    return _Layout(groups, order_E, source_P.clamp_min(0), (source_P < 0).nonzero()[:, 0], target_S)
+
+
+def _pad(x_SC: Tensor, layout: _Layout) -> Tensor:
+    """The rows at their places in the layout; padding is zero."""
+    if layout.source_P is None or layout.padding is None:
+        return x_SC
+    if len(x_SC) == 0:
+        return x_SC.new_zeros(len(layout.source_P), x_SC.shape[1])
+    return x_SC.index_select(0, layout.source_P).index_fill_(0, layout.padding, 0)
+
+
+def _unpad(x_PC: Tensor, layout: _Layout) -> Tensor:
+    return x_PC if layout.target_S is None else x_PC.index_select(0, layout.target_S)
+
+
+def _sorted_weights(weights: Weights, dtype: torch.dtype, layout: _Layout) -> Weights:
+    w1, w2, w3 = (w.to(dtype) if layout.order_E is None else w.to(dtype)[layout.order_E] for w in weights)
+    return w1, w2, w3
+
+
+def _forward(x_PD: Tensor, weights: Weights, layout: _Layout, activation: str, saved: list[Tensor] | None = None) -> Tensor:
+    """The outputs without gates; the hidden activations w1 x and w3 x of each group are appended to `saved`."""
     act, _, options = ACTIVATIONS[activation]
     w1_EFD, w2_EDF, w3_EFD = weights
-    y_SD = torch.empty_like(x_SD)
-    for e, (start, end, stop) in enumerate(slices):
-        if start == end and saved is None:
-            continue  # the weights of an expert without rows are not read
-        x = x_SD[start:stop]
-        a, b = x @ w1_EFD[e].t(), x @ w3_EFD[e].t()
-        h = act(a, **options).mul_(b)
-        if gates_S1 is not None:
-            h *= gates_S1[start:stop]
-        torch.mm(h, w2_EDF[e].t(), out=y_SD[start:stop])
+    y_PD = torch.empty_like(x_PD)
+    for group in layout.groups:
+        w1, w2, w3 = w1_EFD[group.experts], w2_EDF[group.experts], w3_EFD[group.experts]
+        x = group.take(x_PD)
+        a, b = torch.bmm(x, w1.mT), torch.bmm(x, w3.mT)
+        torch.bmm(act(a, **options).mul_(b), w2.mT, out=group.take(y_PD))
         if saved is not None:
             saved += (a, b)
-    return y_SD
+    return y_PD
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -222,46 +262,43 @@ class _GroupedSwiGLU(torch.autograd.Function):
         w1_EFD: Tensor,
         w2_EDF: Tensor,
         w3_EFD: Tensor,
-        slices: list[_Slice],
+        layout: _Layout,
         dtype: torch.dtype,
         activation: str,
         recompute: bool,
     ) -> Tensor:
-        ctx.activation, ctx.slices, ctx.input_dtype, ctx.weight_dtype = activation, slices, x_SD.dtype, w1_EFD.dtype
-        ctx.rows = len(x_SD)
-        x_SD, gates_S1 = _cast(x_SD, dtype, slices), _cast(gates_S1, None, slices)
-        w1_EFD, w2_EDF, w3_EFD = (weight.to(dtype) for weight in (w1_EFD, w2_EDF, w3_EFD))
+        ctx.activation, ctx.layout, ctx.input_dtype, ctx.weight_dtype = activation, layout, x_SD.dtype, w1_EFD.dtype
+        x_PD = _pad(x_SD.to(dtype), layout)
+        weights = _sorted_weights((w1_EFD, w2_EDF, w3_EFD), dtype, layout)
         saved: list[Tensor] = []
-        y_SD = _forward_slices(x_SD, gates_S1, (w1_EFD, w2_EDF, w3_EFD), slices, activation, None if recompute else saved)
-        ctx.save_for_backward(x_SD, gates_S1, w1_EFD, w2_EDF, w3_EFD, *saved)
-        return y_SD[: ctx.rows]
+        y_SD = _unpad(_forward(x_PD, weights, layout, activation, None if recompute else saved), layout)
+        ctx.save_for_backward(x_PD, gates_S1, None if gates_S1 is None else y_SD, *weights, *saved)
+        return y_SD if gates_S1 is None else y_SD * gates_S1
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of a gate is computed from hidden activations, <w2^T dy, h>, so that no output is stored for it."""
-        x_SD, gates_S1, w1_EFD, w2_EDF, w3_EFD, *saved = ctx.saved_tensors
+        x_PD, gates_S1, y_SD, w1_EFD, w2_EDF, w3_EFD, *saved = ctx.saved_tensors
+        layout = ctx.layout
         act, act_backward, options = ACTIVATIONS[ctx.activation]
-        dy_SD, dx_SD = _cast(grads[0], x_SD.dtype, ctx.slices), torch.empty_like(x_SD)
-        dgates_S1 = None if gates_S1 is None else torch.empty_like(gates_S1)
+        dy_SD, dgates_S1 = grads[0], None
+        if gates_S1 is not None:
+            dgates_S1 = (dy_SD * y_SD).sum(dim=-1, keepdim=True)
+            dy_SD = dy_SD * gates_S1
+        dy_PD, dx_PD = _pad(dy_SD, layout), torch.empty_like(x_PD)
         dw1_EFD, dw2_EDF, dw3_EFD = (torch.empty_like(w) for w in (w1_EFD, w2_EDF, w3_EFD))
-        for e, (start, end, stop) in enumerate(ctx.slices):
-            x, dy = x_SD[start:stop], dy_SD[start:stop]
-            a, b = saved[2 * e : 2 * e + 2] if saved else (x @ w1_EFD[e].t(), x @ w3_EFD[e].t())
+        for number, group in enumerate(layout.groups):
+            own = group.experts
+            x, dy, w1, w2, w3 = group.take(x_PD), group.take(dy_PD), w1_EFD[own], w2_EDF[own], w3_EFD[own]
+            a, b = saved[2 * number : 2 * number + 2] if saved else (torch.bmm(x, w1.mT), torch.bmm(x, w3.mT))
             s = act(a, **options)
-            h, dh = s * b, dy @ w2_EDF[e]
-            if gates_S1 is not None and dgates_S1 is not None:
-                gates = gates_S1[start:stop]
-                torch.sum(dh * h, dim=-1, keepdim=True, dtype=gates.dtype, out=dgates_S1[start:stop])
-                h *= gates
-                dh *= gates
-            if stop > end:  # rows of other experts do not contribute
-                h[end - start :], dh[end - start :] = 0, 0
-            torch.mm(dy.t(), h, out=dw2_EDF[e])
+            h = s * b
+            torch.bmm(dy.mT, h, out=dw2_EDF[own])
+            dh = torch.bmm(dy, w2)
             db = s.mul_(dh)
-            torch.mm(db.t(), x, out=dw3_EFD[e])
+            torch.bmm(db.mT, x, out=dw3_EFD[own])
             da = act_backward(torch.mul(dh, b, out=h), a, **options)
-            torch.mm(da.t(), x, out=dw1_EFD[e])
-            torch.mm(da, w1_EFD[e], out=dx_SD[start:stop]).addmm_(db, w3_EFD[e])
-        weights = (dw.to(ctx.weight_dtype) for dw in (dw1_EFD, dw2_EDF, dw3_EFD))
-        dgates = None if dgates_S1 is None else dgates_S1[: ctx.rows]
-        return dx_SD[: ctx.rows].to(ctx.input_dtype), dgates, *weights, None, None, None, None
+            torch.bmm(da.mT, x, out=dw1_EFD[own])
+            torch.bmm(da, w1, out=group.take(dx_PD)).baddbmm_(db, w3)
+        position_E = slice(None) if layout.order_E is None else layout.order_E.argsort()
+        dweights = (dw[position_E].to(ctx.weight_dtype) for dw in (dw1_EFD, dw2_EDF, dw3_EFD))
+        return _unpad(dx_PD, layout).to(ctx.input_dtype), dgates_S1, *dweights, None, None, None, None

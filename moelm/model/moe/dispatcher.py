@@ -15,8 +15,10 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from moelm.model.backend import eager_on_cpu
 from moelm.model.moe.router import Routing
 
 
@@ -86,14 +88,22 @@ def sort_by_expert(routing: Routing) -> Permutation:
         unassigned_NK = ~routing.chosen_NK if unassigned_NK is None else unassigned_NK | ~routing.chosen_NK
     if unassigned_NK is not None:
         experts_M = experts_M.masked_fill(unassigned_NK.flatten(), routing.num_experts)
-    sorted_M, order_M = experts_M.sort(stable=True)
-    row_M = torch.empty_like(order_M)
-    row_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    ends_E = torch.searchsorted(sorted_M, torch.arange(routing.num_experts, device=order_M.device), right=True)
+    order_M, ends_E = _stable_order(experts_M, routing.num_experts)
+    row_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
     if unassigned_NK is not None:
         num_rows = int(ends_E[-1])
         order_M, row_M = order_M[:num_rows], row_M.clamp_max(num_rows)
     return Permutation(order_M, row_M.view_as(routing.experts_NK), ends_E)
+
+
+def _stable_order(experts_M: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The order that sorts assignments by expert, and the end of each expert's assignments in it."""
+    if eager_on_cpu(experts_M) and num_experts < torch.iinfo(torch.int16).max:
+        # numpy sorts 16-bit integers by radix, in a tenth of the time of torch.
+        order_M = torch.from_numpy(experts_M.to(torch.int16).numpy().argsort(kind="stable"))
+        return order_M, torch.bincount(experts_M, minlength=num_experts)[:num_experts].cumsum(0)
+    sorted_M, order_M = experts_M.sort(stable=True)
+    return order_M, torch.searchsorted(sorted_M, torch.arange(num_experts, device=experts_M.device), right=True)
 
 
 def drop_over_capacity(routing: Routing, capacity_factor: float, valid_N: Tensor | None) -> Routing:
@@ -158,6 +168,8 @@ def _sum_of_rows(y_SD: Tensor, row_NK: Tensor) -> Tensor:
     """`sum_k y[row[n, k]]`, added in the order of k; row index S stands for no expert and adds zero."""
     if len(y_SD) < row_NK.numel():
         y_SD = torch.cat((y_SD, y_SD.new_zeros(1, y_SD.shape[1])))
+    if eager_on_cpu(y_SD):
+        return F.embedding_bag(row_NK, y_SD, mode="sum")  # in one pass, added in float32 and rounded once
     total_ND = y_SD.index_select(0, row_NK[:, 0])
     for k in range(1, row_NK.shape[1]):
         total_ND += y_SD.index_select(0, row_NK[:, k])

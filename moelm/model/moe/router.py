@@ -17,6 +17,12 @@ from moelm.config import SigmoidRouterConfig
 from moelm.model import rng
 from moelm.model.backend import eager_on_cpu
 
+MAX_SEARCHES = 8
+"""Choices per token up to which successive searches for a maximum are faster than topk on a CPU."""
+
+MIN_VECTORIZED = 16
+"""Experts from which a softmax over the last dimension is vectorized on a CPU."""
+
 
 class TokenContext(NamedTuple):
     """What a router may read about its tokens in addition to their hidden states."""
@@ -105,14 +111,31 @@ class Router(nn.Module, ABC):
 @torch.no_grad()
 def top_experts(scores_NE: Tensor, top_k: int) -> Tensor:
     """The indices of each token's largest scores, best first, `(N, K)`."""
-    if top_k > 2 or not eager_on_cpu(scores_NE):
+    if top_k > MAX_SEARCHES or not eager_on_cpu(scores_NE):
         return scores_NE.topk(top_k, dim=-1).indices
-    # On a CPU, topk takes three times as long as two searches for a maximum.
-    first_N1 = scores_NE.argmax(dim=-1, keepdim=True)
-    if top_k == 1:
-        return first_N1
-    others_NE = scores_NE.scatter(-1, first_N1, float("-inf"))
-    return torch.cat((first_N1, others_NE.argmax(dim=-1, keepdim=True)), dim=-1)
+    num_experts = scores_NE.shape[-1]
+    # On a CPU amax is vectorized, but topk and argmax are not. The index of a maximum is the rank added to a gap of zero;
+    # of equal maxima, the first has the largest rank. A score that is not a number must not give an invalid index.
+    rank_E = torch.arange(num_experts, 0, -1, dtype=scores_NE.dtype)
+    choices: list[Tensor] = []
+    while len(choices) < top_k:
+        if choices:
+            scores_NE = scores_NE.scatter(-1, choices[-1], float("-inf"))
+        gap_NE = scores_NE - scores_NE.amax(dim=-1, keepdim=True)
+        first_N1 = num_experts - torch.add(rank_E, gap_NE, alpha=1e30).amax(dim=-1, keepdim=True)
+        choices.append(first_N1.long().clamp_(0, num_experts - 1))
+    return torch.cat(choices, dim=-1)
+
+
+def softmax_over_experts(logits_NE: Tensor) -> Tensor:
+    """Softmax over the last dimension.
+
+    On a CPU only a dimension of at least the width of a vector register is vectorized; for fewer experts the softmax is
+    over the first dimension, which is vectorized over tokens.
+    """
+    if logits_NE.shape[-1] < MIN_VECTORIZED and eager_on_cpu(logits_NE):
+        return logits_NE.t().softmax(dim=0).t()
+    return logits_NE.softmax(dim=-1)
 
 
 class TopKRouter(Router):
@@ -131,15 +154,14 @@ class TopKRouter(Router):
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select the k largest logits or, with a bias, the k largest of probability plus bias."""
         logits_NE = F.linear(x_ND, self.weight.float())
-        probs_NE = logits_NE.softmax(dim=-1)
+        probs_NE = softmax_over_experts(logits_NE)
         scores_NE = logits_NE
         if self.bias is not None:
             # Different logits can have equal probabilities in float32; a bias of zero must not change the order.
             scores_NE = torch.where(self.bias.any(), probs_NE + self.bias, logits_NE)
         experts_NK = top_experts(scores_NE, self.top_k)
         selected_NK = (logits_NE if self.normalize else probs_NE).gather(-1, experts_NK)
-        # Over the first dimension a softmax of two values per token is vectorized.
-        gates_NK = selected_NK.t().softmax(dim=0).t() if self.normalize else selected_NK
+        gates_NK = softmax_over_experts(selected_NK) if self.normalize else selected_NK
         return Routing(gates_NK, experts_NK, probs_NE, logits_NE)
 
 

@@ -49,6 +49,30 @@ def test_permute_and_unpermute_have_the_gradients_of_indexing() -> None:
         assert torch.autograd.gradcheck(lambda rows, p=permutation: unpermute(rows, p), y)
 
 
+def test_rows_are_in_token_order_within_each_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    routing = make_routing([torch.randperm(7)[:3].tolist() for _ in range(50)], 9)  # experts 7 and 8 get no row
+    dropped = torch.rand(50, 3) < 0.3
+    for case in (routing, routing._replace(dropped_NK=dropped)):
+        with monkeypatch.context() as patch:
+            patch.setattr("moelm.model.moe.dispatcher.eager_on_cpu", lambda x: False)
+            expected = sort_by_expert(case)
+        for found, wanted in zip(sort_by_expert(case), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_the_rows_of_a_token_are_added_in_float32_and_rounded_once() -> None:
+    torch.manual_seed(0)
+    routing = make_routing([torch.randperm(6)[:4].tolist() for _ in range(30)], 6)
+    for case in (routing, routing._replace(dropped_NK=torch.rand(30, 4) < 0.5)):
+        permutation = sort_by_expert(case)
+        y = torch.randn(len(permutation.order_S), 8).bfloat16()
+        padded = torch.cat((y, y.new_zeros(1, 8)))
+        exact = padded[permutation.row_NK].double().sum(dim=1)
+        error = (unpermute(y, permutation) - exact).abs()
+        assert (error <= exact.abs() * torch.finfo(torch.bfloat16).eps / 2).all()
+
+
 def test_full_experts_drop_the_latest_of_the_last_choices() -> None:
     # 4 tokens, 2 choices, 2 experts: with factor 0.75 an expert takes 3 of its 4.
     routing = drop_over_capacity(make_routing([[0, 1], [0, 1], [1, 0], [0, 1]], 2), 0.75, None)

@@ -12,7 +12,7 @@ from moelm.config import ModelConfig
 from moelm.model import build_model, rng
 from moelm.model.moe import balance
 from moelm.model.moe.layer import MoELayer
-from moelm.model.moe.router import Routing, TokenContext, top_experts
+from moelm.model.moe.router import Routing, TokenContext, softmax_over_experts, top_experts
 from tests.model import oracle
 from tests.tolerance import assert_close
 
@@ -281,12 +281,22 @@ def test_a_random_router_changes_with_the_seed_alone() -> None:
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 7])
 def test_the_top_experts_are_those_of_torch_topk(top_k: int) -> None:
     torch.manual_seed(0)
     scores = torch.randn(500, 7)
     before = scores.clone()
     assert torch.equal(top_experts(scores, top_k), scores.topk(top_k, dim=-1).indices)
     assert torch.equal(scores, before)
-    if top_k == 2:  # of equal scores, two different experts
-        assert (top_experts(torch.zeros(3, 7), 2).diff(dim=-1) != 0).all()
+    # Of equal scores, different experts.
+    assert all(len(set(row)) == top_k for row in top_experts(torch.zeros(3, 7), top_k).tolist())
+
+
+@pytest.mark.parametrize("num_experts", [2, 8, 32])
+def test_the_softmax_over_experts_is_that_of_the_last_dimension(num_experts: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50, num_experts, requires_grad=True)
+    upstream = torch.randn(50, num_experts)
+    found, expected = softmax_over_experts(logits), logits.softmax(dim=-1)
+    assert_close(found, expected)
+    assert_close(*(torch.autograd.grad(probs, logits, upstream)[0] for probs in (found, expected)))
