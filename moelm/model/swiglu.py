@@ -156,11 +156,8 @@ def grouped_swiglu_cpu(
     layout = _grouped_layout(ends_E) if dtype.itemsize < 4 else _plain_layout(ends_E)
     if not torch.is_grad_enabled():
         y_PD = _forward(_pad(x_SD.to(dtype), layout), _sorted_weights(weights, dtype, layout), layout, activation)
-        y_SD: Tensor = _unpad(y_PD, layout)
-        if gates_S1 is not None:
-            y_SD *= gates_S1
-        return y_SD
-    y_SD = _GroupedSwiGLU.apply(x_SD, gates_S1, *weights, layout, dtype, activation, recompute)  # type: ignore[no-untyped-call]
+        return _unpad(y_PD, layout, gates_S1)
+    y_SD: Tensor = _GroupedSwiGLU.apply(x_SD, gates_S1, *weights, layout, dtype, activation, recompute)  # type: ignore[no-untyped-call]
     return y_SD
 
 
@@ -220,21 +217,29 @@ def _grouped_layout(ends_E: Tensor) -> _Layout:
     return _Layout(groups, order_E, source_P.clamp_min(0), (source_P < 0).nonzero()[:, 0], target_S)
 
 
-def _pad(x_SC: Tensor, layout: _Layout) -> Tensor:
-    """The rows at their places in the layout; padding is zero."""
+def _pad(x_SC: Tensor, layout: _Layout, gates_S1: Tensor | None = None) -> Tensor:
+    """The rows times their gates at their places in the layout; padding is zero."""
     if layout.source_P is None or layout.padding is None:
-        return x_SC
-    if len(x_SC) == 0:
-        return x_SC.new_zeros(len(layout.source_P), x_SC.shape[1])
+        return x_SC if gates_S1 is None else x_SC * gates_S1
+    if gates_S1 is not None:
+        return _gather(x_SC, layout.source_P, _pad(gates_S1, layout))
     return x_SC.index_select(0, layout.source_P).index_fill_(0, layout.padding, 0)
 
 
-def _unpad(x_PC: Tensor, layout: _Layout) -> Tensor:
-    return x_PC if layout.target_S is None else x_PC.index_select(0, layout.target_S)
+def _unpad(x_PC: Tensor, layout: _Layout, gates_S1: Tensor | None = None) -> Tensor:
+    """The rows without padding, times their gates."""
+    if layout.target_S is None:
+        return x_PC if gates_S1 is None else x_PC * gates_S1
+    return x_PC.index_select(0, layout.target_S) if gates_S1 is None else _gather(x_PC, layout.target_S, gates_S1)
+
+
+def _gather(x_NC: Tensor, index_R: Tensor, factor_R1: Tensor) -> Tensor:
+    """`x[index] * factor` in one pass, in less than a third of the time of two."""
+    return F.embedding_bag(index_R[:, None], x_NC, mode="sum", per_sample_weights=factor_R1)
 
 
 def _sorted_weights(weights: Weights, dtype: torch.dtype, layout: _Layout) -> Weights:
-    w1, w2, w3 = (w.to(dtype) if layout.order_E is None else w.to(dtype)[layout.order_E] for w in weights)
+    w1, w2, w3 = (w.to(dtype) if layout.order_E is None else w.to(dtype).index_select(0, layout.order_E) for w in weights)
     return w1, w2, w3
 
 
@@ -271,20 +276,17 @@ class _GroupedSwiGLU(torch.autograd.Function):
         x_PD = _pad(x_SD.to(dtype), layout)
         weights = _sorted_weights((w1_EFD, w2_EDF, w3_EFD), dtype, layout)
         saved: list[Tensor] = []
-        y_SD = _unpad(_forward(x_PD, weights, layout, activation, None if recompute else saved), layout)
-        ctx.save_for_backward(x_PD, gates_S1, None if gates_S1 is None else y_SD, *weights, *saved)
-        return y_SD if gates_S1 is None else y_SD * gates_S1
+        y_PD = _forward(x_PD, weights, layout, activation, None if recompute else saved)
+        ctx.save_for_backward(x_PD, gates_S1, None if gates_S1 is None else y_PD, *weights, *saved)
+        return _unpad(y_PD, layout, gates_S1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_PD, gates_S1, y_SD, w1_EFD, w2_EDF, w3_EFD, *saved = ctx.saved_tensors
+        x_PD, gates_S1, y_PD, w1_EFD, w2_EDF, w3_EFD, *saved = ctx.saved_tensors
         layout = ctx.layout
         act, act_backward, options = ACTIVATIONS[ctx.activation]
-        dy_SD, dgates_S1 = grads[0], None
-        if gates_S1 is not None:
-            dgates_S1 = (dy_SD * y_SD).sum(dim=-1, keepdim=True)
-            dy_SD = dy_SD * gates_S1
-        dy_PD, dx_PD = _pad(dy_SD, layout), torch.empty_like(x_PD)
+        dgates_S1 = None if y_PD is None else (grads[0] * _unpad(y_PD, layout)).sum(dim=-1, keepdim=True)
+        dy_PD, dx_PD = _pad(grads[0], layout, gates_S1), torch.empty_like(x_PD)
         dw1_EFD, dw2_EDF, dw3_EFD = (torch.empty_like(w) for w in (w1_EFD, w2_EDF, w3_EFD))
         for number, group in enumerate(layout.groups):
             own = group.experts
@@ -299,6 +301,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
             da = act_backward(torch.mul(dh, b, out=h), a, **options)
             torch.bmm(da.mT, x, out=dw1_EFD[own])
             torch.bmm(da, w1, out=group.take(dx_PD)).baddbmm_(db, w3)
-        position_E = slice(None) if layout.order_E is None else layout.order_E.argsort()
-        dweights = (dw[position_E].to(ctx.weight_dtype) for dw in (dw1_EFD, dw2_EDF, dw3_EFD))
+        dweights = [dw1_EFD, dw2_EDF, dw3_EFD]
+        if layout.order_E is not None:
+            position_E = layout.order_E.argsort()
+            dweights = [dw.index_select(0, position_E) for dw in dweights]
+        dweights = [dw.to(ctx.weight_dtype) for dw in dweights]
         return _unpad(dx_PD, layout).to(ctx.input_dtype), dgates_S1, *dweights, None, None, None, None
