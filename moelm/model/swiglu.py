@@ -204,7 +204,8 @@ def _grouped_layout(ends_E: Tensor) -> _Layout:
     starts: list[int] = []
     while (first := len(starts)) < len(counts):
         rows = -(-counts[first] // ALIGN) * ALIGN
-        size = sum(count >= rows - GROUP_PADDING for count in counts[first:])
+        least = max(rows - GROUP_PADDING, 1)
+        size = sum(count >= least for count in counts[first:]) or len(counts) - first  # or none of the rest has rows
         start = groups[-1].rows.stop if groups else 0
         groups.append(_Group(slice(first, first + size), slice(start, start + size * rows)))
         starts += range(start, start + size * rows, rows) if rows else [start] * size
