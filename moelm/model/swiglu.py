@@ -204,13 +204,17 @@ def _grouped_layout(ends_E: Tensor) -> _Layout:
     starts: list[int] = []
     while (first := len(starts)) < len(counts):
         rows = -(-counts[first] // ALIGN) * ALIGN
-        size = sum(count >= rows - GROUP_PADDING for count in counts[first:])
+        least = max(rows - GROUP_PADDING, 1)
+        size = sum(count >= least for count in counts[first:]) or len(counts) - first  # or none of the rest has rows
         start = groups[-1].rows.stop if groups else 0
         groups.append(_Group(slice(first, first + size), slice(start, start + size * rows)))
         starts += range(start, start + size * rows, rows) if rows else [start] * size
     num_rows, num_padded = int(ends_E[-1]), groups[-1].rows.stop
     if len(counts) == 1 and num_rows == num_padded:
         return _Layout(groups)
+    # Of few different sizes, so that the allocator finds the buffers of earlier steps.
+    unit = max(num_rows // 16, 1)
+    num_padded = -(-num_padded // unit) * unit
     start_E = torch.empty_like(order_E).scatter_(0, order_E, torch.tensor(starts))
     target_S = torch.arange(num_rows) + (start_E - ends_E + counts_E).repeat_interleave(counts_E)
     source_P = torch.full((num_padded,), -1).scatter_(0, target_S, torch.arange(num_rows))
@@ -243,18 +247,16 @@ def _sorted_weights(weights: Weights, dtype: torch.dtype, layout: _Layout) -> We
     return w1, w2, w3
 
 
-def _forward(x_PD: Tensor, weights: Weights, layout: _Layout, activation: str, saved: list[Tensor] | None = None) -> Tensor:
-    """The outputs without gates; the hidden activations w1 x and w3 x of each group are appended to `saved`."""
+def _forward(x_PD: Tensor, weights: Weights, layout: _Layout, activation: str, saved: tuple[Tensor, ...] = ()) -> Tensor:
+    """The outputs without gates; the hidden activations w1 x and w3 x are written to `saved`, `(P, F)` each, if given."""
     act, _, options = ACTIVATIONS[activation]
     w1_EFD, w2_EDF, w3_EFD = weights
     y_PD = torch.empty_like(x_PD)
     for group in layout.groups:
         w1, w2, w3 = w1_EFD[group.experts], w2_EDF[group.experts], w3_EFD[group.experts]
-        x = group.take(x_PD)
-        a, b = torch.bmm(x, w1.mT), torch.bmm(x, w3.mT)
+        x, (out_a, out_b) = group.take(x_PD), map(group.take, saved) if saved else (None, None)
+        a, b = torch.bmm(x, w1.mT, out=out_a), torch.bmm(x, w3.mT, out=out_b)
         torch.bmm(act(a, **options).mul_(b), w2.mT, out=group.take(y_PD))
-        if saved is not None:
-            saved += (a, b)
     return y_PD
 
 
@@ -275,8 +277,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
         ctx.activation, ctx.layout, ctx.input_dtype, ctx.weight_dtype = activation, layout, x_SD.dtype, w1_EFD.dtype
         x_PD = _pad(x_SD.to(dtype), layout)
         weights = _sorted_weights((w1_EFD, w2_EDF, w3_EFD), dtype, layout)
-        saved: list[Tensor] = []
-        y_PD = _forward(x_PD, weights, layout, activation, None if recompute else saved)
+        saved = () if recompute else tuple(x_PD.new_empty(len(x_PD), w1_EFD.shape[1]) for _ in range(2))
+        y_PD = _forward(x_PD, weights, layout, activation, saved)
         ctx.save_for_backward(x_PD, gates_S1, None if gates_S1 is None else y_PD, *weights, *saved)
         return _unpad(y_PD, layout, gates_S1)
 
@@ -288,10 +290,10 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dgates_S1 = None if y_PD is None else (grads[0] * _unpad(y_PD, layout)).sum(dim=-1, keepdim=True)
         dy_PD, dx_PD = _pad(grads[0], layout, gates_S1), torch.empty_like(x_PD)
         dw1_EFD, dw2_EDF, dw3_EFD = (torch.empty_like(w) for w in (w1_EFD, w2_EDF, w3_EFD))
-        for number, group in enumerate(layout.groups):
+        for group in layout.groups:
             own = group.experts
             x, dy, w1, w2, w3 = group.take(x_PD), group.take(dy_PD), w1_EFD[own], w2_EDF[own], w3_EFD[own]
-            a, b = saved[2 * number : 2 * number + 2] if saved else (torch.bmm(x, w1.mT), torch.bmm(x, w3.mT))
+            a, b = map(group.take, saved) if saved else (torch.bmm(x, w1.mT), torch.bmm(x, w3.mT))
             s = act(a, **options)
             h = s * b
             torch.bmm(dy.mT, h, out=dw2_EDF[own])
