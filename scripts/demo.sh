@@ -23,11 +23,5 @@ for name in dense moe; do
     "$moelm" sample "demo-$name" --prompt "def " --max-new-tokens 80 --temperature 0.7
 done
 echo
-compare=("$moelm" compare demo-dense demo-moe demo-moe-50 demo-moe-80 --group --out reports/demo)
-if [ $# -eq 0 ]; then
-    # How much the losses vary from seed to seed is known from ten seeds, for these settings.
-    "${compare[@]}" --seed-std docs/studies/demo.json
-else
-    "${compare[@]}"
-fi
+"$moelm" compare demo-dense demo-moe demo-moe-50 demo-moe-80 --group --out reports/demo
 echo "The demo took $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s."
