@@ -27,6 +27,9 @@ count, and an expert's row count changes at every step."""
 GROUP_PADDING = 128
 """Rows that an expert may have less than the largest of its group, in low precision."""
 
+GROUP_ROWS = 4096
+"""Rows of a group of several experts: larger temporary buffers of changing sizes fragment the allocator's memory."""
+
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward, {}),
     "gelu": (F.gelu, torch.ops.aten.gelu_backward, {"approximate": "tanh"}),
@@ -206,6 +209,7 @@ def _grouped_layout(ends_E: Tensor) -> _Layout:
         rows = -(-counts[first] // ALIGN) * ALIGN
         least = max(rows - GROUP_PADDING, 1)
         size = sum(count >= least for count in counts[first:]) or len(counts) - first  # or none of the rest has rows
+        size = min(size, max(GROUP_ROWS // max(rows, 1), 1))
         start = groups[-1].rows.stop if groups else 0
         groups.append(_Group(slice(first, first + size), slice(start, start + size * rows)))
         starts += range(start, start + size * rows, rows) if rows else [start] * size
@@ -213,7 +217,7 @@ def _grouped_layout(ends_E: Tensor) -> _Layout:
     if len(counts) == 1 and num_rows == num_padded:
         return _Layout(groups)
     # Of few different sizes, so that the allocator finds the buffers of earlier steps.
-    unit = max(num_rows // 16, 1)
+    unit = max(num_rows // 4, 1)
     num_padded = -(-num_padded // unit) * unit
     start_E = torch.empty_like(order_E).scatter_(0, order_E, torch.tensor(starts))
     target_S = torch.arange(num_rows) + (start_E - ends_E + counts_E).repeat_interleave(counts_E)
