@@ -115,6 +115,8 @@ def _draw_cost_to_reach(panel: Axes, comparison: Comparison, axis: Axis, scale: 
     panel.plot(x, pair.target_loss, "o", markersize=7, markerfacecolor=background, markeredgecolor=text_color, zorder=4)
     if x > 0.35 * panel.get_xlim()[1]:  # further left, the text would not fit into the panel
         text = f"{'≥ ' if reached.at_most else ''}{reached.ratio:.2f}× {'sooner' if reached.ratio >= 1 else '(later)'}"
+        if f"{reached.ratio:.2f}" == "1.00":
+            text = "as soon"
         panel.annotate(text, (x, pair.target_loss), (-7, -6), textcoords="offset points", ha="right", va="top")
 
 
