@@ -104,7 +104,8 @@ def _ffn_activations(ffn: DenseFFNConfig | MoEFFNConfig, dim: int, strategy: Str
     if not isinstance(ffn, MoEFFNConfig):
         return 2 * element * ffn.hidden_dim, element * ffn.depth * dim, 0
     hidden = 2 * element * ffn.top_k * ffn.hidden_dim
-    rows = element * ffn.top_k * (ffn.depth + (ffn.depth > 1)) * dim + 2 * INDEX_BYTES * ffn.top_k
+    # The inputs of each depth, and the outputs, of which the gates' gradients are computed.
+    rows = element * ffn.top_k * (ffn.depth + 1) * dim + 2 * INDEX_BYTES * ffn.top_k
     if ffn.shared_experts:
         hidden += 2 * element * ffn.shared_experts * ffn.hidden_dim
         rows += element * dim if strategy.bf16 else 0

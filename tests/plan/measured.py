@@ -26,6 +26,7 @@ from moelm.distributed.expert_parallel import AllToAllDispatcher
 from moelm.distributed.parallel_dims import resolve_parallel_dims
 from moelm.distributed.ranks import distributed_context
 from moelm.hardware import dtype_of
+from moelm.model import attention, swiglu
 from moelm.model.forward import forward_batch
 from moelm.model.moe.dispatcher import DispatchedRows
 from moelm.model.moe.layer import MoELayer
@@ -146,6 +147,9 @@ def main() -> None:
         batch = random_batch(config)
         batch = type(batch)(*(tensor[ranks.rank * rows : (ranks.rank + 1) * rows] for tensor in batch))
         buffers: list[int] = []
+        # A plan is for GPUs, whose attention stores no logits, and whose experts are neither padded nor sorted.
+        attention.SHORT = 0
+        swiglu._grouped_layout = swiglu._plain_layout
         for module in model.modules():
             if isinstance(module, MoELayer) and isinstance(module.dispatcher, AllToAllDispatcher):
                 module.dispatcher = MeasuredDispatcher(module.dispatcher, buffers)
