@@ -24,8 +24,8 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     lengths = Split(folder, "val", manifest).documents["tokens"]
     effective = effective_documents(lengths)
     if as_json:
-        effective_number = {"effective_val_documents": effective}
-        print_json({"folder": str(folder), "prepared_now": worked, **effective_number, **manifest})
+        numbers = {"folder": str(folder), "prepared_now": worked, "effective_val_documents": effective}
+        print_json({**numbers, **manifest})
         return
     typer.echo(f"{folder} {'is prepared' if worked else 'was prepared before, and its files are as they were written'}.")
     for name, split in manifest["splits"].items():

@@ -64,9 +64,8 @@ class Splitter:
                 continue
             self._seen.add(digest)
             kept += 1
-            parts = split_text(document.text, self.data)
-            if document.split is not None:
-                parts = (Part(document.text, document.split),)
+            own = document.split
+            parts = split_text(document.text, self.data) if own is None else (Part(document.text, own),)
             counts = self.read, self.duplicates, self.blank, document.left_out
             yield SplitDocument(parts, document.domain, digest, *counts)
             if kept == self.source.max_documents:

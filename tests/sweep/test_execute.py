@@ -109,3 +109,19 @@ def test_an_unusable_report_directory_is_refused_before_training(moelm: Moelm, w
     assert done.returncode == 2
     assert "mine is not empty and holds no earlier report" in done.stderr
     assert not (workplace / "runs").exists()
+
+
+@pytest.mark.slow(seconds=30)
+def test_the_branches_of_a_sweep_are_trained_and_compared_as_lengths(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=20)
+    tree = yaml.safe_load((workplace / "sweep.yaml").read_text()) | {"seeds": [3], "branches": [0.5]}
+    (workplace / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    overrides = ("optim.schedule=wsd", "optim.warmup_steps=2", "train.checkpoint_every=4", "train.keep_checkpoints=5")
+    done = moelm("sweep", "sweep.yaml", *overrides, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [[length["steps"] for length in variant["lengths"]] for variant in report["variants"]] == [[10, 20]] * 2
+    branch = json.loads((workplace / "runs/study-moe-3-10/environment.json").read_text())["branched_from"]
+    assert branch == {"run": "runs/study-moe-3", "step": 8}
+    again = moelm("sweep", "sweep.yaml", *overrides)
+    assert again.stderr.count("is already trained") == 4
