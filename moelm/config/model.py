@@ -271,6 +271,9 @@ class ModelConfig(Config):
     """Factor on the output logits (Grok-1: 1/sqrt(3))."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; projections into the residual stream get /sqrt(2 num_layers)."""
+    init_embedding_mean: float = Field(default=0.0, ge=0)
+    """Standard deviation of one random vector that is added to all initial embeddings. A part that all tokens share lets
+    attention depend on positions alone, so that a model learns earlier to attend to the previous token, and to copy."""
     ffn: FFNConfig
 
     @model_validator(mode="after")

@@ -19,7 +19,8 @@ def initialize(model: Transformer, seed: int) -> None:
 
     Every matrix has a random generator of its own, seeded by its name, and a dense block has the name of the first expert.
     So a dense and a sparse model start with the same values where both have a weight, and a process that holds a shard
-    initializes that shard. Norms start at one, routers with `zero_init` and all other vectors at zero.
+    initializes that shard. Norms start at one, routers with `zero_init` and all other vectors at zero. The embeddings have
+    a random vector in common, with std `init_embedding_mean`.
     """
     config = model.config
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
@@ -47,6 +48,11 @@ def initialize(model: Transformer, seed: int) -> None:
         for expert, matrix in zip(experts, own if stacked else (own,), strict=True):
             generator = rng.named_generator(f"{seed}/{key}/{expert}")
             matrix.copy_(torch.empty(parameter.shape[-2:]).normal_(0.0, std, generator=generator)[index[-2:]])
+    if config.init_embedding_mean:
+        generator = rng.named_generator(f"{seed}/embedding.mean")
+        mean_D = torch.empty(config.dim).normal_(0.0, config.init_embedding_mean, generator=generator)
+        embedding = model.embedding.weight
+        local(embedding).add_(mean_D[local_slices(embedding)[1]].to(local(embedding).device))
 
 
 def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:

@@ -19,7 +19,7 @@ from moelm.errors import MoelmError
 from moelm.runs.directory import RunDirectory
 from moelm.runs.record import read_environment
 
-WITHOUT_EFFECT = ("init_std", "max_seq_len", "ffn.balance", "ffn.capacity_factor")
+WITHOUT_EFFECT = ("init_", "max_seq_len", "ffn.balance", "ffn.capacity_factor")
 """Prefixes of model settings that do not change what given weights compute."""
 
 

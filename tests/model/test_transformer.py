@@ -86,6 +86,15 @@ def test_mixtral_has_its_published_size() -> None:
     assert (round(count.total / 1e9, 1), round(count.active / 1e9, 1)) == (46.7, 12.9)
 
 
+def test_the_initial_embeddings_have_a_vector_in_common() -> None:
+    plain, shifted = (build_model(model_config(init_embedding_mean=mean), seed=0).state_dict() for mean in (0.0, 0.3))
+    changed = [name for name in plain if not torch.equal(plain[name], shifted[name])]
+    assert changed == ["embedding.weight"]
+    common_D = (shifted["embedding.weight"] - plain["embedding.weight"]).mean(dim=0)
+    assert_close(shifted["embedding.weight"], plain["embedding.weight"] + common_D)
+    assert 0.15 < common_D.std() < 0.45
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("lengths", [(7, 1, 1, 1), (3, 4, 1, 2)])
 @pytest.mark.parametrize("bias", [0.0, 0.01])
