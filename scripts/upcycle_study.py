@@ -18,8 +18,8 @@ from moelm.runs.directory import RunDirectory
 from moelm.upcycle import upcycle_run
 
 UPCYCLINGS = {"copies": {}, "noise": {"noise": 0.1}, "half reinitialized": {"reinit": 0.5}}
-SCHEDULE = ["train.steps=600", "train.eval_every=100", "optim.warmup_steps=50"]
-OPTIMIZER = ["optim.kind=adamw", "optim.lr=1e-3", "optim.groups.experts.lr=1"]
+STEPS = ["train.steps=600", "train.eval_every=100"]
+OPTIMIZER = ["optim.kind=adamw", "optim.lr=1e-3", "optim.groups.experts.lr=1", "optim.warmup_steps=50"]
 
 
 def losses_by_step(seeds: list[Variant]) -> dict[int, list[float]]:
@@ -51,7 +51,7 @@ def main() -> None:
 
     def train_seeds(label: str, initial: RunDirectory, checkpoint: str) -> list[Variant]:
         shared = [
-            *SCHEDULE,
+            *STEPS,
             *OPTIMIZER,
             *arguments.overrides,
             "name=upcycle-study",

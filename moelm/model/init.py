@@ -51,8 +51,8 @@ def initialize(model: Transformer, seed: int) -> None:
     if config.init_embedding_mean:
         generator = rng.named_generator(f"{seed}/embedding.mean")
         mean_D = torch.empty(config.dim).normal_(0.0, config.init_embedding_mean, generator=generator)
-        embedding = model.embedding.weight
-        local(embedding).add_(mean_D[local_slices(embedding)[1]].to(local(embedding).device))
+        own, index = local(model.embedding.weight), local_slices(model.embedding.weight)
+        own.add_(mean_D[index[1]].to(own.device))
 
 
 def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:

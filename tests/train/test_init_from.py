@@ -61,12 +61,11 @@ def test_the_checkpoint_is_resolved_when_the_run_starts(init_from: str) -> None:
 
 @pytest.mark.usefixtures("own_folder")
 def test_settings_that_change_what_the_weights_compute_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
-    train_run(
-        "dense.yaml", "name=new", "init_from.run=tiny-dense", "train.steps=1", "model.rope_theta=500", "model.init_std=0.1"
-    )
+    initial = ("model.init_std=0.1", "model.init_embedding_mean=0.1")
+    train_run("dense.yaml", "name=new", "init_from.run=tiny-dense", "train.steps=1", "model.rope_theta=500", *initial)
     message = capsys.readouterr().err
     assert "model.rope_theta is 500.0 here, but the weights were trained with 10000.0 in runs/tiny-dense" in message
-    assert "init_std" not in message
+    assert "init_std" not in message and "init_embedding_mean" not in message
 
 
 @pytest.mark.usefixtures("own_folder")
