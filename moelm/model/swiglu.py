@@ -20,15 +20,12 @@ from moelm.model.backend import compute_dtype, use_custom_backward
 Weights = tuple[Tensor, Tensor, Tensor]
 """w1, w2 and w3, named as in Mixtral; for experts, stacks of them."""
 
-ALIGN = 64
-"""Multiple that the row counts of low-precision CPU products are rounded up to: oneDNN compiles a kernel for each row
-count, and an expert's row count changes at every step."""
+BLOCK_SIZES = (64, 128, 256)
+"""Rows of a block in low precision. oneDNN compiles a kernel for each number of rows, and an expert's number changes at
+every step."""
 
-GROUP_PADDING = 128
-"""Rows that an expert may have less than the largest of its group, in low precision."""
-
-GROUP_ROWS = 4096
-"""Rows of a group of several experts: larger temporary buffers of changing sizes fragment the allocator's memory."""
+MAX_COPIED_WEIGHT = 1 << 16
+"""Elements of a weight matrix up to which each block of rows gets a copy of it."""
 
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward, {}),
@@ -148,81 +145,86 @@ def grouped_swiglu_cpu(
     gates_S: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """One group of experts after another, with a custom backward that stores few activations and works in place.
+    """Batched products of equal groups of rows, with a custom backward that stores few activations and works in place.
 
-    In low precision, where the products of small experts take less time than their calls, experts with similar numbers of
-    rows are grouped and padded to the same number, and a group is computed by batched products. In float32 each expert is
-    a group of its own, without padding.
+    In low precision, where the products of small experts take less time than their calls, rows are padded to blocks, and
+    all blocks are computed by one batched product, each with a copy of its expert's weights. Otherwise each expert is
+    computed by itself, in low precision with its rows padded to a multiple of a block.
     """
     dtype = compute_dtype(x_SD)
     gates_S1 = None if gates_S is None else gates_S[:, None].to(dtype)
-    layout = _grouped_layout(ends_E) if dtype.itemsize < 4 else _plain_layout(ends_E)
+    layout = _plain_layout(ends_E) if dtype.itemsize >= 4 else _block_layout(ends_E, weights[0][0].numel())
     if not torch.is_grad_enabled():
-        y_PD = _forward(_pad(x_SD.to(dtype), layout), _sorted_weights(weights, dtype, layout), layout, activation)
+        y_PD = _forward(_pad(x_SD.to(dtype), layout), _block_weights(weights, dtype, layout), layout, activation)
         return _unpad(y_PD, layout, gates_S1)
     y_SD: Tensor = _GroupedSwiGLU.apply(x_SD, gates_S1, *weights, layout, dtype, activation, recompute)  # type: ignore[no-untyped-call]
     return y_SD
 
 
 class _Group(NamedTuple):
-    """Experts that are computed by batched products."""
+    """Weights and rows of one batched product."""
 
-    experts: slice
+    weights: slice
     """In the order of the layout."""
     rows: slice
-    """Padded rows, an equal number for each expert."""
+    """Padded rows, an equal number for each weight."""
 
     def take(self, x_PC: Tensor) -> Tensor:
         """The group's rows, `(G, R, C)`."""
-        x_GRC: Tensor = x_PC[self.rows].view(self.experts.stop - self.experts.start, -1, x_PC.shape[1])
+        x_GRC: Tensor = x_PC[self.rows].view(self.weights.stop - self.weights.start, -1, x_PC.shape[1])
         return x_GRC
 
 
 class _Layout(NamedTuple):
-    """Groups of experts, and their order and rows; without order and rows, both are unchanged."""
+    """How the rows are computed. Without `source_P`, they are not padded; without `expert_B`, weights are not copied."""
 
     groups: list[_Group]
-    order_E: Tensor | None = None
-    """Expert at each position."""
     source_P: Tensor | None = None
     """Row at each padded row; padding has any."""
     padding: Tensor | None = None
     """Padded rows without a row."""
     target_S: Tensor | None = None
     """Padded row of each row."""
+    expert_B: Tensor | None = None
+    """Expert of each block."""
+    first_E: Tensor | None = None
+    """First block of each expert."""
 
 
 def _plain_layout(ends_E: Tensor) -> _Layout:
-    ends = ends_E.tolist()
-    spans = enumerate(zip([0, *ends], ends, strict=False))
-    return _Layout([_Group(slice(e, e + 1), slice(start, end)) for e, (start, end) in spans])
+    return _Layout(_expert_groups(ends_E.tolist()))
 
 
-def _grouped_layout(ends_E: Tensor) -> _Layout:
-    """Groups of experts in descending order of their rows."""
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    order_E = counts_E.argsort(descending=True, stable=True)
-    counts = counts_E[order_E].tolist()
-    groups: list[_Group] = []
-    starts: list[int] = []
-    while (first := len(starts)) < len(counts):
-        rows = -(-counts[first] // ALIGN) * ALIGN
-        least = max(rows - GROUP_PADDING, 1)
-        size = sum(count >= least for count in counts[first:]) or len(counts) - first  # or none of the rest has rows
-        size = min(size, max(GROUP_ROWS // max(rows, 1), 1))
-        start = groups[-1].rows.stop if groups else 0
-        groups.append(_Group(slice(first, first + size), slice(start, start + size * rows)))
-        starts += range(start, start + size * rows, rows) if rows else [start] * size
-    num_rows, num_padded = int(ends_E[-1]), groups[-1].rows.stop
-    if len(counts) == 1 and num_rows == num_padded:
-        return _Layout(groups)
-    # Of few different sizes, so that the allocator finds the buffers of earlier steps.
-    unit = max(num_rows // 4, 1)
-    num_padded = -(-num_padded // unit) * unit
-    start_E = torch.empty_like(order_E).scatter_(0, order_E, torch.tensor(starts))
-    target_S = torch.arange(num_rows) + (start_E - ends_E + counts_E).repeat_interleave(counts_E)
-    source_P = torch.full((num_padded,), -1).scatter_(0, target_S, torch.arange(num_rows))
-    return _Layout(groups, order_E, source_P.clamp_min(0), (source_P < 0).nonzero()[:, 0], target_S)
+def _expert_groups(ends: list[int]) -> list[_Group]:
+    return [_Group(slice(e, e + 1), slice(*span)) for e, span in enumerate(zip([0, *ends], ends, strict=False))]
+
+
+def _block_layout(ends_E: Tensor, weight_size: int) -> _Layout:
+    """Each expert's rows in blocks; small experts are one group of all blocks, others a group each.
+
+    Blocks of small experts are the largest of which an expert fills four on average: small ones need less padding, and
+    large ones fewer copies of the weights.
+    """
+    counts_E, num_rows = ends_E.diff(prepend=ends_E.new_zeros(1)), int(ends_E[-1])
+    blocked = len(counts_E) > 1 and weight_size <= MAX_COPIED_WEIGHT
+    sizes = [size for size in BLOCK_SIZES if blocked and 4 * size * len(counts_E) <= num_rows]
+    block = sizes[-1] if sizes else BLOCK_SIZES[0]
+    blocks_E = (counts_E + block - 1) // block
+    end_E = blocks_E.cumsum(0)
+    first_E, num_used = end_E - blocks_E, int(end_E[-1])
+    if num_rows == 0 or (len(counts_E) == 1 and num_rows == num_used * block):
+        return _plain_layout(ends_E)
+    # Rounded up, so that kernels and buffers of earlier steps are found again.
+    unit = max(num_rows // block // 16, 1)
+    num_blocks = -(-num_used // unit) * unit
+    target_S = torch.arange(num_rows) + (first_E * block - ends_E + counts_E).repeat_interleave(counts_E)
+    source_P = torch.full((num_blocks * block,), -1).scatter_(0, target_S, torch.arange(num_rows))
+    rows = source_P.clamp_min(0), (source_P < 0).nonzero()[:, 0], target_S
+    if not blocked:
+        return _Layout(_expert_groups((end_E * block).tolist()), *rows)
+    blocks_E[-1] += num_blocks - num_used  # without rows
+    expert_B = torch.arange(len(counts_E)).repeat_interleave(blocks_E)
+    return _Layout([_Group(slice(0, num_blocks), slice(0, num_blocks * block))], *rows, expert_B, first_E)
 
 
 def _pad(x_SC: Tensor, layout: _Layout, gates_S1: Tensor | None = None) -> Tensor:
@@ -246,9 +248,18 @@ def _gather(x_NC: Tensor, index_R: Tensor, factor_R1: Tensor) -> Tensor:
     return F.embedding_bag(index_R[:, None], x_NC, mode="sum", per_sample_weights=factor_R1)
 
 
-def _sorted_weights(weights: Weights, dtype: torch.dtype, layout: _Layout) -> Weights:
-    w1, w2, w3 = (w.to(dtype) if layout.order_E is None else w.to(dtype).index_select(0, layout.order_E) for w in weights)
+def _block_weights(weights: Weights, dtype: torch.dtype, layout: _Layout) -> Weights:
+    """The weights of each block, or of each expert."""
+    w1, w2, w3 = (w.to(dtype) if layout.expert_B is None else w.to(dtype).index_select(0, layout.expert_B) for w in weights)
     return w1, w2, w3
+
+
+def _sum_over_blocks(dw_BFD: Tensor, layout: _Layout) -> Tensor:
+    """The gradient of each expert's weights, added in float32."""
+    if layout.expert_B is None:
+        return dw_BFD
+    blocks_B, flat_BC = torch.arange(len(dw_BFD)), dw_BFD.flatten(1)
+    return F.embedding_bag(blocks_B, flat_BC, layout.first_E, mode="sum").view(-1, *dw_BFD.shape[1:])
 
 
 def _forward(x_PD: Tensor, weights: Weights, layout: _Layout, activation: str, saved: tuple[Tensor, ...] = ()) -> Tensor:
@@ -257,7 +268,7 @@ def _forward(x_PD: Tensor, weights: Weights, layout: _Layout, activation: str, s
     w1_EFD, w2_EDF, w3_EFD = weights
     y_PD = torch.empty_like(x_PD)
     for group in layout.groups:
-        w1, w2, w3 = w1_EFD[group.experts], w2_EDF[group.experts], w3_EFD[group.experts]
+        w1, w2, w3 = w1_EFD[group.weights], w2_EDF[group.weights], w3_EFD[group.weights]
         x, (out_a, out_b) = group.take(x_PD), map(group.take, saved) if saved else (None, None)
         a, b = torch.bmm(x, w1.mT, out=out_a), torch.bmm(x, w3.mT, out=out_b)
         torch.bmm(act(a, **options).mul_(b), w2.mT, out=group.take(y_PD))
@@ -280,7 +291,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation, ctx.layout, ctx.input_dtype, ctx.weight_dtype = activation, layout, x_SD.dtype, w1_EFD.dtype
         x_PD = _pad(x_SD.to(dtype), layout)
-        weights = _sorted_weights((w1_EFD, w2_EDF, w3_EFD), dtype, layout)
+        weights = _block_weights((w1_EFD, w2_EDF, w3_EFD), dtype, layout)
         saved = () if recompute else tuple(x_PD.new_empty(len(x_PD), w1_EFD.shape[1]) for _ in range(2))
         y_PD = _forward(x_PD, weights, layout, activation, saved)
         ctx.save_for_backward(x_PD, gates_S1, None if gates_S1 is None else y_PD, *weights, *saved)
@@ -295,7 +306,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dy_PD, dx_PD = _pad(grads[0], layout, gates_S1), torch.empty_like(x_PD)
         dw1_EFD, dw2_EDF, dw3_EFD = (torch.empty_like(w) for w in (w1_EFD, w2_EDF, w3_EFD))
         for group in layout.groups:
-            own = group.experts
+            own = group.weights
             x, dy, w1, w2, w3 = group.take(x_PD), group.take(dy_PD), w1_EFD[own], w2_EDF[own], w3_EFD[own]
             a, b = map(group.take, saved) if saved else (torch.bmm(x, w1.mT), torch.bmm(x, w3.mT))
             s = act(a, **options)
@@ -307,9 +318,5 @@ class _GroupedSwiGLU(torch.autograd.Function):
             da = act_backward(torch.mul(dh, b, out=h), a, **options)
             torch.bmm(da.mT, x, out=dw1_EFD[own])
             torch.bmm(da, w1, out=group.take(dx_PD)).baddbmm_(db, w3)
-        dweights = [dw1_EFD, dw2_EDF, dw3_EFD]
-        if layout.order_E is not None:
-            position_E = layout.order_E.argsort()
-            dweights = [dw.index_select(0, position_E) for dw in dweights]
-        dweights = [dw.to(ctx.weight_dtype) for dw in dweights]
+        dweights = [_sum_over_blocks(dw, layout).to(ctx.weight_dtype) for dw in (dw1_EFD, dw2_EDF, dw3_EFD)]
         return _unpad(dx_PD, layout).to(ctx.input_dtype), dgates_S1, *dweights, None, None, None, None

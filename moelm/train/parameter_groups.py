@@ -17,6 +17,12 @@ MUON_ROLES = ("attention", "ffn", "experts")
 """Roles whose parameters are matrices from one hidden vector to another, or stacks of them, one for each expert."""
 
 
+def optimizer_kind(config: OptimConfig, role: Role) -> Literal["adamw", "muon"]:
+    """Which optimizer updates the parameters of a role."""
+    wanted = getattr(config.groups, role).kind or config.kind
+    return "muon" if wanted == "muon" and role in MUON_ROLES else "adamw"
+
+
 def parameter_roles(model: Transformer) -> dict[nn.Parameter, Role]:
     """The role of every parameter, in the order of the model.
 
@@ -65,7 +71,7 @@ def build_groups(model: Transformer, config: OptimConfig) -> list[dict[str, Any]
         parameter.requires_grad_(settings.lr > 0)
         if not parameter.requires_grad:
             continue
-        kind = "muon" if config.kind == "muon" and role in MUON_ROLES else "adamw"
+        kind = optimizer_kind(config, role)
         relative = config.adamw.lr / config.lr if kind == "adamw" and config.adamw.lr is not None else 1.0
         weight_decay = settings.weight_decay
         if weight_decay is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moelm.config import ModelConfig
 from moelm.data.loader import Batch
 from moelm.model import build_model
-from moelm.model.swiglu import grouped_swiglu_cpu, grouped_swiglu_cuda, grouped_swiglu_loop
+from moelm.model.swiglu import _block_layout, grouped_swiglu_cpu, grouped_swiglu_cuda, grouped_swiglu_loop
 from moelm.train.objective import micro_batch_loss
 from tests.tolerance import assert_close
 
@@ -90,16 +90,22 @@ def test_an_expert_is_computed_alike_beside_others(autocast: bool) -> None:
         assert torch.equal(y, together[0][start:end])
 
 
+@pytest.mark.parametrize("max_copied_weight", [0, 1 << 16], ids=["by expert", "by block"])
 @pytest.mark.parametrize("implementation", [grouped_swiglu_cpu, grouped_swiglu_cuda])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
     "ends",
-    [ENDS["experts without rows"], ENDS["no rows"], [64, 150, 151, 151, 300], [5, 900, 930, 930, 1000], [64] * 5],
-    ids=["few", "no rows", "a group", "several groups", "no padding"],
+    [ENDS["experts without rows"], ENDS["no rows"], [64, 150, 151, 151, 300], [5, 1900, 1930, 1930, 2700], [64] * 5],
+    ids=["few", "no rows", "small blocks", "large blocks", "no padding"],
 )
 def test_bfloat16_is_close_to_the_loop_in_float32(
-    ends: list[int], gated: bool, implementation: Callable[..., Tensor]
+    ends: list[int],
+    gated: bool,
+    implementation: Callable[..., Tensor],
+    max_copied_weight: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("moelm.model.swiglu.MAX_COPIED_WEIGHT", max_copied_weight)
     inputs = make_inputs(ends, torch.float32, gated)
     expected = value_and_gradients(grouped_swiglu_loop, inputs, "silu")
     results = value_and_gradients(implementation, inputs, "silu", autocast=True)
@@ -107,6 +113,22 @@ def test_bfloat16_is_close_to_the_loop_in_float32(
     for found, wanted in zip(results, expected, strict=True):
         assert found.shape == wanted.shape
         assert (found - wanted).norm() <= wanted.norm() * 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_products_have_few_different_shapes() -> None:
+    """oneDNN compiles a kernel for each shape, so the shapes must not change with the routing."""
+    rng, shapes = torch.Generator().manual_seed(0), set()
+    for _ in range(200):
+        counts = torch.multinomial(torch.rand(16, generator=rng) + 0.5, 8192, replacement=True, generator=rng).bincount()
+        layout = _block_layout(counts.cumsum(0), 64 * 128)
+        shapes |= {(group.weights.stop - group.weights.start, group.rows.stop) for group in layout.groups}
+        assert layout.source_P is not None
+        assert layout.target_S is not None
+        assert layout.expert_B is not None
+        assert layout.target_S.unique().numel() == 8192
+        block = len(layout.source_P) // len(layout.expert_B)
+        assert torch.equal(layout.expert_B[layout.target_S // block], torch.arange(len(counts)).repeat_interleave(counts))
+    assert len(shapes) <= 4
 
 
 def sparse_model(num_layers: int) -> tuple[ModelConfig, Tensor]:

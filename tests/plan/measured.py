@@ -147,9 +147,9 @@ def main() -> None:
         batch = random_batch(config)
         batch = type(batch)(*(tensor[ranks.rank * rows : (ranks.rank + 1) * rows] for tensor in batch))
         buffers: list[int] = []
-        # A plan is for GPUs, whose attention stores no logits, and whose experts are neither padded nor sorted.
+        # A plan is for GPUs, whose attention stores no logits, and whose experts' rows are not padded.
         attention.SHORT = 0
-        swiglu._grouped_layout = swiglu._plain_layout
+        swiglu._block_layout = lambda ends_E, weight_size: swiglu._plain_layout(ends_E)
         for module in model.modules():
             if isinstance(module, MoELayer) and isinstance(module.dispatcher, AllToAllDispatcher):
                 module.dispatcher = MeasuredDispatcher(module.dispatcher, buffers)

@@ -102,6 +102,25 @@ def test_muon_updates_matrices_by_role_and_not_by_shape() -> None:
     assert {id(p) for p in optimizer.parameters} == {id(p) for p in model.parameters()}
 
 
+def test_a_role_that_muon_would_update_can_have_adamw() -> None:
+    """Its update, rate and decay are then those of a run with AdamW alone; other roles keep Muon."""
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    kinds = {"muon": {**settings, "kind": "muon", "adamw": {"lr": 0.02}}, "adamw": {**settings, "kind": "adamw"}}
+    kinds["mixed"] = {**kinds["muon"], "groups": {"experts": {"kind": "adamw"}, "embedding": {"kind": "adamw"}}}
+    models = {}
+    for kind, config in kinds.items():
+        models[kind] = small_model()
+        optimizer = build_optimizer(models[kind], OptimConfig.model_validate(config), torch.float32)
+        set_gradients(models[kind])
+        update(optimizer, 0.02)
+    roles = parameter_roles(models["mixed"])
+    states = {kind: dict(model.named_parameters()) for kind, model in models.items()}
+    for name, parameter in states["mixed"].items():
+        expected = "adamw" if roles[parameter] not in MUON_ROLES or roles[parameter] == "experts" else "muon"
+        assert torch.equal(parameter, states[expected][name]), name
+    assert not torch.equal(states["adamw"]["layers.0.ffn.experts.w1"], states["muon"]["layers.0.ffn.experts.w1"])
+
+
 @pytest.mark.parametrize(("ffn", "tied"), [("dense", True), ("moe", True), ("moe", False)])
 def test_a_config_that_trains_none_of_its_parameters_is_refused(ffn: str, tied: bool) -> None:
     config = ROOT / f"tests/configs/{ffn}.yaml"
