@@ -20,6 +20,7 @@ def sweep(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the report (default: reports/NAME).")] = None,
     nproc: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Processes of each run, one per GPU.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=MAX_INT, help="Runs at the same time, which share the CPUs.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -35,14 +36,14 @@ def sweep(
     config = load_sweep(path)
     out = out or Path("reports") / config.name
     check_report_directory(out)
-    variants = plan_sweep(path, config, overrides or (), nproc)
+    variants = plan_sweep(path, config, overrides or (), nproc * jobs)
     if not as_json:
         stdout_console().print(_variant_table(variants))
     if dry_run:
         if as_json:
             print_json(sweep_json(config, variants))
         return
-    train_all(variants, nproc, config.budget)
+    train_all(variants, nproc, jobs, config.budget)
     comparison = compare([make_variant(each.label, read_runs(each.all_paths)) for each in variants])
     write_report(comparison, out, command_line())
     print_comparison(comparison, out, as_json)

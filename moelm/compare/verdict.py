@@ -200,18 +200,21 @@ def reading_notes(
 
 
 def _load_notes(runs: Sequence[RunRecord]) -> Iterator[str]:
-    """The runs whose machine was not idle, in one sentence for each number of CPUs."""
-    by_cpus: dict[int, list[tuple[str, CpuUse]]] = {}
+    """The runs that other processes disturbed, in one sentence for each number of CPUs and threads."""
+    disturbed: dict[tuple[int, int], list[tuple[str, CpuUse]]] = {}
     for run in runs:
-        cpus, use = run.environment.get("cpus"), run.cpu_use
-        if isinstance(cpus, int) and use is not None and use.describe_load(cpus) is not None:
-            by_cpus.setdefault(cpus, []).append((run.name, use))
-    for cpus, loaded in by_cpus.items():
+        cpus, threads, processes = (run.environment.get(key) for key in ("cpus", "threads", "processes"))
+        if not isinstance(cpus, int) or run.cpu_use is None:
+            continue
+        used = threads * processes if isinstance(threads, int) and isinstance(processes, int) else cpus
+        if run.cpu_use.describe_load(cpus, used) is not None:
+            disturbed.setdefault((cpus, used), []).append((run.name, run.cpu_use))
+    for (cpus, used), loaded in disturbed.items():
         names = [name for name, _ in loaded]
         if len(names) > MOST_NAMES:
             names = [*names[: MOST_NAMES - 1], count_noun(len(names) - MOST_NAMES + 1, "other run")]
         columns = zip(*(use for _, use in loaded), strict=True)
-        load = CpuUse(*map(max, columns)).describe_load(cpus)
+        load = CpuUse(*map(max, columns)).describe_load(cpus, used)
         most, its = ("in the worst case, ", "their") if len(names) > 1 else ("", "its")
         yield f"The machine was not idle while {join_names(names)} trained ({most}{load}); {its} times are uncertain."
 

@@ -1,6 +1,7 @@
 """How many CPUs other processes used while a run trained, from /proc/stat. Nothing here imports torch.
 
-Training times are comparable only if the machine was otherwise idle. Where there is no /proc/stat, nothing is recorded.
+Training times are comparable only if no other process used the CPUs that a run's threads need. Where there is no
+/proc/stat, nothing is recorded.
 """
 
 import os
@@ -13,7 +14,7 @@ from moelm.runs.lock import boot_id
 from moelm.runs.metrics import Line, is_finite
 
 OTHERS_LIMIT = 0.1
-"""Mean share of the machine's CPUs that other processes may use."""
+"""Mean share of the machine's CPUs that other processes may use, beyond those that a run leaves to them."""
 STEAL_LIMIT = 0.05
 """Mean share that a virtual machine's host may withhold."""
 MIN_SECONDS = 10.0
@@ -31,12 +32,17 @@ class CpuUse(NamedTuple):
     """Withheld by the host of a virtual machine."""
     seconds: float
 
-    def describe_load(self, cpus: int) -> str | None:
-        """What kept the machine from being idle, as a clause; None if little did, or the time was too short."""
+    def describe_load(self, cpus: int, threads: int) -> str | None:
+        """What disturbed a run, as a clause; None if little did, or the time was too short.
+
+        Args:
+            cpus: of the machine.
+            threads: of the run, on this machine; other processes may use the rest of the CPUs.
+        """
         if self.seconds < MIN_SECONDS:
             return None
         causes = []
-        if self.others > OTHERS_LIMIT * cpus:
+        if self.others > max(cpus - threads, 0) + OTHERS_LIMIT * cpus:
             causes.append(f"other processes used {self.others:.1f} of {cpus} CPUs")
         if self.steal > STEAL_LIMIT * cpus:
             causes.append(f"the host of this virtual machine withheld {self.steal:.1f} of {cpus}")
@@ -66,10 +72,11 @@ class CpuLoad:
 
     Args:
         gather: collects a value from every process of the run.
+        threads: of each process.
     """
 
-    def __init__(self, gather: Callable[[tuple[str, float]], list[tuple[str, float]]]) -> None:
-        self._gather = gather
+    def __init__(self, gather: Callable[[tuple[str, float]], list[tuple[str, float]]], threads: int) -> None:
+        self._gather, self._threads = gather, threads
         self._first = self._last = self._read()
 
     def as_metrics(self) -> Line:
@@ -79,17 +86,17 @@ class CpuLoad:
         return {} if use is None else {OTHERS: use.others, STEAL: use.steal}
 
     def describe(self) -> str | None:
-        """What kept the machine from being idle up to the last call of `as_metrics`, as a clause; None if little did."""
+        """What disturbed the run up to the last call of `as_metrics`, as a clause; None if little did."""
         use = self._first.until(self._last) if self._first and self._last else None
-        return None if use is None else use.describe_load(os.cpu_count() or 1)
+        return None if use is None else use.describe_load(os.cpu_count() or 1, self._threads * self._processes)
 
     def _read(self) -> CpuTimes | None:
         machine = boot_id()
         own = self._gather((machine, sum(os.times()[:4])))
         counted = read_machine_times()
-        if counted is None:
-            return None
-        return CpuTimes(time.monotonic(), *counted, sum(seconds for where, seconds in own if where == machine))
+        here = [seconds for where, seconds in own if where == machine]
+        self._processes = len(here)
+        return None if counted is None else CpuTimes(time.monotonic(), *counted, sum(here))
 
 
 def read_machine_times() -> tuple[float, float] | None:

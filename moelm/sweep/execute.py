@@ -1,11 +1,15 @@
-"""Training of a sweep's runs one after another, each in its own process with its own memory and allocator."""
+"""Training of a sweep's runs, each in its own process with its own memory and allocator, one or several at a time."""
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import count
+from threading import Event, RLock
+from types import FrameType, TracebackType
+from typing import NamedTuple
 
 from moelm.config import RunConfig, differing, load_config, trajectory_settings
 from moelm.console import log, warn
@@ -25,38 +29,77 @@ TIME_TOLERANCE = 0.1
 """Relative difference from a budget of seconds above which a warning is printed."""
 
 
-def train_all(variants: Sequence[SweepVariant], processes: int, budget: BudgetConfig | None) -> None:
+class _Task(NamedTuple):
+    """One run, or a branch of it."""
+
+    variant: SweepVariant
+    seed: int
+    steps: int | None = None
+    """Of a branch."""
+
+    @property
+    def run(self) -> RunDirectory:
+        """Its directory."""
+        return self.variant.runs[self.seed] if self.steps is None else self.variant.branch(self.seed, self.steps)
+
+    @property
+    def config(self) -> RunConfig:
+        """Its config, but for the name."""
+        config = self.variant.config.model_copy(update={"seed": self.seed})
+        if self.steps is None:
+            return config
+        return config.model_copy(update={"train": config.train.model_copy(update={"steps": self.steps})})
+
+
+def train_all(variants: Sequence[SweepVariant], processes: int, jobs: int, budget: BudgetConfig | None) -> None:
     """Train every run that is not finished, each followed by its branches: all variants with the first seed, then the next.
 
     Args:
         processes: of each run.
+        jobs: runs that are trained at the same time.
 
     Raises:
         MoelmError: a run of the same name has other settings, or a run failed after printing its error.
     """
-    order = [
-        (variant, seed, steps)
+    runs = [
+        [_Task(variant, seed, steps) for steps in (None, *variant.branch_steps)]
         for seed in variants[0].runs
         for variant in variants
-        for steps in (None, *variant.branch_steps)
     ]
-    for number, (variant, seed, steps) in enumerate(order, 1):
-        run, config = variant.runs[seed], variant.config.model_copy(update={"seed": seed})
-        if steps is not None:
-            run = variant.branch(seed, steps)
-            config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-        title = f"[{number}/{len(order)}] {run.path.name}"
-        if _is_finished(run, config):
+    numbers, total = count(1), sum(map(len, runs))
+    threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
+    environment = os.environ if jobs == 1 else {"OMP_NUM_THREADS": str(threads), **os.environ}
+    failed = Event()
+
+    def train(task: _Task) -> None:
+        title = f"[{next(numbers)}/{total}] {task.run.path.name}"
+        if _is_finished(task.run, task.config):
             log(f"{title} is already trained.")
-            continue
+            return
         log(title)
         nproc = ["--nproc", str(processes)] if processes > 1 else []
-        if code := _run_process([sys.executable, "-m", "moelm", *variant.train_arguments(seed, steps), *nproc]):
-            error = MoelmError(f"The sweep stopped; run the same command again to continue with {run.path.name}.")
+        command = [sys.executable, "-m", "moelm", *task.variant.train_arguments(task.seed, task.steps), *nproc]
+        if code := children.run(command, environment, shows_progress=jobs == 1):
+            error = MoelmError(f"The sweep stopped; run the same command again to continue with {task.run.path.name}.")
             error.exit_code = code
             raise error
-        if steps is None and budget is not None and budget.seconds is not None:
-            _check_duration(run, budget.seconds)
+        if task.steps is None and budget is not None and budget.seconds is not None:
+            _check_duration(task.run, budget.seconds)
+
+    def train_in_order(tasks: Sequence[_Task]) -> None:
+        for task in tasks:
+            if failed.is_set():
+                return
+            try:
+                train(task)
+            except BaseException:
+                failed.set()
+                children.stop(signal.SIGTERM)
+                raise
+
+    with _Children() as children, ThreadPoolExecutor(jobs) as pool:
+        for future in as_completed([pool.submit(train_in_order, tasks) for tasks in runs]):
+            future.result()
 
 
 def _check_duration(run: RunDirectory, expected: float) -> None:
@@ -93,35 +136,51 @@ def _is_finished(run: RunDirectory, expected: RunConfig) -> bool:
     return True
 
 
-def _run_process(command: Sequence[str]) -> int:
-    """Run a command to its end; returns its exit code, which is 128 + N after signal N."""
-    with _forwarded_signals() as forward_to:
-        # In its own session, because a terminal would send Ctrl-C to it in addition. Its stdout is progress here.
-        process = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
-        forward_to(process)
-        code = process.wait()
-    return code if code >= 0 else 128 - code
+class _Children:
+    """The processes that are running; stop signals are forwarded to them, including those received before they start."""
 
+    def __init__(self) -> None:
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._received: list[int] = []
+        self._lock = RLock()  # a signal can arrive while the main thread has it
 
-@contextmanager
-def _forwarded_signals() -> "Iterator[Callable[[subprocess.Popen[bytes]], None]]":
-    """Forward stop signals to the process that the yielded function is called with, including those received before."""
-    processes: list[subprocess.Popen[bytes]] = []
-    received: list[int] = []
+    def __enter__(self) -> "_Children":
+        self._previous = {signum: signal.signal(signum, self._forward) for signum in stop_signals()}
+        return self
 
-    def forward(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        for process in processes:
-            process.send_signal(signum)
-
-    def forward_to(process: "subprocess.Popen[bytes]") -> None:
-        processes.append(process)
-        for signum in received:
-            process.send_signal(signum)
-
-    previous = {signum: signal.signal(signum, forward) for signum in stop_signals()}
-    try:
-        yield forward_to
-    finally:
-        for signum, handler in previous.items():
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str], shows_progress: bool) -> int:
+        """Run a command to its end; returns its exit code, which is 128 + N after signal N.
+
+        Args:
+            shows_progress: whether it has this process's terminal; otherwise its lines are logged.
+        """
+        stderr = None if shows_progress else subprocess.STDOUT
+        stdout = sys.stderr if shows_progress else subprocess.PIPE
+        # In its own session, because a terminal would send Ctrl-C to it in addition. Its stdout is progress here.
+        with self._lock:
+            process = subprocess.Popen(
+                command, env=environment, start_new_session=True, stdout=stdout, stderr=stderr, text=True, errors="replace"
+            )
+            self._processes.add(process)
+            for signum in self._received:
+                process.send_signal(signum)
+        with process:
+            for line in process.stdout or ():
+                log(line.rstrip("\n"))
+            code = process.wait()
+        self._processes.discard(process)
+        return code if code >= 0 else 128 - code
+
+    def stop(self, signum: int) -> None:
+        """Send a signal to all processes, and to those that are started later."""
+        with self._lock:
+            self._received.append(signum)
+            for process in tuple(self._processes):
+                process.send_signal(signum)
+
+    def _forward(self, signum: int, frame: FrameType | None) -> None:
+        self.stop(signum)

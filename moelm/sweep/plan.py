@@ -96,7 +96,7 @@ def plan_sweep(path: Path, sweep: SweepConfig, overrides: Sequence[str], process
     Args:
         path: the sweep file.
         overrides: `key=value` for all variants.
-        processes: of each run.
+        processes: that train at the same time.
 
     Raises:
         MoelmError: invalid settings, variants that cannot be matched, or a budget below one step.
@@ -114,7 +114,7 @@ def plan_sweep(path: Path, sweep: SweepConfig, overrides: Sequence[str], process
     if sweep.budget is not None:
         if sweep.budget.seconds is not None and processes > 1:
             raise MoelmError(
-                "budget.seconds is measured on one process; with --nproc, a budget of tokens or flops is expected."
+                "budget.seconds is measured on one process; with --nproc or --jobs, one of tokens or flops is expected."
             )
         steps = _steps_within(sweep.budget, variants)
         variants = [_add_override(variant, f"train.steps={count}") for variant, count in zip(variants, steps, strict=True)]

@@ -128,7 +128,7 @@ class Trainer:
         logger = MetricsLogger(config, self.run, first, enabled=self.ranks.is_main)
         evaluation: Evaluation | None = None
         started = time.monotonic()
-        cpu_load = CpuLoad(self.ranks.gather)
+        cpu_load = CpuLoad(self.ranks.gather, torch.get_num_threads())
         trace_folder = self.run.path if profile and self.ranks.is_main else None
         try:
             with (

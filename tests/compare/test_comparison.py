@@ -308,6 +308,10 @@ def test_a_machine_that_was_not_idle_is_noted(tmp_path: Path) -> None:
     for line in lines[1:]:
         line |= {"perf/cpu_others": 0.9, "perf/cpu_steal": 0.0}
     (b / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copytree(b, tmp_path / "half")
+    environment = {**json.loads((b / "environment.json").read_text()), "threads": 1, "processes": 1}
+    (tmp_path / "half/environment.json").write_text(json.dumps(environment))
+    assert not [each for each in compared([a, tmp_path / "half"]).notes if "not idle" in each]
     note = "The machine was not idle while b trained (other processes used 0.9 of 2 CPUs); its times are uncertain."
     assert [each for each in compared([a, b]).notes if "not idle" in each] == [note]
     others = [shutil.copytree(b, tmp_path / f"c{number}") for number in range(5)]

@@ -31,7 +31,7 @@ def test_the_first_line_of_proc_stat_is_summed(tmp_path: Path, monkeypatch: pyte
         assert read_machine_times() is None
     path.unlink()
     assert read_machine_times() is None
-    load = CpuLoad(alone)
+    load = CpuLoad(alone, threads=1)
     assert load.as_metrics() == {}
     assert load.describe() is None
 
@@ -53,7 +53,7 @@ def test_the_runs_own_processes_are_subtracted(moments: Callable[..., None], mon
     moments((100.0, 500.0, 3.0), (120.0, 530.0, 4.0), (140.0, 530.5, 4.0))
     here = cpu_load.boot_id()
     own = iter([1.0, 5.0, 99.0, 8.0, 12.0, 500.0, 8.0, 12.0, 900.0])
-    load = CpuLoad(lambda _: [(here, next(own)), (here, next(own)), ("elsewhere", next(own))])
+    load = CpuLoad(lambda _: [(here, next(own)), (here, next(own)), ("elsewhere", next(own))], threads=1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert load.as_metrics() == pytest.approx({"perf/cpu_others": 16 / 20, "perf/cpu_steal": 1 / 20})
     assert load.describe() == "other processes used 0.8 of 2 CPUs"
@@ -66,16 +66,19 @@ def test_a_machine_that_counts_nothing_is_not_recorded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("use", "clause"),
+    ("use", "threads", "clause"),
     [
-        (CpuUse(0.19, 0.09, 60), None),
-        (CpuUse(0.9, 0.0, 9), None),
-        (CpuUse(0.9, 0.0, 60), "other processes used 0.9 of 2 CPUs"),
-        (CpuUse(0.0, 0.2, 60), "the host of this virtual machine withheld 0.2 of 2"),
+        (CpuUse(0.19, 0.09, 60), 2, None),
+        (CpuUse(0.9, 0.0, 9), 2, None),
+        (CpuUse(0.9, 0.0, 60), 2, "other processes used 0.9 of 2 CPUs"),
+        (CpuUse(1.1, 0.0, 60), 1, None),
+        (CpuUse(1.3, 0.0, 60), 1, "other processes used 1.3 of 2 CPUs"),
+        (CpuUse(0.3, 0.0, 60), 4, "other processes used 0.3 of 2 CPUs"),
+        (CpuUse(0.0, 0.2, 60), 1, "the host of this virtual machine withheld 0.2 of 2"),
     ],
 )
-def test_a_load_above_the_limits_is_described(use: CpuUse, clause: str | None) -> None:
-    assert use.describe_load(2) == clause
+def test_a_load_above_the_limits_is_described(use: CpuUse, threads: int, clause: str | None) -> None:
+    assert use.describe_load(2, threads) == clause
 
 
 def test_means_are_weighted_by_training_time() -> None:
@@ -91,7 +94,7 @@ def test_means_are_weighted_by_training_time() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/stat")
 def test_the_time_of_a_child_is_the_runs_own() -> None:
-    load = CpuLoad(alone)
+    load = CpuLoad(alone, threads=1)
     before = load._first
     subprocess.run([sys.executable, "-c", "sum(range(3_000_000))"], check=True)
     assert before is not None

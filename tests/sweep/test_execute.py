@@ -1,6 +1,7 @@
 """A sweep from its file to its comparison, with the real command line."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -78,6 +79,49 @@ def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: 
         again = moelm("sweep", "sweep.yaml", override)
         assert again.returncode == 2
         assert f"study-dense-0 exists already with another {override.partition('=')[0]}" in again.stderr
+
+
+@pytest.mark.slow(seconds=20)
+def test_runs_at_the_same_time_are_interrupted_continued_and_equal_to_others(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=60)
+    process = start_moelm(["sweep", "sweep.yaml", "--jobs", "2"], workplace)
+    both = [workplace / f"runs/study-{label}-0/metrics.jsonl" for label in ("dense", "moe")]
+    deadline = time.monotonic() + 120
+    while not all(path.exists() and path.read_text().count("\n") > 3 for path in both):
+        assert time.monotonic() < deadline
+        assert process.is_running, process.finish()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    done = process.finish(60)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.count("Stopped by SIGINT and saved at step") == 2
+    assert "moelm: The sweep stopped; run the same command again to continue with study-" in done.stderr.splitlines()[-1]
+    assert not (workplace / "runs/study-dense-1").exists()
+
+    done = moelm("sweep", "sweep.yaml", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    for number in range(1, 5):
+        assert f"[{number}/4] study-" in done.stderr
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    environment = json.loads((workplace / "runs/study-moe-1/environment.json").read_text())
+    assert environment["threads"] == int(os.environ.get("OMP_NUM_THREADS", threads))
+    alone = moelm("train", "dense.yaml", "name=alone", "seed=0", "model.ffn.hidden_dim=64", "train.steps=60")
+    assert alone.returncode == 0, alone.stderr
+    losses = [
+        [json.loads(line)["train/loss"] for line in (workplace / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "study-dense-0")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the number of threads may differ
+
+
+def test_the_other_jobs_of_a_failed_run_are_stopped(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=2000)
+    with RunLock(RunDirectory(workplace / "runs/study-moe-0")):
+        done = moelm("sweep", "sweep.yaml", "--jobs", "2")
+    assert done.returncode == 2
+    assert "moelm: runs/study-moe-0 is being trained by process " in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("run the same command again to continue with study-moe-0.")
+    assert not (workplace / "runs/study-dense-1").exists()
 
 
 @pytest.mark.slow
