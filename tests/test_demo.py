@@ -22,7 +22,7 @@ OVERRIDES = (
 def test_the_demo_writes_a_report(tmp_path: Path) -> None:
     for folder in ("configs", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    # With all threads, because the models are larger than those of other tests.
+    # With its own number of threads.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run(
         ["bash", "scripts/demo.sh", *OVERRIDES],
@@ -35,7 +35,7 @@ def test_the_demo_writes_a_report(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "reports/demo/report.json").read_text())
     assert report["schema"] == 3
-    assert [length["steps"] for length in report["variants"][1]["lengths"]] == [10, 16, 20]
+    assert [length["steps"] for length in report["variants"][1]["lengths"]] == [12, 20]
     for name in ("report.html", "report.md", "comparison.png", "load.png"):
         assert (tmp_path / "reports/demo" / name).stat().st_size > 1000
     dense, moe = (json.loads((tmp_path / f"runs/demo-{kind}/environment.json").read_text()) for kind in ("dense", "moe"))

@@ -114,17 +114,19 @@ def top_experts(scores_NE: Tensor, top_k: int) -> Tensor:
     if top_k > MAX_SEARCHES or not eager_on_cpu(scores_NE):
         return scores_NE.topk(top_k, dim=-1).indices
     num_experts = scores_NE.shape[-1]
-    # On a CPU amax is vectorized, but topk and argmax are not. The index of a maximum is the rank added to a gap of zero;
-    # of equal maxima, the first has the largest rank. A score that is not a number must not give an invalid index.
-    rank_E = torch.arange(num_experts, 0, -1, dtype=scores_NE.dtype)
+    # On a CPU amax over the first dimension is vectorized, but topk and argmax are not. The index of a maximum is the rank
+    # added to a gap of zero; of equal maxima, the first has the largest rank. A score that is not a number must not give an
+    # invalid index.
+    scores_EN = scores_NE.t().clone(memory_format=torch.contiguous_format)
+    rank_E1 = torch.arange(num_experts, 0, -1, dtype=scores_NE.dtype)[:, None]
     choices: list[Tensor] = []
-    while len(choices) < top_k:
-        if choices:
-            scores_NE = scores_NE.scatter(-1, choices[-1], float("-inf"))
-        gap_NE = scores_NE - scores_NE.amax(dim=-1, keepdim=True)
-        first_N1 = num_experts - torch.add(rank_E, gap_NE, alpha=1e30).amax(dim=-1, keepdim=True)
-        choices.append(first_N1.long().clamp_(0, num_experts - 1))
-    return torch.cat(choices, dim=-1)
+    while True:
+        gap_EN = scores_EN - scores_EN.amax(dim=0)
+        first_N = num_experts - gap_EN.mul_(1e30).add_(rank_E1).amax(dim=0)
+        choices.append(first_N.long().clamp_(0, num_experts - 1))
+        if len(choices) == top_k:
+            return torch.stack(choices, dim=-1)
+        scores_EN.scatter_(0, choices[-1][None], float("-inf"))
 
 
 def softmax_over_experts(logits_NE: Tensor) -> Tensor:
