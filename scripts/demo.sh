@@ -6,21 +6,20 @@ cd "$(dirname "$0")/.."
 bin="${BIN:-.venv/bin}"
 moelm="$bin/moelm"
 started=$SECONDS
-# The two runs train side by side, each on half of the CPUs: steps this small do not use all of them well, and what else
-# the machine does affects both alike.
-threads=$("$bin/python" -c 'import os; print(max(1, (os.cpu_count() or 1) // 2))')
+# The two runs train side by side, each with half of the CPUs: their operations are too short to be divided among all.
+threads=$("$bin/python" -c 'from moelm.distributed.launcher import count_cpus; print(max(1, count_cpus() // 2))')
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 
 pids=""
 train() { # in the background; its output is not a terminal, so that progress is printed as lines
-    "$moelm" train "$@" > >(cat >&2) 2>&1 &
+    "$moelm" train "$@" > >(trap "" INT; exec cat >&2) 2>&1 &
     pids="$pids $!"
 }
 wait_for_all() {
     for pid in $pids; do wait "$pid"; done
     pids=""
 }
-trap 'kill $pids 2>/dev/null; wait' EXIT # a run that is stopped saves a checkpoint
+trap 'kill $pids 2>/dev/null || :; wait' EXIT # a run that is stopped saves a checkpoint
 
 "$moelm" prepare configs/demo-moe.yaml "$@"
 train configs/demo-dense.yaml "$@"
@@ -40,5 +39,5 @@ echo
 # The variation between seeds is that of ten seeds of the same runs (configs/sweeps/demo.yaml); one seed cannot show it.
 seed_std=()
 if [ $# -eq 0 ]; then seed_std=(--seed-std docs/studies/demo.json); fi
-"$moelm" compare demo-dense demo-moe demo-moe-short --group "${seed_std[@]+"${seed_std[@]}"}" --out reports/demo
+"$moelm" compare demo-dense demo-moe demo-moe-short --group ${seed_std[@]+"${seed_std[@]}"} --out reports/demo
 echo "The demo took $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s."

@@ -8,6 +8,7 @@ from moelm.compare.bootstrap import CONFIDENCE
 from moelm.compare.pairwise import NEGLIGIBLE, PairResult
 from moelm.compare.reading import has_ends, read_loss
 from moelm.compare.variants import Variant, runs_by_config
+from moelm.config import OptimConfig
 from moelm.formats import count_noun, join_names, quantity
 from moelm.runs.cpu_load import CpuUse
 from moelm.runs.record import LOSSY_NOTE, RunRecord
@@ -181,7 +182,7 @@ def reading_notes(
         )
     yield from _schedule_notes(challenger, reference)
     yield from _bound_notes(next(pair for pair in pairs if (pair.a, pair.b) == (challenger.name, reference.name)))
-    optimizers = dict.fromkeys(run.config.optim.kind for run in runs)
+    optimizers = dict.fromkeys(_describe_optimizer(run.config.optim) for run in runs)
     if len(optimizers) > 1:
         yield (
             f"The optimizer differs ({', '.join(optimizers)}); FLOPs are those of the model, so the cost of the update is "
@@ -197,6 +198,12 @@ def reading_notes(
     if variation > 0.05:
         yield f"Runs of one variant took up to {variation:.0%} more time for equal work; times are uncertain by as much."
     yield from _seed_notes(variants)
+
+
+def _describe_optimizer(optim: OptimConfig) -> str:
+    """Its kind, and the roles that have another."""
+    roles = [role for role, settings in optim.groups if settings.optimizer not in (None, optim.kind)]
+    return f"{optim.kind} with adamw for {join_names(roles)}" if roles else optim.kind
 
 
 def _load_notes(runs: Sequence[RunRecord]) -> Iterator[str]:

@@ -174,7 +174,7 @@ class RoleConfig(Config):
 
     lr: float = Field(default=1.0, ge=0)
     """Factor on the learning rate; 0 freezes the parameters."""
-    kind: Literal["adamw"] | None = None
+    optimizer: Literal["adamw"] | None = None
     """AdamW instead of Muon (default: `optim.kind` for matrices); without effect where AdamW is used anyway."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Instead of `optim.weight_decay` (default: that for matrices, 0 for norms)."""
@@ -240,7 +240,7 @@ class OptimConfig(Config):
     clip: float = Field(default=1.0, gt=0)
     """Maximum norm of the whole gradient."""
     groups: GroupsConfig = GroupsConfig()
-    """Factors on the learning rate, weight decay and kind, by the role of a parameter."""
+    """Factors on the learning rate, weight decay and optimizer, by the role of a parameter."""
 
     @model_validator(mode="after")
     def _settings_fit_kind(self) -> "OptimConfig":

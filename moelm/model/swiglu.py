@@ -3,8 +3,8 @@
 `grouped_swiglu_loop` is the reference, `grouped_swiglu_cpu` is for CPUs, `grouped_swiglu_cuda` for GPUs. On a CPU, a dense
 block is computed as one expert that gets all rows.
 
-Shapes: S rows sorted by expert, D model width, F hidden width, E experts. On CPUs: P padded rows, G experts of a group, R
-rows of each of them.
+Shapes: S rows sorted by expert, D model width, F hidden width, E experts. On CPUs: P padded rows, B weights (those of each
+expert, or a copy for each block of rows), G weights of a group, R rows of each of them.
 """
 
 from collections.abc import Callable
@@ -147,15 +147,16 @@ def grouped_swiglu_cpu(
 ) -> Tensor:
     """Batched products of equal groups of rows, with a custom backward that stores few activations and works in place.
 
-    In low precision, where the products of small experts take less time than their calls, rows are padded to blocks, and
-    all blocks are computed by one batched product, each with a copy of its expert's weights. Otherwise each expert is
-    computed by itself, in low precision with its rows padded to a multiple of a block.
+    In low precision, each expert's rows are padded to blocks. Of small experts (up to `MAX_COPIED_WEIGHT`), whose products
+    take less time than their calls, all blocks are computed by one batched product, each with a copy of its expert's
+    weights. Otherwise each expert is computed by itself; in float32 without padding.
     """
     dtype = compute_dtype(x_SD)
     gates_S1 = None if gates_S is None else gates_S[:, None].to(dtype)
     layout = _plain_layout(ends_E) if dtype.itemsize >= 4 else _block_layout(ends_E, weights[0][0].numel())
     if not torch.is_grad_enabled():
-        y_PD = _forward(_pad(x_SD.to(dtype), layout), _block_weights(weights, dtype, layout), layout, activation)
+        copies = _copy_for_blocks(_cast(weights, dtype), layout)
+        y_PD = _forward(_pad(x_SD.to(dtype), layout), copies, layout, activation)
         return _unpad(y_PD, layout, gates_S1)
     y_SD: Tensor = _GroupedSwiGLU.apply(x_SD, gates_S1, *weights, layout, dtype, activation, recompute)  # type: ignore[no-untyped-call]
     return y_SD
@@ -248,9 +249,16 @@ def _gather(x_NC: Tensor, index_R: Tensor, factor_R1: Tensor) -> Tensor:
     return F.embedding_bag(index_R[:, None], x_NC, mode="sum", per_sample_weights=factor_R1)
 
 
-def _block_weights(weights: Weights, dtype: torch.dtype, layout: _Layout) -> Weights:
+def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    w1, w2, w3 = (w.to(dtype) for w in weights)
+    return w1, w2, w3
+
+
+def _copy_for_blocks(weights: Weights, layout: _Layout) -> Weights:
     """The weights of each block, or of each expert."""
-    w1, w2, w3 = (w.to(dtype) if layout.expert_B is None else w.to(dtype).index_select(0, layout.expert_B) for w in weights)
+    if layout.expert_B is None:
+        return weights
+    w1, w2, w3 = (w.index_select(0, layout.expert_B) for w in weights)
     return w1, w2, w3
 
 
@@ -265,10 +273,10 @@ def _sum_over_blocks(dw_BFD: Tensor, layout: _Layout) -> Tensor:
 def _forward(x_PD: Tensor, weights: Weights, layout: _Layout, activation: str, saved: tuple[Tensor, ...] = ()) -> Tensor:
     """The outputs without gates; the hidden activations w1 x and w3 x are written to `saved`, `(P, F)` each, if given."""
     act, _, options = ACTIVATIONS[activation]
-    w1_EFD, w2_EDF, w3_EFD = weights
+    w1_BFD, w2_BDF, w3_BFD = weights
     y_PD = torch.empty_like(x_PD)
     for group in layout.groups:
-        w1, w2, w3 = w1_EFD[group.weights], w2_EDF[group.weights], w3_EFD[group.weights]
+        w1, w2, w3 = w1_BFD[group.weights], w2_BDF[group.weights], w3_BFD[group.weights]
         x, (out_a, out_b) = group.take(x_PD), map(group.take, saved) if saved else (None, None)
         a, b = torch.bmm(x, w1.mT, out=out_a), torch.bmm(x, w3.mT, out=out_b)
         torch.bmm(act(a, **options).mul_(b), w2.mT, out=group.take(y_PD))
@@ -291,32 +299,35 @@ class _GroupedSwiGLU(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation, ctx.layout, ctx.input_dtype, ctx.weight_dtype = activation, layout, x_SD.dtype, w1_EFD.dtype
         x_PD = _pad(x_SD.to(dtype), layout)
-        weights = _block_weights((w1_EFD, w2_EDF, w3_EFD), dtype, layout)
+        weights = _cast((w1_EFD, w2_EDF, w3_EFD), dtype)
+        copies = _copy_for_blocks(weights, layout)
         saved = () if recompute else tuple(x_PD.new_empty(len(x_PD), w1_EFD.shape[1]) for _ in range(2))
-        y_PD = _forward(x_PD, weights, layout, activation, saved)
-        ctx.save_for_backward(x_PD, gates_S1, None if gates_S1 is None else y_PD, *weights, *saved)
+        y_PD = _forward(x_PD, copies, layout, activation, saved)
+        kept = weights if recompute else copies
+        ctx.save_for_backward(x_PD, gates_S1, None if gates_S1 is None else y_PD, *kept, *saved)
         return _unpad(y_PD, layout, gates_S1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_PD, gates_S1, y_PD, w1_EFD, w2_EDF, w3_EFD, *saved = ctx.saved_tensors
+        x_PD, gates_S1, y_PD, w1, w2, w3, *saved = ctx.saved_tensors
         layout = ctx.layout
+        w1_BFD, w2_BDF, w3_BFD = (w1, w2, w3) if saved else _copy_for_blocks((w1, w2, w3), layout)
         act, act_backward, options = ACTIVATIONS[ctx.activation]
         dgates_S1 = None if y_PD is None else (grads[0] * _unpad(y_PD, layout)).sum(dim=-1, keepdim=True)
         dy_PD, dx_PD = _pad(grads[0], layout, gates_S1), torch.empty_like(x_PD)
-        dw1_EFD, dw2_EDF, dw3_EFD = (torch.empty_like(w) for w in (w1_EFD, w2_EDF, w3_EFD))
+        dw1_BFD, dw2_BDF, dw3_BFD = (torch.empty_like(w) for w in (w1_BFD, w2_BDF, w3_BFD))
         for group in layout.groups:
             own = group.weights
-            x, dy, w1, w2, w3 = group.take(x_PD), group.take(dy_PD), w1_EFD[own], w2_EDF[own], w3_EFD[own]
+            x, dy, w1, w2, w3 = group.take(x_PD), group.take(dy_PD), w1_BFD[own], w2_BDF[own], w3_BFD[own]
             a, b = map(group.take, saved) if saved else (torch.bmm(x, w1.mT), torch.bmm(x, w3.mT))
             s = act(a, **options)
             h = s * b
-            torch.bmm(dy.mT, h, out=dw2_EDF[own])
+            torch.bmm(dy.mT, h, out=dw2_BDF[own])
             dh = torch.bmm(dy, w2)
             db = s.mul_(dh)
-            torch.bmm(db.mT, x, out=dw3_EFD[own])
+            torch.bmm(db.mT, x, out=dw3_BFD[own])
             da = act_backward(torch.mul(dh, b, out=h), a, **options)
-            torch.bmm(da.mT, x, out=dw1_EFD[own])
+            torch.bmm(da.mT, x, out=dw1_BFD[own])
             torch.bmm(da, w1, out=group.take(dx_PD)).baddbmm_(db, w3)
-        dweights = [_sum_over_blocks(dw, layout).to(ctx.weight_dtype) for dw in (dw1_EFD, dw2_EDF, dw3_EFD)]
+        dweights = [_sum_over_blocks(dw, layout).to(ctx.weight_dtype) for dw in (dw1_BFD, dw2_BDF, dw3_BFD)]
         return _unpad(dx_PD, layout).to(ctx.input_dtype), dgates_S1, *dweights, None, None, None, None

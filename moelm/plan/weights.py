@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from moelm.config import MoEFFNConfig, OptimConfig, RunConfig
 from moelm.distributed.parallel_dims import ParallelDims
 from moelm.model.flops import router_weights
-from moelm.train.parameter_groups import Role, optimizer_kind
+from moelm.train.parameter_groups import Role, optimizer_of_role
 
 
 class Weight(NamedTuple):
@@ -34,7 +34,7 @@ class Weight(NamedTuple):
 
     def uses_muon(self, optim: OptimConfig) -> bool:
         """Whether Muon updates it."""
-        return optimizer_kind(optim, self.role) == "muon" and self.is_trained(optim)
+        return optimizer_of_role(optim, self.role) == "muon" and self.is_trained(optim)
 
     def uses_adamw(self, optim: OptimConfig) -> bool:
         """Whether AdamW updates it."""

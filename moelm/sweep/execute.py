@@ -7,14 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import count
-from threading import Event, RLock
+from threading import RLock, Thread
 from types import FrameType, TracebackType
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from moelm.config import RunConfig, differing, load_config, trajectory_settings
 from moelm.console import log, warn
 from moelm.data.identity import check_record, folder_to_train_on
-from moelm.distributed.launcher import stop_signals
+from moelm.distributed.launcher import count_cpus, stop_signals
 from moelm.errors import MoelmError
 from moelm.runs.checkpoint import list_checkpoints, step_of
 from moelm.runs.directory import RunDirectory
@@ -25,6 +25,8 @@ from moelm.sweep.plan import SweepVariant
 
 RESOLVED_AT_START = ("train.precision", "init_from.checkpoint")
 """Settings whose values auto, last and best are resolved when a run starts."""
+READ_S = 5.0
+"""How long the last lines of a process that has ended are waited for."""
 TIME_TOLERANCE = 0.1
 """Relative difference from a budget of seconds above which a warning is printed."""
 
@@ -67,9 +69,9 @@ def train_all(variants: Sequence[SweepVariant], processes: int, jobs: int, budge
         for variant in variants
     ]
     numbers, total = count(1), sum(map(len, runs))
-    threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
+    jobs = min(jobs, len(runs))
+    threads = max(1, count_cpus() // (jobs * processes))
     environment = os.environ if jobs == 1 else {"OMP_NUM_THREADS": str(threads), **os.environ}
-    failed = Event()
 
     def train(task: _Task) -> None:
         title = f"[{next(numbers)}/{total}] {task.run.path.name}"
@@ -88,18 +90,21 @@ def train_all(variants: Sequence[SweepVariant], processes: int, jobs: int, budge
 
     def train_in_order(tasks: Sequence[_Task]) -> None:
         for task in tasks:
-            if failed.is_set():
+            if children.stopped:
                 return
             try:
                 train(task)
             except BaseException:
-                failed.set()
-                children.stop(signal.SIGTERM)
+                children.stop()
                 raise
 
     with _Children() as children, ThreadPoolExecutor(jobs) as pool:
         for future in as_completed([pool.submit(train_in_order, tasks) for tasks in runs]):
             future.result()
+    if children.stopped:  # by a signal while no run was being trained
+        error = MoelmError("The sweep stopped; run the same command again to continue.")
+        error.exit_code = 128 + children.stopped
+        raise error
 
 
 def _check_duration(run: RunDirectory, expected: float) -> None:
@@ -137,12 +142,13 @@ def _is_finished(run: RunDirectory, expected: RunConfig) -> bool:
 
 
 class _Children:
-    """The processes that are running; stop signals are forwarded to them, including those received before they start."""
+    """The processes that are running. The first signal to stop is sent to all of them, and to one that is just starting."""
 
     def __init__(self) -> None:
         self._processes: set[subprocess.Popen[str]] = set()
-        self._received: list[int] = []
         self._lock = RLock()  # a signal can arrive while the main thread has it
+        self.stopped = 0
+        """The first signal, or 0."""
 
     def __enter__(self) -> "_Children":
         self._previous = {signum: signal.signal(signum, self._forward) for signum in stop_signals()}
@@ -166,21 +172,29 @@ class _Children:
                 command, env=environment, start_new_session=True, stdout=stdout, stderr=stderr, text=True, errors="replace"
             )
             self._processes.add(process)
-            for signum in self._received:
-                process.send_signal(signum)
-        with process:
-            for line in process.stdout or ():
-                log(line.rstrip("\n"))
-            code = process.wait()
+            if self.stopped:
+                process.send_signal(self.stopped)
+        # Not to the end of the pipe, which processes that outlive a killed launcher keep open.
+        reader = Thread(target=_log_lines, args=(process.stdout,), daemon=True)
+        reader.start()
+        code = process.wait()
+        reader.join(timeout=READ_S)
         self._processes.discard(process)
         return code if code >= 0 else 128 - code
 
-    def stop(self, signum: int) -> None:
-        """Send a signal to all processes, and to those that are started later."""
+    def stop(self) -> None:
+        """Ask all processes to save and stop, unless they have been asked already: a second signal would kill them."""
         with self._lock:
-            self._received.append(signum)
+            if not self.stopped:
+                self._forward(signal.SIGTERM, None)
+
+    def _forward(self, signum: int, frame: FrameType | None) -> None:
+        with self._lock:
+            self.stopped = self.stopped or signum
             for process in tuple(self._processes):
                 process.send_signal(signum)
 
-    def _forward(self, signum: int, frame: FrameType | None) -> None:
-        self.stop(signum)
+
+def _log_lines(lines: IO[str] | None) -> None:
+    for line in lines or ():
+        log(line.rstrip("\n"))

@@ -17,9 +17,9 @@ MUON_ROLES = ("attention", "ffn", "experts")
 """Roles whose parameters are matrices from one hidden vector to another, or stacks of them, one for each expert."""
 
 
-def optimizer_kind(config: OptimConfig, role: Role) -> Literal["adamw", "muon"]:
+def optimizer_of_role(config: OptimConfig, role: Role) -> Literal["adamw", "muon"]:
     """Which optimizer updates the parameters of a role."""
-    wanted = getattr(config.groups, role).kind or config.kind
+    wanted = getattr(config.groups, role).optimizer or config.kind
     return "muon" if wanted == "muon" and role in MUON_ROLES else "adamw"
 
 
@@ -71,7 +71,7 @@ def build_groups(model: Transformer, config: OptimConfig) -> list[dict[str, Any]
         parameter.requires_grad_(settings.lr > 0)
         if not parameter.requires_grad:
             continue
-        kind = optimizer_kind(config, role)
+        kind = optimizer_of_role(config, role)
         relative = config.adamw.lr / config.lr if kind == "adamw" and config.adamw.lr is not None else 1.0
         weight_decay = settings.weight_decay
         if weight_decay is None:

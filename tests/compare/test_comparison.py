@@ -189,6 +189,9 @@ def test_a_different_optimizer_is_noted(tmp_path: Path) -> None:
     comparison = compared([adamw, muon])
     assert note in comparison.notes
     assert comparison.config_differences["optim.kind"] == {"adamw": "adamw", "muon": "muon"}
+    config["optim"]["groups"] = {"experts": {"optimizer": "adamw"}}
+    (muon / "config.yaml").write_text(yaml.safe_dump(config))
+    assert f"The optimizer differs (adamw, muon with adamw for experts); {costs}" in compared([adamw, muon]).notes
 
 
 def test_config_differences_are_dotted_and_leave_out_the_name(pair: list[Path]) -> None:

@@ -90,13 +90,24 @@ def test_an_expert_is_computed_alike_beside_others(autocast: bool) -> None:
         assert torch.equal(y, together[0][start:end])
 
 
-@pytest.mark.parametrize("max_copied_weight", [0, 1 << 16], ids=["by expert", "by block"])
-@pytest.mark.parametrize("implementation", [grouped_swiglu_cpu, grouped_swiglu_cuda])
+@pytest.mark.parametrize(
+    ("implementation", "max_copied_weight"),
+    [(grouped_swiglu_cpu, 0), (grouped_swiglu_cpu, 1 << 16), (grouped_swiglu_cuda, 0)],
+    ids=["by expert", "by block", "cuda"],
+)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
     "ends",
-    [ENDS["experts without rows"], ENDS["no rows"], [64, 150, 151, 151, 300], [5, 1900, 1930, 1930, 2700], [64] * 5],
-    ids=["few", "no rows", "small blocks", "large blocks", "no padding"],
+    [
+        ENDS["experts without rows"],
+        ENDS["no rows"],
+        [64, 150, 151, 151, 300],
+        [5, 1900, 1930, 1930, 2700],
+        [5, 3900, 3930, 3930, 5200],
+        [64, 128, 256, 320, 320],
+        [64] * 5,
+    ],
+    ids=["few", "no rows", "blocks of 64", "blocks of 128", "blocks of 256", "last without rows", "one expert"],
 )
 def test_bfloat16_is_close_to_the_loop_in_float32(
     ends: list[int],

@@ -32,6 +32,7 @@ CASES = {
     "muon-shared": ("moe", 1, (*MUON, "model.ffn.shared_experts=2", "model.ffn.every=2")),
     "muon-looped-bf16": ("moe", 1, (*MUON, "model.unique_layers=2", "train.precision=bf16")),
     "muon-frozen": ("moe", 2, (*MUON, "optim.groups.experts.lr=0", "optim.groups.embedding.lr=0")),
+    "muon-adamw-experts": ("moe", 2, (*MUON, "optim.groups.experts.optimizer=adamw")),
     "muon-replicas": ("moe", 2, MUON),
     "muon-sharded-bf16": ("moe", 2, (*MUON, "parallel.dp_shard=2", "train.precision=bf16")),
     "muon-sharded-along-rows": ("moe", 2, (*MUON, "parallel.dp_shard=2", "model.ffn.num_experts=3")),

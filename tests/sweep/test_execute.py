@@ -9,10 +9,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moelm.config import RunConfig, load_config
+from moelm.distributed.launcher import count_cpus
+from moelm.errors import MoelmError
 from moelm.runs.directory import RunDirectory
 from moelm.runs.lock import RunLock
+from moelm.sweep.execute import train_all
+from moelm.sweep.plan import SweepVariant
 from tests.conftest import Moelm
 from tests.processes import start_moelm
+
+ROOT = Path(__file__).parents[2]
 
 
 def write_sweep(folder: Path, steps: int) -> None:
@@ -82,36 +89,35 @@ def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: 
 
 
 @pytest.mark.slow(seconds=20)
-def test_runs_at_the_same_time_are_interrupted_continued_and_equal_to_others(moelm: Moelm, workplace: Path) -> None:
+def test_runs_at_the_same_time_are_stopped_continued_and_equal_to_others(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=60)
-    process = start_moelm(["sweep", "sweep.yaml", "--jobs", "2"], workplace)
-    both = [workplace / f"runs/study-{label}-0/metrics.jsonl" for label in ("dense", "moe")]
+    process = start_moelm(["sweep", "sweep.yaml", "--jobs", "3"], workplace)
+    started = [workplace / f"runs/study-{name}/metrics.jsonl" for name in ("dense-0", "moe-0", "dense-1")]
     deadline = time.monotonic() + 120
-    while not all(path.exists() and path.read_text().count("\n") > 3 for path in both):
+    while not all(path.exists() and path.read_text().count("\n") > 3 for path in started):
         assert time.monotonic() < deadline
         assert process.is_running, process.finish()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     done = process.finish(60)
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.count("Stopped by SIGINT and saved at step") == 2
+    assert done.returncode == 143, done.stderr
+    # Each gets the signal once: a second one would end it before it has saved.
+    finished = sum(path.read_text().count("\n") == 60 for path in started)
+    assert done.stderr.count("Stopped by SIGTERM and saved at step") == 3 - finished
     assert "moelm: The sweep stopped; run the same command again to continue with study-" in done.stderr.splitlines()[-1]
-    assert not (workplace / "runs/study-dense-1").exists()
+    assert not (workplace / "runs/study-moe-1").exists()
 
     done = moelm("sweep", "sweep.yaml", "--jobs", "2")
     assert done.returncode == 0, done.stderr
     for number in range(1, 5):
         assert f"[{number}/4] study-" in done.stderr
-    threads = max(1, (os.cpu_count() or 1) // 2)
-    environment = json.loads((workplace / "runs/study-moe-1/environment.json").read_text())
-    assert environment["threads"] == int(os.environ.get("OMP_NUM_THREADS", threads))
     alone = moelm("train", "dense.yaml", "name=alone", "seed=0", "model.ffn.hidden_dim=64", "train.steps=60")
     assert alone.returncode == 0, alone.stderr
     losses = [
         [json.loads(line)["train/loss"] for line in (workplace / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
         for name in ("alone", "study-dense-0")
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the number of threads may differ
+    assert losses[0] == losses[1]
 
 
 def test_the_other_jobs_of_a_failed_run_are_stopped(moelm: Moelm, workplace: Path) -> None:
@@ -122,6 +128,38 @@ def test_the_other_jobs_of_a_failed_run_are_stopped(moelm: Moelm, workplace: Pat
     assert "moelm: runs/study-moe-0 is being trained by process " in done.stderr
     assert done.stderr.splitlines()[-1].endswith("run the same command again to continue with study-moe-0.")
     assert not (workplace / "runs/study-dense-1").exists()
+    metrics = workplace / "runs/study-dense-0/metrics.jsonl"
+    assert not metrics.exists() or metrics.read_text().count("\n") < 2000
+
+
+def test_runs_at_the_same_time_share_the_cpus(moelm: Moelm, workplace: Path) -> None:
+    write_sweep(workplace, steps=2)
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    assert moelm("sweep", "sweep.yaml", "--jobs", "2", env=environment).returncode == 0
+    recorded = json.loads((workplace / "runs/study-moe-1/environment.json").read_text())
+    assert recorded["threads"] == max(1, count_cpus() // 2)
+    tree = yaml.safe_load((workplace / "sweep.yaml").read_text()) | {"name": "timed", "budget": {"seconds": 5}}
+    (workplace / "timed.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    done = moelm("sweep", "timed.yaml", "--jobs", "2")
+    assert done.returncode == 2
+    assert "with --nproc or --jobs, one of tokens or flops is expected" in done.stderr
+
+
+def test_a_signal_between_runs_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the sweep looks whether a run is finished, no process gets the signal."""
+
+    def is_finished(run: RunDirectory, expected: RunConfig) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    monkeypatch.setattr("moelm.sweep.execute._is_finished", is_finished)
+    config = load_config(ROOT / "tests/configs/dense.yaml")
+    variant = SweepVariant(
+        "dense", [], config, Path("dense.yaml"), {0: RunDirectory(Path("runs/a")), 1: RunDirectory(Path("runs/b"))}
+    )
+    with pytest.raises(MoelmError, match="The sweep stopped; run the same command again to continue") as stopped:
+        train_all([variant], processes=1, jobs=1, budget=None)
+    assert stopped.value.exit_code == 130
 
 
 @pytest.mark.slow

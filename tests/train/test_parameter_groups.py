@@ -106,7 +106,7 @@ def test_a_role_that_muon_would_update_can_have_adamw() -> None:
     """Its update, rate and decay are then those of a run with AdamW alone; other roles keep Muon."""
     settings = {"lr": 0.02, "weight_decay": 0.1}
     kinds = {"muon": {**settings, "kind": "muon", "adamw": {"lr": 0.02}}, "adamw": {**settings, "kind": "adamw"}}
-    kinds["mixed"] = {**kinds["muon"], "groups": {"experts": {"kind": "adamw"}, "embedding": {"kind": "adamw"}}}
+    kinds["mixed"] = {**kinds["muon"], "groups": {"experts": {"optimizer": "adamw"}, "embedding": {"optimizer": "adamw"}}}
     models = {}
     for kind, config in kinds.items():
         models[kind] = small_model()
