@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from moelm.config import load_config
+from moelm.model import count_flops, count_parameters
+
 ROOT = Path(__file__).parent.parent
 OVERRIDES = (
     "data.sources.0.max_documents=400",
@@ -41,3 +44,15 @@ def test_the_demo_writes_a_report(tmp_path: Path) -> None:
     dense, moe = (json.loads((tmp_path / f"runs/demo-{kind}/environment.json").read_text()) for kind in ("dense", "moe"))
     assert dense["eval_fingerprint"] == moe["eval_fingerprint"]
     assert "The demo took" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_the_recorded_variation_between_seeds_is_of_the_demos_models(kind: str) -> None:
+    """The demo reads it at its end, and would refuse that of other models."""
+    config = load_config(ROOT / f"configs/demo-{kind}.yaml")
+    model = config.model.model_copy(update={"vocab_size": config.data.tokenizer.vocab_size})
+    report = json.loads((ROOT / "docs/studies/demo.json").read_text())
+    recorded = [(each["parameters"]["total"], each["flops_per_token"], each["tokens"]) for each in report["variants"]]
+    tokens = config.train.steps * config.train.batch_tokens
+    flops = count_flops(model, config.data.seq_len).training
+    assert (count_parameters(model).total, flops, tokens) in recorded
