@@ -141,6 +141,11 @@ def test_invalid_sweeps_are_refused(workplace: Path, settings: dict[str, Any], s
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_variants_of_the_shipped_sweeps_match(path: Path) -> None:
     sweep = load_sweep(path)
+    if path.stem == "dense-width":  # models of different sizes, trained for as long
+        assert sweep.match is None
+        assert sweep.budget is not None
+        assert sweep.budget.seconds is not None
+        return
     assert sweep.match is not None
     variants = plan_sweep(path, sweep, ["model.vocab_size=2048"])
     target = model_size(variants[0].config, sweep.match)
