@@ -6,9 +6,11 @@ cd "$(dirname "$0")/.."
 bin="${BIN:-.venv/bin}"
 moelm="$bin/moelm"
 started=$SECONDS
-# The two runs train side by side, each with half of the CPUs: their operations are too short to be divided among all.
-threads=$("$bin/python" -c 'from moelm.distributed.launcher import count_cpus; print(max(1, count_cpus() // 2))')
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+# On several CPUs the two runs train side by side, each with half of them: their operations are too short to be divided among
+# all. On a GPU, which is not divided, and on one CPU, they train one after another.
+cpus=$("$bin/python" -c 'import torch; from moelm.distributed.launcher import count_cpus as count
+print(1 if torch.cuda.is_available() else count())')
+if [ "$cpus" -gt 1 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cpus / 2))}"; fi
 
 pids=""
 train() { # in the background; its output is not a terminal, so that progress is printed as lines
@@ -23,6 +25,7 @@ trap 'kill $pids 2>/dev/null || :; wait' EXIT # a run that is stopped saves a ch
 
 "$moelm" prepare configs/demo-moe.yaml "$@"
 train configs/demo-dense.yaml "$@"
+if [ "$cpus" -eq 1 ]; then wait_for_all; fi
 train configs/demo-moe.yaml "$@"
 wait_for_all
 # A shorter run of the mixture, so that its learning rate has decayed wherever it is compared at equal seconds.

@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import count
 from threading import RLock, Thread
 from types import FrameType, TracebackType
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from moelm.config import RunConfig, differing, load_config, trajectory_settings
 from moelm.console import log, warn
@@ -174,11 +174,10 @@ class _Children:
             self._processes.add(process)
             if self.stopped:
                 process.send_signal(self.stopped)
-        # Not to the end of the pipe, which processes that outlive a killed launcher keep open.
-        reader = Thread(target=_log_lines, args=(process.stdout,), daemon=True)
+        reader = Thread(target=_log_lines, args=(process.stdout or (),), daemon=True)
         reader.start()
         code = process.wait()
-        reader.join(timeout=READ_S)
+        reader.join(timeout=READ_S)  # processes that outlive a killed launcher keep its pipe open
         self._processes.discard(process)
         return code if code >= 0 else 128 - code
 
@@ -195,6 +194,6 @@ class _Children:
                 process.send_signal(signum)
 
 
-def _log_lines(lines: IO[str] | None) -> None:
-    for line in lines or ():
+def _log_lines(lines: Iterable[str]) -> None:
+    for line in lines:
         log(line.rstrip("\n"))

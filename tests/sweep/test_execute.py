@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from tests.processes import start_moelm
 ROOT = Path(__file__).parents[2]
 
 
-def write_sweep(folder: Path, steps: int) -> None:
+def write_sweep(folder: Path, steps: int, **settings: Any) -> None:
     sparse = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
     tree = {
         "name": "study",
@@ -31,6 +32,7 @@ def write_sweep(folder: Path, steps: int) -> None:
         "match": "flops_per_token",
         "budget": {"tokens": 256 * steps},
         "variants": {"dense": {"model.ffn.hidden_dim": 64}, "moe": {"model.ffn": sparse}},
+        **settings,
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
 
@@ -69,9 +71,11 @@ def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: 
     assert "Stopped by SIGINT and saved at step" in log
     assert log.splitlines()[-1] == "moelm: The sweep stopped; run the same command again to continue with study-moe-0."
 
-    done = moelm("sweep", "sweep.yaml", "--json")
+    done = moelm("sweep", "sweep.yaml", "--jobs", "2", "--json")
     assert done.returncode == 0, done.stderr
-    assert "[1/4] study-dense-0 is already trained." in done.stderr
+    assert "study-dense-0 is already trained." in done.stderr
+    for number in range(1, 5):
+        assert f"[{number}/4] study-" in done.stderr
     assert "Resuming runs/study-moe-0 from step" in done.stderr
     report = json.loads(done.stdout)
     assert [(each["name"], len(each["runs"])) for each in report["variants"]] == [("dense", 2), ("moe", 2)]
@@ -79,9 +83,17 @@ def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: 
     assert (workplace / "reports/study/report.html").exists()
     lines = [json.loads(text) for text in second.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 61))
+    alone = moelm("train", "dense.yaml", "name=alone", "seed=1", "model.ffn.hidden_dim=64", "train.steps=60")
+    assert alone.returncode == 0, alone.stderr
+    losses = [
+        [json.loads(line)["train/loss"] for line in (workplace / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "study-dense-1")
+    ]
+    assert losses[0] == losses[1]
 
     again = moelm("sweep", "sweep.yaml", "train.eval_every=7", "--out", "reports/again")
     assert again.returncode == 0, again.stderr  # it does not change the trajectory
+    assert "[1/4] study-dense-0 is already trained." in again.stderr
     for override in ("optim.lr=0.02", "model.window=8"):
         again = moelm("sweep", "sweep.yaml", override)
         assert again.returncode == 2
@@ -89,7 +101,7 @@ def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: 
 
 
 @pytest.mark.slow(seconds=20)
-def test_runs_at_the_same_time_are_stopped_continued_and_equal_to_others(moelm: Moelm, workplace: Path) -> None:
+def test_runs_at_the_same_time_are_stopped_once_and_save(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=60)
     process = start_moelm(["sweep", "sweep.yaml", "--jobs", "3"], workplace)
     started = [workplace / f"runs/study-{name}/metrics.jsonl" for name in ("dense-0", "moe-0", "dense-1")]
@@ -107,18 +119,6 @@ def test_runs_at_the_same_time_are_stopped_continued_and_equal_to_others(moelm: 
     assert "moelm: The sweep stopped; run the same command again to continue with study-" in done.stderr.splitlines()[-1]
     assert not (workplace / "runs/study-moe-1").exists()
 
-    done = moelm("sweep", "sweep.yaml", "--jobs", "2")
-    assert done.returncode == 0, done.stderr
-    for number in range(1, 5):
-        assert f"[{number}/4] study-" in done.stderr
-    alone = moelm("train", "dense.yaml", "name=alone", "seed=0", "model.ffn.hidden_dim=64", "train.steps=60")
-    assert alone.returncode == 0, alone.stderr
-    losses = [
-        [json.loads(line)["train/loss"] for line in (workplace / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
-        for name in ("alone", "study-dense-0")
-    ]
-    assert losses[0] == losses[1]
-
 
 def test_the_other_jobs_of_a_failed_run_are_stopped(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=2000)
@@ -133,14 +133,13 @@ def test_the_other_jobs_of_a_failed_run_are_stopped(moelm: Moelm, workplace: Pat
 
 
 def test_runs_at_the_same_time_share_the_cpus(moelm: Moelm, workplace: Path) -> None:
-    write_sweep(workplace, steps=2)
+    write_sweep(workplace, steps=2, seeds=[1])
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     assert moelm("sweep", "sweep.yaml", "--jobs", "2", env=environment).returncode == 0
     recorded = json.loads((workplace / "runs/study-moe-1/environment.json").read_text())
     assert recorded["threads"] == max(1, count_cpus() // 2)
-    tree = yaml.safe_load((workplace / "sweep.yaml").read_text()) | {"name": "timed", "budget": {"seconds": 5}}
-    (workplace / "timed.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    done = moelm("sweep", "timed.yaml", "--jobs", "2")
+    write_sweep(workplace, steps=2, budget={"seconds": 5})
+    done = moelm("sweep", "sweep.yaml", "--jobs", "2")
     assert done.returncode == 2
     assert "with --nproc or --jobs, one of tokens or flops is expected" in done.stderr
 
@@ -165,7 +164,7 @@ def test_a_signal_between_runs_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_a_run_with_an_additional_setting_is_another_run(moelm: Moelm, workplace: Path) -> None:
     """A finished run with a window is not taken for one without."""
-    write_sweep(workplace, steps=2)
+    write_sweep(workplace, steps=2, seeds=[0])
     assert moelm("sweep", "sweep.yaml", "model.window=8").returncode == 0
     done = moelm("sweep", "sweep.yaml")
     assert done.returncode == 2
@@ -195,9 +194,7 @@ def test_an_unusable_report_directory_is_refused_before_training(moelm: Moelm, w
 
 @pytest.mark.slow(seconds=30)
 def test_the_branches_of_a_sweep_are_trained_and_compared_as_lengths(moelm: Moelm, workplace: Path) -> None:
-    write_sweep(workplace, steps=20)
-    tree = yaml.safe_load((workplace / "sweep.yaml").read_text()) | {"seeds": [3], "branches": [0.5]}
-    (workplace / "sweep.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    write_sweep(workplace, steps=20, seeds=[3], branches=[0.5])
     overrides = ("optim.schedule=wsd", "optim.warmup_steps=2", "train.checkpoint_every=4", "train.keep_checkpoints=5")
     done = moelm("sweep", "sweep.yaml", *overrides, "--json")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,8 @@ from moelm.sweep.config import SweepConfig, load_sweep, variant_overrides
 from moelm.sweep.match import model_size
 from moelm.sweep.plan import SweepVariant, plan_sweep
 
-SHIPPED = sorted(path for path in Path(__file__).parents[2].glob("configs/sweeps/*.yaml") if path.stem != "base")
+SWEEPS = Path(__file__).parents[2] / "configs/sweeps"
+MATCHED = sorted(path for path in SWEEPS.glob("*.yaml") if path.stem not in ("base", "dense-width"))
 SPARSE = {"kind": "moe", "hidden_dim": 16, "num_experts": 8, "top_k": 2}
 
 
@@ -138,18 +139,28 @@ def test_invalid_sweeps_are_refused(workplace: Path, settings: dict[str, Any], s
     assert not (workplace / "runs").exists()
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MATCHED, ids=lambda path: path.stem)
 def test_variants_of_the_shipped_sweeps_match(path: Path) -> None:
     sweep = load_sweep(path)
-    if path.stem == "dense-width":  # models of different sizes, trained for as long
-        assert sweep.match is None
-        assert sweep.budget is not None
-        assert sweep.budget.seconds is not None
-        return
     assert sweep.match is not None
     variants = plan_sweep(path, sweep, ["model.vocab_size=2048"])
     target = model_size(variants[0].config, sweep.match)
     assert all(model_size(each.config, sweep.match) == pytest.approx(target, rel=0.01) for each in variants)
+
+
+def test_the_dense_widths_have_the_demos_proportions() -> None:
+    """Heads of 32, or two of 24, hidden units of four times the width, and initial weights near 0.8 / sqrt(width)."""
+    path = SWEEPS / "dense-width.yaml"
+    sweep = load_sweep(path)
+    assert sweep.budget is not None
+    assert sweep.budget.seconds is not None
+    sweep = sweep.model_copy(update={"budget": None})  # measuring takes minutes
+    models = [variant.config.model for variant in plan_sweep(path, sweep, ["model.vocab_size=2048"])]
+    assert sorted(model.dim for model in models) == [48, 64, 96, 128, 192]
+    for model in models:
+        assert model.size_per_head == (24 if model.dim == 48 else 32)
+        assert model.ffn.hidden_dim == 4 * model.dim
+        assert model.init_std == pytest.approx(0.8 / model.dim**0.5, rel=0.02)
 
 
 def test_branches_end_at_parts_of_the_steps(workplace: Path) -> None:
