@@ -132,12 +132,7 @@ def test_the_other_jobs_of_a_failed_run_are_stopped(moelm: Moelm, workplace: Pat
     assert not metrics.exists() or metrics.read_text().count("\n") < 2000
 
 
-def test_runs_at_the_same_time_share_the_cpus(moelm: Moelm, workplace: Path) -> None:
-    write_sweep(workplace, steps=2, seeds=[1])
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    assert moelm("sweep", "sweep.yaml", "--jobs", "2", env=environment).returncode == 0
-    recorded = json.loads((workplace / "runs/study-moe-1/environment.json").read_text())
-    assert recorded["threads"] == max(1, count_cpus() // 2)
+def test_runs_at_the_same_time_exclude_a_budget_of_seconds(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=2, budget={"seconds": 5})
     done = moelm("sweep", "sweep.yaml", "--jobs", "2")
     assert done.returncode == 2
@@ -161,11 +156,11 @@ def test_a_signal_between_runs_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> N
     assert stopped.value.exit_code == 130
 
 
-@pytest.mark.slow
 def test_a_run_with_an_additional_setting_is_another_run(moelm: Moelm, workplace: Path) -> None:
     """A finished run with a window is not taken for one without."""
-    write_sweep(workplace, steps=2, seeds=[0])
-    assert moelm("sweep", "sweep.yaml", "model.window=8").returncode == 0
+    write_sweep(workplace, steps=2)
+    settings = ("name=study-dense-0", "seed=0", "model.ffn.hidden_dim=64", "train.steps=2", "model.window=8")
+    assert moelm("train", "dense.yaml", *settings).returncode == 0
     done = moelm("sweep", "sweep.yaml")
     assert done.returncode == 2
     assert "study-dense-0 exists already with another model.window" in done.stderr
@@ -196,11 +191,13 @@ def test_an_unusable_report_directory_is_refused_before_training(moelm: Moelm, w
 def test_the_branches_of_a_sweep_are_trained_and_compared_as_lengths(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=20, seeds=[3], branches=[0.5])
     overrides = ("optim.schedule=wsd", "optim.warmup_steps=2", "train.checkpoint_every=4", "train.keep_checkpoints=5")
-    done = moelm("sweep", "sweep.yaml", *overrides, "--json")
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = moelm("sweep", "sweep.yaml", *overrides, "--jobs", "2", "--json", env=environment)
     assert done.returncode == 0, done.stderr
+    recorded = json.loads((workplace / "runs/study-moe-3-10/environment.json").read_text())
+    assert recorded["threads"] == max(1, count_cpus() // 2)
+    assert recorded["branched_from"] == {"run": "runs/study-moe-3", "step": 8}
     report = json.loads(done.stdout)
     assert [[length["steps"] for length in variant["lengths"]] for variant in report["variants"]] == [[10, 20]] * 2
-    branch = json.loads((workplace / "runs/study-moe-3-10/environment.json").read_text())["branched_from"]
-    assert branch == {"run": "runs/study-moe-3", "step": 8}
     again = moelm("sweep", "sweep.yaml", *overrides)
     assert again.stderr.count("is already trained") == 4
