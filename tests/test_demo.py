@@ -21,7 +21,7 @@ OVERRIDES = (
 )
 
 
-@pytest.mark.slow(seconds=30)
+@pytest.mark.slow(seconds=40)
 def test_the_demo_writes_a_report(tmp_path: Path) -> None:
     for folder in ("configs", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)

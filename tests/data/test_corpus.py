@@ -8,7 +8,6 @@ import re
 import sys
 import sysconfig
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from importlib import metadata
@@ -170,16 +169,6 @@ def test_synthetic_size_determinism_and_variety(domain: str) -> None:
     assert len({document.text for document in documents}) == len(documents)
     assert list(synthetic_documents(domain, 10_000)) == documents[: len(list(synthetic_documents(domain, 10_000)))]
     assert next(synthetic_documents(domain, 1, seed=1)).text != documents[0].text
-
-
-@pytest.mark.slow(seconds=15)
-def test_the_domains_are_balanced() -> None:
-    sizes: Counter[str] = Counter()
-    for document in builtin_documents():
-        sizes[document.domain] += len(document.text.encode())
-    assert 40e6 < sizes.total() < 65e6
-    assert max(sizes.values()) < 0.4 * sizes.total()
-    assert 0.13 < sum(sizes[domain] for domain in SYNTHETIC_DOMAINS) / sizes.total() < 0.25
 
 
 def value(expression: str) -> Fraction | None:

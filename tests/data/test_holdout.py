@@ -1,4 +1,5 @@
-"""The validation documents of the builtin corpus: their number, lengths, domains, and no near duplicates of other text."""
+"""The whole builtin corpus: the sizes of its domains; and its validation documents: their number, lengths, domains, and no
+near duplicates of other text."""
 
 import random
 from collections import Counter, defaultdict
@@ -9,6 +10,7 @@ import pytest
 
 from moelm.data.corpus.builtin import builtin_documents
 from moelm.data.corpus.holdout import MAX_SHARED, excerpt, hold_out, near_duplicates
+from moelm.data.corpus.synthetic import SYNTHETIC_DOMAINS
 from moelm.data.document import Document
 from moelm.data.effective_documents import effective_documents
 
@@ -34,6 +36,15 @@ def sizes_by_domain(documents: list[Document]) -> dict[str, int]:
 
 def words(rng: random.Random, count: int) -> list[str]:
     return [f"w{rng.randrange(10**6)}" for _ in range(count)]
+
+
+def test_the_domains_are_balanced(corpus: list[Document]) -> None:
+    sizes: Counter[str] = Counter()
+    for document in corpus:
+        sizes[document.domain] += len(document.text.encode())
+    assert 40e6 < sizes.total() < 65e6
+    assert max(sizes.values()) < 0.4 * sizes.total()
+    assert 0.13 < sum(sizes[domain] for domain in SYNTHETIC_DOMAINS) / sizes.total() < 0.25
 
 
 def test_at_least_400_documents_weigh_as_much_as_200_and_none_more_than_half_a_percent(split: list[Document]) -> None:

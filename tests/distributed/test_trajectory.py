@@ -74,7 +74,7 @@ def check_deviations(deviations: dict[str, float]) -> None:
     assert max(deviations.values()) < TOLERANCE, deviations
 
 
-@pytest.mark.slow(seconds=20)
+@pytest.mark.slow(seconds=40)
 @pytest.mark.parametrize("processes", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step_agrees_on_every_layout(workplace: Path, kind: str, processes: int) -> None:

@@ -54,7 +54,7 @@ def test_a_dry_run_trains_nothing(moelm: Moelm, workplace: Path) -> None:
     assert not (workplace / "runs").exists()
 
 
-@pytest.mark.slow(seconds=15)
+@pytest.mark.slow(seconds=25)
 def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=60)
     process = start_moelm(["sweep", "sweep.yaml"], workplace)
@@ -100,7 +100,7 @@ def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: 
         assert f"study-dense-0 exists already with another {override.partition('=')[0]}" in again.stderr
 
 
-@pytest.mark.slow(seconds=20)
+@pytest.mark.slow(seconds=10)
 def test_runs_at_the_same_time_are_stopped_once_and_save(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=60)
     process = start_moelm(["sweep", "sweep.yaml", "--jobs", "3"], workplace)
