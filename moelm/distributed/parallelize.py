@@ -5,6 +5,7 @@ The result is still a `Transformer` with the same parameter names; each paramete
 whole, so checkpoints do not depend on the parallel dimensions.
 """
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -91,6 +92,8 @@ def apply_fsdp(
         reshard = config.reshard_after_forward and mesh.size(1) > 1
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **options)
 
+    # Routing has views of scores, as losses are views; none is modified in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     unshared: set[nn.Parameter] = set()
     for block in model.blocks:
         if isinstance(block.ffn, MoELayer):
