@@ -12,6 +12,9 @@ from moelm.compare.variants import Variant
 from moelm.errors import MoelmError
 from moelm.runs.record import Array
 
+MAX_SEEDS = 1000
+"""More seeds than this are not proposed."""
+
 _T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t at 97.5% for 1, 2, ... degrees of freedom."""
 
@@ -34,6 +37,21 @@ class SeedStd(NamedTuple):
     def half_width(self, runs_a: int, runs_b: int) -> float:
         """Half width of the 95% interval of the difference between means over so many runs."""
         return student_t(self.degrees) * self.std * math.sqrt(1 / runs_a + 1 / runs_b)
+
+    def seeds_to_decide(self, gain: float, document_half_width: float) -> int | None:
+        """The smallest number of seeds of each of two variants at which the interval of this gain would exclude 0.
+
+        Args:
+            document_half_width: of the interval over documents alone, which more seeds do not make narrower.
+
+        Returns:
+            None if no number up to `MAX_SEEDS` would do.
+        """
+        for seeds in range(2, MAX_SEEDS + 1):
+            half_width = SeedStd(self.std, seeds - 1).half_width(seeds, seeds)
+            if math.hypot(document_half_width, half_width) < abs(gain):
+                return seeds
+        return None
 
 
 def pooled_seed_std(losses: Sequence[Array], seeds: Sequence[tuple[int, ...]]) -> SeedStd | None:

@@ -68,8 +68,11 @@ def paired_table(comparison: Comparison) -> Table:
     """Each variant against the reference on the same documents; no rows without losses on documents."""
     reference = comparison.variants[0].name
     intervals = {pair.a: pair.paired.overall for pair in comparison.pairs if pair.b == reference and pair.paired}
-    rows = [(name, *_gain_cells(interval), f"{interval.better_documents:.0%}") for name, interval in intervals.items()]
-    head = ("run", "gain in nats", "95% interval", "documents predicted better")
+    rows = [
+        (name, *_gain_cells(interval), _decided_by(interval), f"{interval.better_documents:.0%}")
+        for name, interval in intervals.items()
+    ]
+    head = ("run", "gain in nats", "95% interval", "decided by", "documents predicted better")
     return Table(f"At the end, against {reference} on the same documents", head, tuple(rows))
 
 
@@ -189,6 +192,15 @@ def _cost_and_ratio(axis: Axis, reached: CostToReach) -> str:
     if ratio and reached.ratio_low is not None and reached.ratio_high is not None:
         ratio += f", {reached.ratio_low:.2f} to {reached.ratio_high:.2f}"
     return f"{'≤ ' if reached.at_most else ''}{cost}{ratio and ratio + ')'}"
+
+
+def _decided_by(interval: BootstrapInterval) -> str:
+    """What would decide a difference of this size, if its interval does not."""
+    if not interval.undecided:
+        return "these runs"
+    if interval.seeds_to_decide is not None:
+        return f"{interval.seeds_to_decide} seeds"
+    return "more documents" if interval.seeds_included else "more seeds"
 
 
 def _gain_cells(interval: BootstrapInterval | None) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moelm.compare.axes import AXIS_NAMES, Axis, format_cost
-from moelm.compare.bootstrap import CONFIDENCE
+from moelm.compare.bootstrap import CONFIDENCE, BootstrapInterval
 from moelm.compare.pairwise import NEGLIGIBLE, PairResult
 from moelm.compare.reading import has_ends, read_loss
 from moelm.compare.variants import Variant, runs_by_config
@@ -113,7 +113,16 @@ def _confidence(pair: PairResult) -> str:
     return (
         f"At the end, {pair.a}'s loss is {interval.gain:.3f} nats below {pair.b}'s, "
         f"with a {CONFIDENCE:.0%} confidence interval of {interval.low:.3f} to {interval.high:.3f} {basis}."
+        f"{_what_would_decide(interval)}"
     )
+
+
+def _what_would_decide(interval: BootstrapInterval) -> str:
+    if not interval.undecided or not interval.seeds_included:
+        return ""
+    if interval.seeds_to_decide is None:
+        return " A difference of this size would not be decided by more seeds alone, but by more evaluation documents."
+    return f" A difference of this size would be decided by {interval.seeds_to_decide} seeds of each."
 
 
 def _efficiency(pair: PairResult) -> str:

@@ -1,6 +1,7 @@
 """Confidence intervals: against formulas, and by how often they contain the true value."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from moelm.compare.bootstrap import resample_sums
 from moelm.compare.report import compare_runs
-from moelm.compare.seed_std import pooled_seed_std
+from moelm.compare.seed_std import SeedStd, pooled_seed_std, student_t
 from moelm.errors import MoelmError
 from moelm.runs.document_losses import DocumentLosses, load_document_losses
 from moelm.runs.record import Array
@@ -62,6 +63,19 @@ def test_two_variants_with_the_same_seeds_give_the_paired_t_test() -> None:
 
 def test_one_seed_each_has_no_seed_std() -> None:
     assert pooled_seed_std([np.array([3.0]), np.array([3.1])], [(0,), (0,)]) is None
+
+
+@pytest.mark.parametrize("std", [0.02, 0.1, 0.5])
+def test_the_number_of_seeds_that_decide_is_the_smallest(std: float) -> None:
+    seeds = SeedStd(std, degrees=2).seeds_to_decide(0.1, document_half_width=0.06)
+    assert seeds is not None
+    half_widths = [math.hypot(0.06, student_t(n - 1) * std * math.sqrt(2 / n)) for n in (seeds - 1, seeds)]
+    assert half_widths[1] < 0.1 <= half_widths[0]
+
+
+def test_no_number_of_seeds_decides_what_documents_leave_open() -> None:
+    assert SeedStd(0.02, degrees=2).seeds_to_decide(0.1, document_half_width=0.11) is None
+    assert SeedStd(0.02, degrees=2).seeds_to_decide(0.0, document_half_width=0.01) is None
 
 
 def test_resampling_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +165,7 @@ def test_intervals_are_in_the_report(tmp_path: Path) -> None:
             "seeds",
             "seeds_included",
             "seeds_from",
+            "seeds_to_decide",
         )
     }
     assert pair["paired"]["gain"] == pytest.approx(0.15)

@@ -60,6 +60,27 @@ def test_a_report_states_the_standard_deviation_of_its_final_losses(study: Path)
     assert report["seed_std"]["degrees"] == 2
 
 
+def test_an_undecided_report_says_how_many_seeds_would_decide(study: Path) -> None:
+    # The gains have the mean 0.233 and the standard deviation 0.153: of 4 seeds the half width would be 0.243, of 5 0.190.
+    report = json.loads(study.read_text())
+    assert report["pairs"][0]["paired"]["seeds_to_decide"] == 5
+    assert " A difference of this size would be decided by 5 seeds of each." in study.with_name("report.md").read_text()
+    assert "| 5 seeds |" in study.with_name("report.md").read_text()
+
+
+def test_a_difference_that_documents_leave_open_is_not_decided_by_seeds(tmp_path: Path) -> None:
+    runs = []
+    for seed, shift in ((4, 0.0), (5, 0.01)):
+        dense = write_run(tmp_path / f"dense-{seed}", slope=0.1, seed=seed, documents=LOSSES)
+        losses = [loss + shift + (0.1 if number % 2 else -0.11) for number, loss in enumerate(LOSSES)]
+        runs += [dense, write_run(tmp_path / f"moe-{seed}", slope=0.1, ffn=MOE, seed=seed, documents=losses)]
+    scattered = compare_runs(list(map(str, runs)), tmp_path / "scattered", grouped=True)
+    paired = scattered.pairs[0].paired
+    assert paired is not None
+    assert paired.overall.seeds_to_decide is None
+    assert scattered.verdict.confidence.endswith("by more seeds alone, but by more evaluation documents.")
+
+
 def test_reports_of_one_seed_other_lengths_or_no_report_are_refused(study: Path, tmp_path: Path) -> None:
     variants = group_runs(read_runs(write_pair(tmp_path, 9, 0.3)))
     assert read_seed_std(study, variants).degrees == 2
