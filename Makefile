@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 COMPILE := $(BIN)/python -c 'import datasets, moelm.compare.report, moelm.data.prepare, moelm.train.setup, torch._dynamo'
 # Compiled modules are kept, or each of the many processes of demo and tests would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
+SLOW := slow
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint format type check clean
@@ -36,7 +37,7 @@ test: $(READY)  ## Run the fast tests
 	$(BIN)/pytest -n auto --maxprocesses 3
 
 test-slow: $(READY)  ## Run the slow tests: several processes, kills, the whole pipeline
-	$(BIN)/pytest -m slow -n 2 --maxschedchunk 1
+	$(BIN)/pytest -m "$(SLOW)" -n 2 --maxschedchunk 1
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .

@@ -35,7 +35,6 @@ train configs/demo-moe.yaml "$@" name=demo-moe-short "train.steps=$((steps * 60 
 wait_for_all
 for name in dense moe; do
     echo
-    "$moelm" eval "demo-$name"
     "$moelm" sample "demo-$name" --prompt "def " --max-new-tokens 80 --temperature 0.7
 done
 echo

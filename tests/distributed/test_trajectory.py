@@ -75,11 +75,16 @@ def check_deviations(deviations: dict[str, float]) -> None:
 
 
 @pytest.mark.slow(seconds=40)
-@pytest.mark.parametrize("processes", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "processes"),
+    [
+        *(("adamw", 1), ("adamw", 2), ("muon", 1)),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("adamw", 4), ("muon", 2), ("muon", 4))),
+    ],
+)
 def test_every_step_agrees_on_every_layout(workplace: Path, kind: str, processes: int) -> None:
     # With Muon, seeds 0 and 1 have near ties: losses agree up to step 38, where one token goes to another expert.
-    common = steps(20) if kind == "adamw" else [*steps(50 if processes < 4 else 20), "optim.kind=muon", "seed=2"]
+    common = steps(20) if kind == "adamw" else [*steps(50), "optim.kind=muon", "seed=2"]
     check_layouts(workplace, processes, [*NO_NEAR_TIES, *common])
 
 
