@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 
@@ -35,12 +36,13 @@ def launch(argv: Sequence[str], processes: int, max_restarts: int) -> int:
     Returns:
         The exit code of the process that failed first; 128 + n after signal n.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cpus() // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_S))
+    logs = tempfile.TemporaryDirectory(prefix="moelm_", ignore_cleanup_errors=True)  # nothing is redirected to it
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -51,10 +53,12 @@ def launch(argv: Sequence[str], processes: int, max_restarts: int) -> int:
         max_restarts=max_restarts,
         monitor_interval=0.1,
         signals_to_handle=",".join([*(stop.name for stop in stop_signals()), "SIGQUIT"]),
+        logs_specs=DefaultLogsSpecs(logs.name),
     )
     _silence_logger("torch.distributed.elastic")
     try:
-        elastic_launch(config, sys.executable)("-m", "moelm", *argv)
+        with logs:
+            elastic_launch(config, sys.executable)("-m", "moelm", *argv)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:

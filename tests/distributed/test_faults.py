@@ -22,7 +22,15 @@ ENDLESS = [*NO_NEAR_TIES, "train.steps=100000", "train.eval_every=100000", "trai
 def start_training(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     """Start `moelm train --nproc 2` in the background."""
     command = [sys.executable, "-m", "moelm", "train", "moe.yaml", *overrides, "--nproc", "2"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (folder / "temporary").mkdir()
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder / "temporary")},
+    )
 
 
 def workers(launcher: int) -> list[int]:
@@ -81,6 +89,8 @@ def test_a_signal_of_a_scheduler_saves_a_checkpoint(workplace: Path, signum: sig
     assert process.returncode == 128 + signum, output
     assert output.count(f"Stopped by {signum.name} and saved at step") == 1
     assert "Traceback" not in output
+    left = [path.name for path in (workplace / "temporary").iterdir()]
+    assert [name for name in left if not name.startswith("torchinductor")] == []  # that is torch's cache
     newest = list_checkpoints(workplace / "runs/tiny-moe/checkpoints")[-1]
     verify(newest)
     assert int(newest.name.rpartition("-")[2]) == count_steps(workplace)
