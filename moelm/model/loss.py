@@ -1,7 +1,7 @@
 """Fused output head and cross-entropy: logits are computed for a block of tokens at a time, never for the whole batch.
 
-The logits of a batch would be many times larger than any other activation. Each block is turned into its gradient in place
-while it is in the cache.
+The logits of a batch would be many times larger than any other activation. Each block is turned into its gradient while it
+is in the cache.
 
 Shapes: N tokens, D model width, V vocabulary, R tokens of one block.
 """
@@ -49,20 +49,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_RD = x_RD.to(dtype)
             valid_R1 = (targets_R >= 0)[:, None]
             index_R1 = targets_R.clamp_min(0)[:, None]
-            logits_RV = (x_RD @ weight_VD.t()).float()
-            top_R1 = logits_RV.amax(dim=-1, keepdim=True)
-            target_R1 = logits_RV.gather(1, index_R1) - top_R1
-            probs_RV = logits_RV.sub_(top_R1).exp_()
-            sum_R1 = probs_RV.sum(dim=-1, keepdim=True)
-            losses.append(((sum_R1.log() - target_R1) * valid_R1)[:, 0])
+            logits_RV = x_RD @ weight_VD.t()
+            target_R1 = logits_RV.gather(1, index_R1).float() - logits_RV.amax(dim=-1, keepdim=True)
+            probs_RV = logits_RV.softmax(dim=-1, dtype=torch.float32)
+            # The largest probability is 1 / sum_i exp(logit_i - largest logit), and does not underflow.
+            losses.append(((-probs_RV.amax(dim=-1, keepdim=True).log() - target_R1) * valid_R1)[:, 0])
             if not needs_grad:
                 continue
-            # d loss / d logits = softmax - onehot(target); the smaller factor is divided by the softmax sum.
-            probs_RV.scatter_add_(1, index_R1, -sum_R1)
-            scale_R1 = valid_R1 / sum_R1
-            errors_RV = probs_RV.to(dtype)
-            torch.mul(errors_RV @ weight_VD, scale_R1, out=grad_RD)
-            x_RD = x_RD * scale_R1.to(dtype)
+            # d loss / d logits = softmax - onehot(target).
+            errors_RV = probs_RV.scatter_add_(1, index_R1, -torch.ones_like(target_R1)).to(dtype)
+            torch.mul(errors_RV @ weight_VD, valid_R1, out=grad_RD)
+            x_RD = x_RD * valid_R1
             if dtype == grad_VD.dtype:
                 grad_VD.addmm_(errors_RV.t(), x_RD)
             else:

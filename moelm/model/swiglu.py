@@ -8,6 +8,7 @@ expert, or a copy for each block of rows), G weights of a group, R rows of each 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from moelm.model.backend import compute_dtype, use_custom_backward
 Weights = tuple[Tensor, Tensor, Tensor]
 """w1, w2 and w3, named as in Mixtral; for experts, stacks of them."""
 
-BLOCK_SIZES = (64, 128, 256)
+BLOCK_SIZES = (256, 128, 64)
 """Rows of a block in low precision. oneDNN compiles a kernel for each number of rows, and an expert's number changes at
 every step."""
 
@@ -188,8 +189,10 @@ class _Layout(NamedTuple):
     """Padded row of each row."""
     expert_B: Tensor | None = None
     """Expert of each block."""
+    order_B: Tensor | None = None
+    """The blocks sorted by expert."""
     first_E: Tensor | None = None
-    """First block of each expert."""
+    """Number of blocks of earlier experts."""
 
 
 def _plain_layout(ends_E: Tensor) -> _Layout:
@@ -201,31 +204,37 @@ def _expert_groups(ends: list[int]) -> list[_Group]:
 
 
 def _block_layout(ends_E: Tensor, weight_size: int) -> _Layout:
-    """Each expert's rows in blocks; small experts are one group of all blocks, others a group each.
+    """Each expert's rows in blocks; small experts are a group for each size of blocks, others a group each.
 
-    Blocks of small experts are the largest of which an expert fills four on average: small ones need less padding, and
-    large ones fewer copies of the weights.
+    An expert has as many blocks of the largest size as it fills, and at most one of each other size: few copies of its
+    weights, and little padding.
     """
     counts_E, num_rows = ends_E.diff(prepend=ends_E.new_zeros(1)), int(ends_E[-1])
     blocked = len(counts_E) > 1 and weight_size <= MAX_COPIED_WEIGHT
-    sizes = [size for size in BLOCK_SIZES if blocked and 4 * size * len(counts_E) <= num_rows]
-    block = sizes[-1] if sizes else BLOCK_SIZES[0]
-    blocks_E = (counts_E + block - 1) // block
-    end_E = blocks_E.cumsum(0)
-    first_E, num_used = end_E - blocks_E, int(end_E[-1])
-    if num_rows == 0 or (len(counts_E) == 1 and num_rows == num_used * block):
+    sizes = BLOCK_SIZES if blocked else BLOCK_SIZES[-1:]
+    padded_E = -(-counts_E // sizes[-1]) * sizes[-1]
+    if num_rows == 0 or (len(counts_E) == 1 and num_rows == int(padded_E)):
         return _plain_layout(ends_E)
-    # Rounded up, so that kernels and buffers of earlier steps are found again.
-    unit = max(num_rows // block // 16, 1)
-    num_blocks = -(-num_used // unit) * unit
-    target_S = torch.arange(num_rows) + (first_E * block - ends_E + counts_E).repeat_interleave(counts_E)
-    source_P = torch.full((num_blocks * block,), -1).scatter_(0, target_S, torch.arange(num_rows))
+    blocks_ZE = torch.stack([padded_E // sizes[0], *(padded_E % a // b for a, b in pairwise(sizes))])
+    rows_ZE = blocks_ZE * torch.tensor(sizes)[:, None]
+    # The layout has all blocks of one size before those of the next.
+    first_ZE = (rows_ZE.flatten().cumsum(0) - rows_ZE.flatten()).view_as(rows_ZE)
+    used_EZ = (counts_E - rows_ZE.cumsum(0) + rows_ZE).clamp_min(0).minimum(rows_ZE).t().flatten()
+    target_S = torch.arange(num_rows) + (first_ZE.t().flatten() - used_EZ.cumsum(0) + used_EZ).repeat_interleave(used_EZ)
+    # Rounded up, so that buffers of earlier steps are found again.
+    unit = max(num_rows // 16, 1)
+    source_P = torch.full((-(-int(rows_ZE.sum()) // unit) * unit,), -1).scatter_(0, target_S, torch.arange(num_rows))
     rows = source_P.clamp_min(0), (source_P < 0).nonzero()[:, 0], target_S
     if not blocked:
-        return _Layout(_expert_groups((end_E * block).tolist()), *rows)
-    blocks_E[-1] += num_blocks - num_used  # without rows
-    expert_B = torch.arange(len(counts_E)).repeat_interleave(blocks_E)
-    return _Layout([_Group(slice(0, num_blocks), slice(0, num_blocks * block))], *rows, expert_B, first_E)
+        return _Layout(_expert_groups(padded_E.cumsum(0).tolist()), *rows)
+    expert_B = torch.arange(len(counts_E)).repeat(len(sizes)).repeat_interleave(blocks_ZE.flatten())
+    blocks_E = blocks_ZE.sum(0)
+    groups, start, row = [], 0, 0
+    for size, count in zip(sizes, blocks_ZE.sum(1).tolist(), strict=True):
+        if count:
+            groups.append(_Group(slice(start, start + count), slice(row, row + count * size)))
+        start, row = start + count, row + count * size
+    return _Layout(groups, *rows, expert_B, expert_B.argsort(stable=True), blocks_E.cumsum(0) - blocks_E)
 
 
 def _pad(x_SC: Tensor, layout: _Layout, gates_S1: Tensor | None = None) -> Tensor:
@@ -266,8 +275,8 @@ def _sum_over_blocks(dw_BFD: Tensor, layout: _Layout) -> Tensor:
     """The gradient of each expert's weights, added in float32."""
     if layout.expert_B is None:
         return dw_BFD
-    blocks_B, flat_BC = torch.arange(len(dw_BFD)), dw_BFD.flatten(1)
-    return F.embedding_bag(blocks_B, flat_BC, layout.first_E, mode="sum").view(-1, *dw_BFD.shape[1:])
+    assert layout.order_B is not None
+    return F.embedding_bag(layout.order_B, dw_BFD.flatten(1), layout.first_E, mode="sum").view(-1, *dw_BFD.shape[1:])
 
 
 def _forward(x_PD: Tensor, weights: Weights, layout: _Layout, activation: str, saved: tuple[Tensor, ...] = ()) -> Tensor:
