@@ -197,7 +197,7 @@ def _cost_and_ratio(axis: Axis, reached: CostToReach) -> str:
 def _decided_by(interval: BootstrapInterval) -> str:
     """What would decide a difference of this size, if its interval does not."""
     if not interval.undecided:
-        return "these runs"
+        return "these runs" if interval.seeds_included else "these documents, for one seed"
     if interval.seeds_to_decide is not None:
         return f"{interval.seeds_to_decide} seeds"
     return "more documents" if interval.seeds_included else "more seeds"

@@ -42,6 +42,7 @@ def test_the_interval_of_one_seed_includes_the_variation_of_another_report(study
     assert alone is not None
     assert surely is not None
     assert not alone.overall.seeds_included
+    assert "| these documents, for one seed |" in (tmp_path / "alone/report.md").read_text()
     # Two variants over three seeds: the standard deviation of the difference is that of the paired gains.
     stated = json.loads(study.read_text())["seed_std"]
     half_width = student_t(stated["degrees"]) * stated["std"] * math.sqrt(2)
