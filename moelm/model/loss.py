@@ -52,6 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_RV = x_RD @ weight_VD.t()
             target_R1 = logits_RV.gather(1, index_R1).float() - logits_RV.amax(dim=-1, keepdim=True)
             probs_RV = logits_RV.softmax(dim=-1, dtype=torch.float32)
+            del logits_RV  # its memory is that of errors_RV
             # The largest probability is 1 / sum_i exp(logit_i - largest logit), and does not underflow.
             losses.append(((-probs_RV.amax(dim=-1, keepdim=True).log() - target_R1) * valid_R1)[:, 0])
             if not needs_grad:
