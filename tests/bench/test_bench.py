@@ -142,6 +142,7 @@ def test_peers_have_equal_parameter_counts(workplace: Path, kind: str, override:
     assert sum(p.numel() for p in model.parameters()) - gates == count_parameters(config.model).total
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_gpu_table_is_printed_on_any_machine(workplace: Path) -> None:
     script = Path(__file__).parents[2] / "scripts/bench_gpu.py"

@@ -67,6 +67,7 @@ def test_impossible_launches_are_errors_of_one_sentence(moelm: Moelm, workplace:
     assert "exists already" in existing.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(seconds=40)
 def test_kills_and_restarts_do_not_change_the_trajectory(workplace: Path) -> None:
     settings = [*NO_NEAR_TIES, "train.steps=100", "train.eval_every=50", "train.checkpoint_every=10"]
@@ -78,7 +79,10 @@ def test_kills_and_restarts_do_not_change_the_trajectory(workplace: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in (signal.SIGUSR1, signal.SIGHUP))],
+)
 def test_a_signal_of_a_scheduler_saves_a_checkpoint(workplace: Path, signum: signal.Signals) -> None:
     process = start_training(workplace, *ENDLESS)
     wait_for_steps(workplace, 3)

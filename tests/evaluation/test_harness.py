@@ -192,6 +192,7 @@ def test_task_names_may_be_patterns(tasks: Path) -> None:
     assert evaluate_tasks("run", ["cho*", " read"], include=tasks)["results"].keys() == {"choose", "read"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_command_prints_a_table_or_json(
     moelm: Moelm, workplace: Path, tasks: Path, capsys: pytest.CaptureFixture[str]

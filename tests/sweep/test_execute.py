@@ -187,6 +187,7 @@ def test_an_unusable_report_directory_is_refused_before_training(moelm: Moelm, w
     assert not (workplace / "runs").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(seconds=30)
 def test_the_branches_of_a_sweep_are_trained_and_compared_as_lengths(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=20, seeds=[3], branches=[0.5])
