@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 READY := $(VENV)/.ready
-# Only the modules that training imports; pip would compile all, which takes three times as long.
+# Only the modules that training imports; compiling all takes three times as long, on all cores.
 COMPILE := $(BIN)/python -c 'import datasets, moelm.compare.report, moelm.data.prepare, moelm.train.setup, torch._dynamo'
 # Compiled modules are kept, or each of the many processes of demo and tests would compile them again.
 unexport PYTHONDONTWRITEBYTECODE

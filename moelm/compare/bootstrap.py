@@ -41,8 +41,8 @@ class BootstrapInterval:
     seeds_included: bool
     """Whether the interval includes the variation between seeds, or documents only."""
     seeds_to_decide: int | None
-    """Where the interval has 0 in it: the number of seeds of each at which it would not, for a difference of this size;
-    None where it has not, or where more seeds alone would not decide."""
+    """If 0 is in the interval: the number of seeds of each at which it would not be, for a difference of this size; None if
+    `MAX_SEEDS` would not do, and otherwise."""
     seeds_from: str | None = None
     """The report from which the variation between seeds was taken; None if it is that of these runs."""
 
@@ -170,13 +170,13 @@ class _Sample:
         low, high = (sign * float(np.quantile(sign * gain_R, (1 - CONFIDENCE) / 2)) for sign in (1, -1))
         # Documents and seeds vary independently, so the squares of the half widths add up.
         seed_half_width = seed_std.half_width(len(a_SN), len(b_SN)) if seed_std is not None else 0.0
-        documents_half_width = gain - low if gain > 0 else high - gain  # on the side of 0
-        undecided = math.hypot(documents_half_width, seed_half_width) >= abs(gain)
+        document_half_width = gain - low if gain > 0 else high - gain  # on the side of 0
+        low, high = gain - math.hypot(gain - low, seed_half_width), gain + math.hypot(high - gain, seed_half_width)
         return BootstrapInterval(
             gain=gain,
-            low=gain - math.hypot(gain - low, seed_half_width),
-            high=gain + math.hypot(high - gain, seed_half_width),
-            seeds_to_decide=seed_std.seeds_to_decide(gain, documents_half_width) if undecided and seed_std else None,
+            low=low,
+            high=high,
+            seeds_to_decide=seed_std.seeds_to_decide(gain, document_half_width) if seed_std and low <= 0 <= high else None,
             documents=len(gain_D),
             effective_documents=effective_documents(self.tokens_D.tolist()),
             better_documents=float((gain_D > 0).mean()),

@@ -47,6 +47,8 @@ class SeedStd(NamedTuple):
         Returns:
             None if no number up to `MAX_SEEDS` would do.
         """
+        if document_half_width >= abs(gain):
+            return None
         for seeds in range(2, MAX_SEEDS + 1):
             half_width = SeedStd(self.std, seeds - 1).half_width(seeds, seeds)
             if math.hypot(document_half_width, half_width) < abs(gain):

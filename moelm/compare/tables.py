@@ -7,6 +7,7 @@ from moelm.compare.axes import AXIS_NAMES, Axis, cost_with_unit, format_cost
 from moelm.compare.bootstrap import BootstrapInterval
 from moelm.compare.comparison import Comparison
 from moelm.compare.pairwise import CostToReach, EqualCost, PairResult
+from moelm.compare.seed_std import MAX_SEEDS
 from moelm.compare.variants import Variant
 from moelm.formats import duration, quantity
 from moelm.report.table import NO_VALUE, Table
@@ -200,7 +201,7 @@ def _decided_by(interval: BootstrapInterval) -> str:
         return "these runs" if interval.seeds_included else "these documents, for one seed"
     if interval.seeds_to_decide is not None:
         return f"{interval.seeds_to_decide} seeds"
-    return "more documents" if interval.seeds_included else "more seeds"
+    return f"more than {MAX_SEEDS:,} seeds" if interval.seeds_included else "more seeds"
 
 
 def _gain_cells(interval: BootstrapInterval | None) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from moelm.compare.axes import AXIS_NAMES, Axis, format_cost
 from moelm.compare.bootstrap import CONFIDENCE, BootstrapInterval
 from moelm.compare.pairwise import NEGLIGIBLE, PairResult
 from moelm.compare.reading import has_ends, read_loss
+from moelm.compare.seed_std import MAX_SEEDS
 from moelm.compare.variants import Variant, runs_by_config
 from moelm.config import OptimConfig
 from moelm.formats import count_noun, join_names, quantity
@@ -121,7 +122,7 @@ def _what_would_decide(interval: BootstrapInterval) -> str:
     if not interval.undecided or not interval.seeds_included:
         return ""
     if interval.seeds_to_decide is None:
-        return " A difference of this size would not be decided by more seeds alone, but by more evaluation documents."
+        return f" A difference of this size would not be decided by {MAX_SEEDS:,} seeds of each on these documents."
     return f" A difference of this size would be decided by {interval.seeds_to_decide} seeds of each."
 
 

@@ -92,7 +92,7 @@ def apply_fsdp(
         reshard = config.reshard_after_forward and mesh.size(1) > 1
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **options)
 
-    # Routing has views of scores, as losses are views; none is modified in place.
+    # Outputs of the modules contain views; nothing modifies them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     unshared: set[nn.Parameter] = set()
     for block in model.blocks:

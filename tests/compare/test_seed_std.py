@@ -79,7 +79,8 @@ def test_a_difference_that_documents_leave_open_is_not_decided_by_seeds(tmp_path
     paired = scattered.pairs[0].paired
     assert paired is not None
     assert paired.overall.seeds_to_decide is None
-    assert scattered.verdict.confidence.endswith("by more seeds alone, but by more evaluation documents.")
+    assert scattered.verdict.confidence.endswith("would not be decided by 1,000 seeds of each on these documents.")
+    assert "| more than 1,000 seeds |" in (tmp_path / "scattered/report.md").read_text()
 
 
 def test_reports_of_one_seed_other_lengths_or_no_report_are_refused(study: Path, tmp_path: Path) -> None:

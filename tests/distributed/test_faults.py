@@ -70,7 +70,7 @@ def test_impossible_launches_are_errors_of_one_sentence(moelm: Moelm, workplace:
 @pytest.mark.exhaustive
 @pytest.mark.slow(seconds=40)
 def test_kills_and_restarts_do_not_change_the_trajectory(workplace: Path) -> None:
-    settings = [*NO_NEAR_TIES, "train.steps=100", "train.eval_every=50", "train.checkpoint_every=10"]
+    settings = [*NO_NEAR_TIES, "train.steps=200", "train.eval_every=100", "train.checkpoint_every=10"]
     command = [sys.executable, str(ROOT / "scripts/kill_study.py"), "moe.yaml", *settings, "--kills", "2", "--within", "2"]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
