@@ -9,10 +9,10 @@ from rich.table import Table
 
 from moelm.cli.compare import command_line, print_comparison
 from moelm.cli.options import MAX_INT, AsJson, Overrides, plain_table, print_json, stdout_console
-from moelm.formats import quantity
+from moelm.formats import count_noun, duration, exponent, quantity
 
 if TYPE_CHECKING:
-    from moelm.sweep.plan import SweepVariant
+    from moelm.sweep.variant import SweepVariant
 
 
 def sweep(
@@ -29,6 +29,7 @@ def sweep(
     from moelm.compare.report import check_report_directory, write_report
     from moelm.compare.variants import make_variant
     from moelm.runs.record import read_runs
+    from moelm.sweep.budget import estimate_seconds
     from moelm.sweep.config import load_sweep
     from moelm.sweep.execute import train_all
     from moelm.sweep.plan import plan_sweep, sweep_json
@@ -37,22 +38,40 @@ def sweep(
     out = out or Path("reports") / config.name
     check_report_directory(out)
     variants = plan_sweep(path, config, overrides or (), nproc * jobs)
+    if dry_run:
+        seconds = estimate_seconds(variants) if nproc == 1 else None
+        if as_json:
+            print_json(sweep_json(config, variants, seconds))
+        else:
+            stdout_console().print(_variant_table(variants, seconds))
+            _print_total(variants, seconds)
+        return
     if not as_json:
         stdout_console().print(_variant_table(variants))
-    if dry_run:
-        if as_json:
-            print_json(sweep_json(config, variants))
-        return
     train_all(variants, nproc, jobs, config.budget)
     comparison = compare([make_variant(each.label, read_runs(each.all_paths)) for each in variants])
     write_report(comparison, out, command_line())
     print_comparison(comparison, out, as_json)
 
 
-def _variant_table(variants: Sequence["SweepVariant"]) -> Table:
-    table = plain_table("variant", "hidden_dim", "active", "total", "FLOPs/token", "steps", "tokens", "FLOPs", "runs")
-    for variant in variants:
+def _variant_table(variants: Sequence["SweepVariant"], seconds: Sequence[float] | None = None) -> Table:
+    """The variants, with the time of each run if known."""
+    head = ("variant", "hidden_dim", "active", "total", "FLOPs/token", "steps", "tokens", "FLOPs", "runs")
+    table = plain_table(*head, *(["time of a run"] if seconds else []))
+    for i, variant in enumerate(variants):
         row = variant.as_dict()
         amounts = [row[key] for key in ("active", "total", "flops_per_token", "steps", "tokens", "flops")]
-        table.add_row(variant.label, str(row["hidden_dim"]), *map(quantity, amounts), str(len(row["runs"])))
+        time = [duration(seconds[i])] if seconds else []
+        table.add_row(variant.label, str(row["hidden_dim"]), *map(quantity, amounts), str(len(row["runs"])), *time)
     return table
+
+
+def _print_total(variants: Sequence["SweepVariant"], seconds: Sequence[float] | None) -> None:
+    """The cost of all runs; branches of runs are not in it."""
+    runs = [len(variant.runs) for variant in variants]
+    flops = sum(count * variant.flops for count, variant in zip(runs, variants, strict=True))
+    total = f"{count_noun(sum(runs), 'run')}, {exponent(flops)} FLOPs"
+    if seconds is not None:
+        time = sum(count * each for count, each in zip(runs, seconds, strict=True))
+        total += f", about {duration(time)} one after the other on this machine, by the speed of a few steps"
+    stdout_console().print(f"\n{total}.")

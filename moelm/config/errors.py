@@ -105,6 +105,10 @@ def _locate(loc: tuple[int | str, ...], whole: type[BaseModel]) -> tuple[str, ty
             annotation = next(iter(typing.get_args(annotation)), None)
             parts.append(str(part))
             continue
+        if typing.get_origin(annotation) is dict:
+            annotation = typing.get_args(annotation)[1]
+            parts.append(part)
+            continue
         members = sections(annotation)
         tagged = [arm for arm in members if len(members) > 1 and _tag(arm) == part]
         if tagged:

@@ -34,6 +34,24 @@ class BudgetConfig(Config):
         return self
 
 
+class SizeConfig(Config):
+    """One size in which the variants are trained: its settings by dotted key, beside the keys below."""
+
+    settings: dict[str, Any] = Field(default={})
+    seeds: list[Seed] | None = Field(default=None, min_length=1)
+    """Default: those of the sweep."""
+    variants: list[str] | None = Field(default=None, min_length=1)
+    """Labels of the variants that have this size; the first variant must be among them. Default: all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect_settings(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        own = {key: value for key, value in tree.items() if key in ("seeds", "variants")}
+        return {**own, "settings": {key: value for key, value in tree.items() if key not in own}}
+
+
 class SweepConfig(Config):
     """One sweep, as in its YAML file."""
 
@@ -47,13 +65,30 @@ class SweepConfig(Config):
     """Settings by label and dotted key, as on the command line; empty is the config itself. The first is the reference."""
     grid: dict[str, list[Any]] = Field(default={})
     """Values by dotted key; each combination is one more variant."""
+    sizes: dict[str, SizeConfig] = Field(default={})
+    """By label, the smallest first: every variant is trained in each, which makes the comparison a ladder."""
     match: Match | None = None
     """The size in which the other variants equal the first within 1%, by the choice of `model.ffn.hidden_dim`."""
+    match_ratio: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
+    """By label: the size that `match` gives a variant, relative to the first. Default: 1."""
     budget: BudgetConfig | None = None
     """Default: the config's `train.steps`."""
+    tokens_per_param: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Training tokens of each size per active parameter of its first variant outside embedding and head; it determines
+    batch, steps and warmup (`moelm.sweep.sizes`)."""
     branches: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[])
     """Parts of the steps after which shorter runs of each variant end. They branch off the constant phase of the full run
     (`optim.schedule: wsd`), so each costs little more than its own decay, and are compared as lengths of one variant."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SweepConfig":
+        if self.tokens_per_param is not None and not self.sizes:
+            raise ValueError("tokens_per_param is set, but there are no sizes")
+        if self.tokens_per_param is not None and self.budget is not None:
+            raise ValueError("budget and tokens_per_param both determine the number of steps; one of them is expected")
+        if self.match_ratio and self.match is None:
+            raise ValueError("match_ratio is set, but there is no match")
+        return self
 
 
 def load_sweep(path: Path) -> SweepConfig:
@@ -69,7 +104,7 @@ def variant_overrides(sweep: SweepConfig) -> dict[str, list[str]]:
     """The `key=value` overrides of each variant, by label: those of `variants`, then those of `grid`.
 
     Raises:
-        MoelmError: fewer than two variants, an empty or repeated label, or a repeated seed.
+        MoelmError: fewer than two variants, or an empty or repeated label.
     """
     listed = [*((label, settings or {}) for label, settings in sweep.variants.items()), *_grid_points(sweep.grid)]
     if len(listed) < 2:
@@ -84,8 +119,6 @@ def variant_overrides(sweep: SweepConfig) -> dict[str, list[str]]:
                 f"The sweep {sweep.name} has two variants with the label {label}; different ones are expected."
             )
         overrides[label] = [format_override(key, value) for key, value in settings.items()]
-    if len(set(sweep.seeds)) < len(sweep.seeds):
-        raise MoelmError(f"The sweep {sweep.name} has the seeds {sweep.seeds}; different ones are expected.")
     return overrides
 
 

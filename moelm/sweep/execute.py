@@ -21,7 +21,7 @@ from moelm.runs.directory import RunDirectory
 from moelm.runs.identity import read_data_record
 from moelm.runs.metrics import last_evaluation
 from moelm.sweep.config import BudgetConfig
-from moelm.sweep.plan import SweepVariant
+from moelm.sweep.variant import SweepVariant
 
 RESOLVED_AT_START = ("train.precision", "init_from.checkpoint")
 """Settings whose values auto, last and best are resolved when a run starts."""
@@ -65,8 +65,9 @@ def train_all(variants: Sequence[SweepVariant], processes: int, jobs: int, budge
     """
     runs = [
         [_Task(variant, seed, steps) for steps in (None, *variant.branch_steps)]
-        for seed in variants[0].runs
+        for seed in dict.fromkeys(seed for variant in variants for seed in variant.runs)
         for variant in variants
+        if seed in variant.runs
     ]
     numbers, total = count(1), sum(map(len, runs))
     jobs = min(jobs, len(runs))

@@ -16,7 +16,7 @@ from moelm.errors import MoelmError
 from moelm.runs.directory import RunDirectory
 from moelm.runs.lock import RunLock
 from moelm.sweep.execute import train_all
-from moelm.sweep.plan import SweepVariant
+from moelm.sweep.variant import SweepVariant
 from tests.conftest import Moelm
 from tests.processes import start_moelm
 
@@ -48,9 +48,11 @@ def test_a_dry_run_trains_nothing(moelm: Moelm, workplace: Path) -> None:
     assert (dense["label"], moe["label"]) == ("dense", "moe")
     assert moe["runs"] == ["study-moe-0", "study-moe-1"]
     assert moe["steps"] == 4
+    assert moe["seconds"] > 0
     table = moelm("sweep", "sweep.yaml", "--dry-run").stdout.splitlines()
     assert table[0].split()[:4] == ["variant", "hidden_dim", "active", "total"]
-    assert [line.split()[0] for line in table[1:]] == ["dense", "moe"]
+    assert [line.split()[0] for line in table[1:3]] == ["dense", "moe"]
+    assert table[-1].startswith("4 runs, ")
     assert not (workplace / "runs").exists()
 
 
@@ -148,9 +150,8 @@ def test_a_signal_between_runs_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("moelm.sweep.execute._is_finished", is_finished)
     config = load_config(ROOT / "tests/configs/dense.yaml")
-    variant = SweepVariant(
-        "dense", [], config, Path("dense.yaml"), {0: RunDirectory(Path("runs/a")), 1: RunDirectory(Path("runs/b"))}
-    )
+    runs = {0: RunDirectory(Path("runs/a")), 1: RunDirectory(Path("runs/b"))}
+    variant = SweepVariant("dense", "dense", None, [], config, Path("dense.yaml"), runs)
     with pytest.raises(MoelmError, match="The sweep stopped; run the same command again to continue") as stopped:
         train_all([variant], processes=1, jobs=1, budget=None)
     assert stopped.value.exit_code == 130

@@ -10,7 +10,8 @@ import yaml
 from moelm.errors import MoelmError
 from moelm.sweep.config import SweepConfig, load_sweep, variant_overrides
 from moelm.sweep.match import model_size
-from moelm.sweep.plan import SweepVariant, plan_sweep
+from moelm.sweep.plan import plan_sweep
+from moelm.sweep.variant import SweepVariant
 
 SWEEPS = Path(__file__).parents[2] / "configs/sweeps"
 MATCHED = sorted(path for path in SWEEPS.glob("*.yaml") if path.stem not in ("base", "dense-width"))
