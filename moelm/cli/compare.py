@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,8 @@ from moelm.console import printable
 
 if TYPE_CHECKING:
     from moelm.compare.comparison import Comparison
+    from moelm.compare.ladder.comparison import LadderComparison
+    from moelm.report.table import Table as ReportTable
 
 
 def compare(
@@ -72,7 +75,31 @@ def render_comparison(console: Console, comparison: "Comparison") -> None:
     for warning in comparison.warnings:
         console.print(_text(f"Warning: {warning}", "yellow"))
     # Transposed, the table of runs fits on narrow terminals.
-    tables = (runs_table(comparison).transpose(), paired_table(comparison), reach_table(comparison))
+    _print_tables(console, (runs_table(comparison).transpose(), paired_table(comparison), reach_table(comparison)))
+    console.print(_text(comparison.verdict.sentence, "bold"))
+    for sentence in summary_sentences(comparison):
+        console.print(_text(sentence))
+    for note in comparison.notes:
+        console.print(_text(f"Note: {note}", "dim"))
+
+
+def print_ladder(ladder: "LadderComparison", out: Path) -> None:
+    """Print a ladder whose report is in `out`: its main tables, sentences and notes."""
+    from moelm.compare.ladder.tables import multiplier_table, points_table
+
+    console = PlainConsole()
+    for warning in ladder.warnings:
+        console.print(_text(f"Warning: {warning}", "yellow"))
+    _print_tables(console, (points_table(ladder), multiplier_table(ladder)))
+    console.print(_text(ladder.answer, "bold"))
+    for sentence in ladder.details:
+        console.print(_text(sentence))
+    for note in ladder.notes:
+        console.print(_text(f"Note: {note}", "dim"))
+    console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
+
+
+def _print_tables(console: Console, tables: "Sequence[ReportTable]") -> None:
     for table in [table for table in tables if table.rows]:
         printed = Table(title=_text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for i, name in enumerate(table.head):
@@ -80,11 +107,6 @@ def render_comparison(console: Console, comparison: "Comparison") -> None:
         for row in table.rows:
             printed.add_row(*map(_text, row))
         console.print(printed)
-    console.print(_text(comparison.verdict.sentence, "bold"))
-    for sentence in summary_sentences(comparison):
-        console.print(_text(sentence))
-    for note in comparison.notes:
-        console.print(_text(f"Note: {note}", "dim"))
 
 
 def _text(text: str, style: str = "") -> Text:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from moelm.cli.compare import command_line, print_comparison
+from moelm.cli.compare import command_line, print_comparison, print_ladder
 from moelm.cli.options import MAX_INT, AsJson, Overrides, plain_table, print_json, stdout_console
 from moelm.formats import count_noun, duration, exponent, quantity
 
@@ -26,8 +26,9 @@ def sweep(
 ) -> None:
     """Train the variants of a sweep. Ends in their comparison; an interrupted sweep continues."""
     from moelm.compare.comparison import compare
-    from moelm.compare.report import check_report_directory, write_report
+    from moelm.compare.report import write_report
     from moelm.compare.variants import make_variant
+    from moelm.report.directory import check_report_directory
     from moelm.runs.record import read_runs
     from moelm.sweep.budget import estimate_seconds
     from moelm.sweep.config import load_sweep
@@ -49,9 +50,31 @@ def sweep(
     if not as_json:
         stdout_console().print(_variant_table(variants))
     train_all(variants, nproc, jobs, config.budget)
+    if config.sizes:
+        _report_ladder(variants, out, as_json)
+        return
     comparison = compare([make_variant(each.label, read_runs(each.all_paths)) for each in variants])
     write_report(comparison, out, command_line())
     print_comparison(comparison, out, as_json)
+
+
+def _report_ladder(variants: Sequence["SweepVariant"], out: Path, as_json: bool) -> None:
+    """Write and print the comparison of a sweep with sizes."""
+    from moelm.compare.ladder.comparison import compare_ladder
+    from moelm.compare.ladder.points import make_side
+    from moelm.compare.ladder.report import ladder_json, write_ladder_report
+    from moelm.compare.variants import Variant, make_variant
+    from moelm.runs.record import read_runs
+
+    sides: dict[str, dict[str, Variant]] = {}
+    for each in variants:
+        sides.setdefault(each.variant, {})[str(each.size)] = make_variant(each.label, read_runs(each.all_paths))
+    ladder = compare_ladder([make_side(name, sizes) for name, sizes in sides.items()])
+    write_ladder_report(ladder, out, command_line())
+    if as_json:
+        print_json(ladder_json(ladder))
+    else:
+        print_ladder(ladder, out)
 
 
 def _variant_table(variants: Sequence["SweepVariant"], seconds: Sequence[float] | None = None) -> Table:

@@ -64,9 +64,9 @@ def compare(variants: Sequence[Variant], force: bool = False, seed_std: SeedStd 
     """
     if len(variants) < 2:
         raise MoelmError("A comparison needs at least two variants.")
-    mismatches = tuple(_mismatches([run for variant in variants for run in variant.all_runs]))
-    if mismatches and not force:
-        raise MoelmError(f"{' '.join(mismatches)} Use --force to compare the runs anyway.")
+    differences = tuple(mismatches([run for variant in variants for run in variant.all_runs]))
+    if differences and not force:
+        raise MoelmError(f"{' '.join(differences)} Use --force to compare the runs anyway.")
     reference = variants[0]
     challenger = min(variants[1:], key=lambda variant: variant.val.loss[-1])
     axes = AXES if all(variant.price is not None for variant in variants) else AXES[:-1]
@@ -84,13 +84,14 @@ def compare(variants: Sequence[Variant], force: bool = False, seed_std: SeedStd 
         scaling=fit_doubling(variants),
         seed_std=pooled_seed_std([each.final_losses for each in variants], [each.seeds for each in variants]),
         notes=tuple(reading_notes(variants, challenger, reference, pairs)),
-        warnings=(*mismatches, *_few_documents(reference)),
-        forced=bool(mismatches),
+        warnings=(*differences, *few_documents(reference)),
+        forced=bool(differences),
         config_differences=_config_differences(variants),
     )
 
 
-def _mismatches(runs: Sequence[RunRecord]) -> Iterator[str]:
+def mismatches(runs: Sequence[RunRecord]) -> Iterator[str]:
+    """Why the losses of runs cannot be compared with those of the first, one sentence each."""
     reference = runs[0]
     for run in runs[1:]:
         differ = [name for key, name in FINGERPRINTS.items() if run.environment[key] != reference.environment[key]]
@@ -103,7 +104,7 @@ def _mismatches(runs: Sequence[RunRecord]) -> Iterator[str]:
             yield f"{names} differ in {join_names(differ)}, so their losses are not comparable{hint}."
 
 
-def _few_documents(reference: Variant) -> Iterator[str]:
+def few_documents(reference: Variant) -> Iterator[str]:
     """A sentence if the evaluation documents are too few for an interval over them."""
     if (saved := reference.document_losses) is None:
         return

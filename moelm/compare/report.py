@@ -1,6 +1,5 @@
 """The report of a comparison on disk: report.json, report.md, report.html and the figures."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -8,26 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from moelm import __version__
-from moelm.atomic import atomic_directory
 from moelm.compare.comparison import Comparison, compare
 from moelm.compare.figures import draw_comparison, draw_expert_load, draw_scaling
 from moelm.compare.pairwise import PairResult
 from moelm.compare.seed_std import read_seed_std
 from moelm.compare.tables import report_tables
 from moelm.compare.variants import Variant, group_runs
-from moelm.errors import MoelmError
+from moelm.report.directory import check_report_directory, write_report_directory
 from moelm.report.figures import render_light_and_dark
-from moelm.report.page import Report, ReportFigure, report_html, report_markdown
+from moelm.report.page import Report, ReportFigure
 from moelm.runs.record import read_runs
 
 SCHEMA = 3
 KIND = "moelm compare"
-"""Together with the schema, this identifies a directory as an earlier report."""
 TITLE_NAMES = 4
 """Number of variants named in the title."""
-FILES = ("report.json", "report.md", "report.html", "comparison.png", "scaling.png", "load.png")
-OLD_FILES = ("trend.png",)
-"""Files of reports of schema 1 alone."""
 
 
 def compare_runs(
@@ -60,36 +54,24 @@ def compare_runs(
 
 
 def write_report(comparison: Comparison, out: Path, command: str | None = None) -> None:
-    """Write the report; an earlier one is replaced only when the new one is complete.
+    """Write the report.
 
     Raises:
-        MoelmError: `out` holds something other than an earlier report, or cannot be written.
+        MoelmError: see `write_report_directory`.
     """
-    check_report_directory(out)
-    out = out.resolve()
-    try:
-        with atomic_directory(out, replace=True) as directory:
-            _write_files(comparison, directory, command)
-    except OSError as error:
-        raise MoelmError(f"{out} cannot be written: {error.strerror}.") from None
-
-
-def check_report_directory(out: Path) -> None:
-    """Require a path that does not exist, an empty directory, or an earlier report of any schema and nothing else.
-
-    Raises:
-        MoelmError: it is something else.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise MoelmError(f"{out} is a file; --out is the directory of the report.")
-    present = sorted(path.name for path in out.iterdir())
-    if present and not _is_report(out / "report.json"):
-        raise MoelmError(f"{out} is not empty and holds no earlier report; choose another --out.")
-    foreign = [name for name in present if name not in FILES + OLD_FILES]
-    if foreign:
-        raise MoelmError(f"{out} holds {foreign[0]} beside an earlier report; move it or choose another --out.")
+    runs = [run for variant in comparison.variants for run in variant.all_runs]
+    commands = [str(run.environment["command"]) for run in runs if run.environment.get("command")]
+    report = Report(
+        title=_title([variant.name for variant in comparison.variants]),
+        warnings=comparison.warnings,
+        answer=comparison.verdict.sentence,
+        details=summary_sentences(comparison),
+        notes=comparison.notes,
+        figures=_figures(comparison),
+        tables=report_tables(comparison),
+        commands=(*commands, *([command] if command else [])),
+    )
+    write_report_directory(out, report, report_json(comparison))
 
 
 def report_json(comparison: Comparison) -> dict[str, Any]:
@@ -125,35 +107,6 @@ def summary_sentences(comparison: Comparison) -> tuple[str, ...]:
     verdict = comparison.verdict
     scaling = () if comparison.scaling is None else (comparison.scaling.sentence,)
     return (verdict.confidence, *scaling, verdict.efficiency, verdict.sizes)
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and report.get("kind") == KIND and isinstance(report.get("schema"), int)
-
-
-def _write_files(comparison: Comparison, directory: Path, command: str | None) -> None:
-    runs = [run for variant in comparison.variants for run in variant.all_runs]
-    commands = [str(run.environment["command"]) for run in runs if run.environment.get("command")]
-    report = Report(
-        title=_title([variant.name for variant in comparison.variants]),
-        warnings=comparison.warnings,
-        answer=comparison.verdict.sentence,
-        details=summary_sentences(comparison),
-        notes=comparison.notes,
-        figures=_figures(comparison),
-        tables=report_tables(comparison),
-        commands=(*commands, *([command] if command else [])),
-    )
-    content = json.dumps(report_json(comparison), indent=2, ensure_ascii=False, allow_nan=False)
-    texts = {"report.json": content + "\n", "report.md": report_markdown(report), "report.html": report_html(report)}
-    for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-    for figure in report.figures:
-        (directory / figure.name).write_bytes(figure.light)
 
 
 def _figures(comparison: Comparison) -> tuple[ReportFigure, ...]:

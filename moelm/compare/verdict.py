@@ -202,7 +202,7 @@ def reading_notes(
         values = [str(run.environment.get(key, "–")) for run in runs]
         if len(set(values)) > 1:
             yield f"Times are not comparable: {key} differs ({', '.join(dict.fromkeys(values))})."
-    yield from _load_notes(runs)
+    yield from load_notes(runs)
     lengths = [length for variant in variants for length in variant.lengths]
     variation = max(length.final_seconds.max() / length.final_seconds.min() - 1 for length in lengths)
     if variation > 0.05:
@@ -216,7 +216,7 @@ def _describe_optimizer(optim: OptimConfig) -> str:
     return f"{optim.kind} with adamw for {join_names(roles)}" if roles else optim.kind
 
 
-def _load_notes(runs: Sequence[RunRecord]) -> Iterator[str]:
+def load_notes(runs: Sequence[RunRecord]) -> Iterator[str]:
     """The runs that other processes disturbed, in one sentence for each number of CPUs and threads."""
     disturbed: dict[tuple[int, int], list[tuple[str, CpuUse]]] = {}
     for run in runs:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from moelm.cli.compare import render_comparison
-from moelm.compare.report import FILES, compare_runs
+from moelm.compare.report import compare_runs
 from moelm.errors import MoelmError
 from tests.compare.linear_runs import MOE, write_run
 from tests.conftest import Moelm
