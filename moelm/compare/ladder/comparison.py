@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from moelm.compare.axes import AXIS_NAMES, Axis, cost_with_unit
 from moelm.compare.comparison import few_documents, mismatches
 from moelm.compare.ladder.fit import MIN_SIZES, LadderFit, fit_ladder
 from moelm.compare.ladder.multiplier import CONFIDENCE, Multiplier, multipliers
 from moelm.compare.ladder.points import Ladder, Points, Side
+from moelm.compare.reading import SAME_COST
 from moelm.compare.verdict import load_notes
 from moelm.errors import MoelmError
 from moelm.formats import count_noun, join_names
@@ -39,7 +42,7 @@ class LadderComparison:
 
     ladder: Ladder
     results: tuple[AxisResult, ...]
-    """FLOPs, seconds, tokens."""
+    """FLOPs, and of seconds and tokens those that increase from size to size."""
     answer: str
     """The multiplier of the best side, its interval and its range."""
     details: tuple[str, ...]
@@ -59,7 +62,7 @@ def compare_ladder(sides: Sequence[Side]) -> LadderComparison:
     runs = [run for variant in ladder.variants for run in variant.all_runs]
     if different := list(mismatches(runs)):
         raise MoelmError(different[0])
-    results = tuple(_compare_on(axis, ladder) for axis in LADDER_AXES)
+    results = tuple(_compare_on(axis, ladder) for axis in LADDER_AXES if _increases(ladder, axis))
     best = max(range(1, len(sides)), key=lambda i: results[0].means[i - 1].value or 0.0)
     others = [i for i in range(1, len(sides)) if i != best]
     return LadderComparison(
@@ -70,6 +73,11 @@ def compare_ladder(sides: Sequence[Side]) -> LadderComparison:
         notes=(*_notes(ladder, results), *load_notes(runs)),
         warnings=tuple(few_documents(ladder.variants[0])),
     )
+
+
+def _increases(ladder: Ladder, axis: Axis) -> bool:
+    """Whether larger sizes cost more; all sizes may have the same tokens, and times may have been disturbed."""
+    return all((np.diff(ladder.points(side, axis).costs_P) > SAME_COST).all() for side in ladder.sides)
 
 
 def _compare_on(axis: Axis, ladder: Ladder) -> AxisResult:
@@ -132,16 +140,16 @@ def _fit_sentences(ladder: Ladder, result: AxisResult) -> Iterator[str]:
             "the measured sizes."
         )
         return
-    floor = f"{fit.floor:.2f} (95%: {fit.floor_low:.2f} to {fit.floor_high:.2f})"
     laws = [
         f"{law.exponent:.3f} ({law.exponent_low:.3f} to {law.exponent_high:.3f}) for {side.name}"
         for side, law in zip(ladder.sides, fit.laws, strict=True)
     ]
     yield f"The fit L(C) = E + A C^-a over FLOPs has the exponents a of {join_names(laws)}."
     if fit.floor_identified:
-        yield f"The loss that no compute removes, E, is {floor} nats per token."
+        interval = f"{CONFIDENCE:.0%}: {fit.floor_low:.2f} to {fit.floor_high:.2f}"
+        yield f"The loss that no compute removes, E, is {fit.floor:.2f} nats per token ({interval})."
     else:
-        yield f"These sizes do not identify E, the loss that no compute removes: {floor} nats per token."
+        yield "E, the loss that no compute removes, is not identified: very different values fit these sizes as well."
 
 
 def _notes(ladder: Ladder, results: Sequence[AxisResult]) -> Iterator[str]:
@@ -162,6 +170,9 @@ def _notes(ladder: Ladder, results: Sequence[AxisResult]) -> Iterator[str]:
                 f"The loss of {side.name} in {join_names(outside)} is outside the measured losses of "
                 f"{ladder.sides[0].name}: its multiplier there is extrapolated, and not in the mean."
             )
+    left_out = [_COSTS[axis] for axis in LADDER_AXES if axis not in [each.axis for each in results]]
+    if left_out:
+        yield f"There is no comparison by {join_names(left_out)}, which do not increase with the size."
     sizes = {side.name: count_noun(len(side.sizes), "size") for side in ladder.sides}
     if len(set(sizes.values())) > 1:
         yield f"There are {join_names([f'{number} of {name}' for name, number in sizes.items()])}."

@@ -22,7 +22,7 @@ BEYOND = 10.0
 def draw_ladder(comparison: LadderComparison) -> Figure:
     """Loss against each cost, both logarithmic; the curves that multipliers are read from, and the fits dashed."""
     figure = Figure(figsize=(10.5, 4.1), layout="constrained")
-    panels = figure.subplots(1, len(comparison.results), sharey=True)
+    panels = figure.subplots(1, len(comparison.results), sharey=True, squeeze=False)[0]
     for panel, result in zip(panels, comparison.results, strict=True):
         _draw_losses(panel, comparison, result)
     panels[0].set_ylabel(LOSS_LABEL)
@@ -34,7 +34,7 @@ def draw_ladder(comparison: LadderComparison) -> Figure:
 def draw_multipliers(comparison: LadderComparison) -> Figure:
     """The multiplier of each side against its own cost, with its 95% interval; the fits' dashed."""
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(comparison.results), sharey=True)
+    panels = figure.subplots(1, len(comparison.results), sharey=True, squeeze=False)[0]
     for panel, result in zip(panels, comparison.results, strict=True):
         _draw_multipliers(panel, comparison, result)
     panels[0].set_ylabel(f"times the cost of {comparison.ladder.sides[0].name}")
@@ -57,7 +57,7 @@ def _draw_losses(panel: Axes, comparison: LadderComparison, result: AxisResult) 
             panel.plot([np.exp(cost)] * len(variant.runs), variant.final_losses, "_", color=color, markersize=7)
         if result.fit is not None:
             costs = np.geomspace(np.exp(points.costs_P[0]), BEYOND * np.exp(points.costs_P[-1]), GRID)
-            label = "fits" if i == 0 else None
+            label = "fits" if i == len(result.points) - 1 else None
             panel.plot(costs, result.fit.laws[i].loss(costs), color=color, linewidth=1, linestyle=DASHED, label=label)
     _style_costs(panel, result.axis)
     panel.set_yscale("log")
@@ -123,6 +123,5 @@ def _style_costs(panel: Axes, axis: Axis) -> None:
     panel.set_xscale("log")
     panel.set_title(f"By {title}")
     panel.set_xlabel(f"{title} of a run")
-    if axis != "flops":
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_cost(axis, value)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_cost(axis, value)))
     panel.xaxis.set_minor_formatter(NullFormatter())

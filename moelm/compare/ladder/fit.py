@@ -138,7 +138,7 @@ def _minimize(costs: Sequence[Array], losses: Sequence[Array], start: Array) -> 
 
     def residuals(parameters_K: Array) -> Array:
         fitted = [
-            np.logaddexp(parameters_K[0], parameters_K[1 + 2 * i] - parameters_K[2 + 2 * i] * (costs_P - center))
+            np.logaddexp(np.log(parameters_K[0]), parameters_K[1 + 2 * i] - parameters_K[2 + 2 * i] * (costs_P - center))
             for i, costs_P in enumerate(costs)
         ]
         each: Array = np.concatenate(fitted) - np.concatenate(losses)
@@ -146,13 +146,12 @@ def _minimize(costs: Sequence[Array], losses: Sequence[Array], start: Array) -> 
 
     centered = start.copy()
     centered[1::2] -= centered[2::2] * center
-    centered[0] = math.log(min(max(start[0], 2 * SMALLEST), 0.999 * lowest))
+    centered[0] = min(max(start[0], 2 * SMALLEST), 0.999 * lowest)
     low, high = np.full(len(start), -np.inf), np.full(len(start), np.inf)
-    low[0], high[0] = math.log(SMALLEST), math.log(lowest)
+    low[0], high[0] = SMALLEST, lowest
     squares = least_squares(residuals, centered, bounds=(low, high), x_scale="jac")
     # From the start itself, the search often ends early: far from the optimum the Huber loss has little curvature.
     found = least_squares(residuals, squares.x, bounds=(low, high), loss="huber", f_scale=HUBER_DELTA, x_scale="jac")
     parameters = found.x.copy()
-    parameters[0] = math.exp(parameters[0])
     parameters[1::2] += parameters[2::2] * center
     return parameters, residuals(found.x), float(found.cost)

@@ -79,7 +79,8 @@ class Ladder:
     @cached_property
     def _log_losses_RP(self) -> Array:
         seeds = [np.log(variant.final_losses) for variant in self.variants]
-        return resample_log_losses(seeds, self.document_losses_RP)
+        resampled = self.document_losses_RP
+        return resample_log_losses(seeds, resampled, RESAMPLES if resampled is None else len(resampled))
 
     def points(self, side: Side, axis: Axis) -> Points:
         """The measurements of a side."""
@@ -87,11 +88,13 @@ class Ladder:
         rows = slice(start, start + len(side.sizes))
         variants = self.variants[rows]
         costs_P = np.log([variant.cost(axis)[-1] for variant in variants])
-        costs_RP = np.tile(costs_P, (RESAMPLES, 1))
-        if axis == "seconds":  # times vary like those of runs with equal work
-            costs_RP += seed_noise([np.log(variant.final_seconds) for variant in self.variants], seed=2)[:, rows]
         losses_P = np.log([variant.val.loss[-1] for variant in variants])
-        return Points(costs_P, losses_P, costs_RP, self._log_losses_RP[:, rows])
+        losses_RP = self._log_losses_RP[:, rows]
+        costs_RP = np.tile(costs_P, (len(losses_RP), 1))
+        if axis == "seconds":  # times vary like those of runs with equal work
+            seconds = [np.log(variant.final_seconds) for variant in self.variants]
+            costs_RP += seed_noise(seconds, seed=2, resamples=len(losses_RP))[:, rows]
+        return Points(costs_P, losses_P, costs_RP, losses_RP)
 
 
 def make_side(name: str, sizes: Mapping[str, Variant]) -> Side:
@@ -110,22 +113,23 @@ def make_side(name: str, sizes: Mapping[str, Variant]) -> Side:
     return Side(name, {label: sizes[label] for label in ordered})
 
 
-def resample_log_losses(log_losses: Sequence[Array], document_losses_RP: Array | None) -> Array:
+def resample_log_losses(log_losses: Sequence[Array], document_losses_RP: Array | None, resamples: int = RESAMPLES) -> Array:
     """`(R, P)`: logarithms of the points' losses, with other documents and other seeds.
 
     Args:
         log_losses: of each point's runs.
         document_losses_RP: losses on resampled documents; None if they are unknown.
+        resamples: their number.
     """
-    noise_RP = seed_noise(log_losses, seed=1)
+    noise_RP = seed_noise(log_losses, seed=1, resamples=resamples)
     if document_losses_RP is not None:
         noise_RP += np.log(document_losses_RP)
         return noise_RP
-    resamples: Array = noise_RP + np.array([np.log(np.exp(each).mean()) for each in log_losses])
-    return resamples
+    log_losses_RP: Array = noise_RP + np.array([np.log(np.exp(each).mean()) for each in log_losses])
+    return log_losses_RP
 
 
-def seed_noise(values: Sequence[Array], seed: int) -> Array:
+def seed_noise(values: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> Array:
     """`(R, P)`: deviations of the means over each point's runs, as other seeds would give; 0 if no point has two runs.
 
     All points have the same standard deviation, estimated from all of them. Few runs estimate it badly, so it is drawn
@@ -135,12 +139,13 @@ def seed_noise(values: Sequence[Array], seed: int) -> Array:
     Args:
         values: of each point's runs.
         seed: of the random numbers.
+        resamples: their number.
     """
-    shape, std = (RESAMPLES, len(values)), pooled_std(values)
+    shape, std = (resamples, len(values)), pooled_std(values)
     if std is None:
         return np.zeros(shape)
     rng = np.random.default_rng(seed)
-    std_R1 = std.std * np.sqrt(std.degrees / rng.chisquare(std.degrees, (RESAMPLES, 1)))
+    std_R1 = std.std * np.sqrt(std.degrees / rng.chisquare(std.degrees, (resamples, 1)))
     noise_RP: Array = std_R1 * rng.standard_normal(shape) / np.sqrt([len(each) for each in values])
     return noise_RP
 

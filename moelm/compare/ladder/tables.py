@@ -11,12 +11,18 @@ from moelm.report.table import NO_VALUE, Table
 
 def ladder_tables(comparison: LadderComparison) -> tuple[Table, ...]:
     """All tables of the report, in reading order; tables without rows are left out."""
-    tables = (points_table(comparison), multiplier_table(comparison), _fit_table(comparison), _runs_table(comparison))
+    tables = (
+        points_table(comparison),
+        multiplier_table(comparison, fitted=True),
+        _frontier_table(comparison),
+        _fit_table(comparison),
+        _runs_table(comparison),
+    )
     return tuple(table for table in tables if table.rows)
 
 
 def points_table(comparison: LadderComparison) -> Table:
-    """Each variant in each size: parameters, cost and loss, and the axes on which it is on the frontier."""
+    """Each variant in each size: parameters, cost and loss."""
     axes = [result.axis for result in comparison.results]
     rows = []
     for side in comparison.ladder.sides:
@@ -24,7 +30,6 @@ def points_table(comparison: LadderComparison) -> Table:
             first, loss = variant.first, f"{variant.val.loss[-1]:.3f}"
             if variant.seed_std is not None:
                 loss += f" ± {variant.seed_std:.3f}"
-            on_frontier = [axis_title(each.axis) for each in comparison.results if (side.name, size) in each.frontier]
             rows.append(
                 (
                     side.name,
@@ -34,33 +39,46 @@ def points_table(comparison: LadderComparison) -> Table:
                     quantity(first.parameters["total"]),
                     *(format_cost(axis, float(variant.cost(axis)[-1])) for axis in axes),
                     loss,
-                    ", ".join(on_frontier) or NO_VALUE,
                 )
             )
-    head = ("variant", "size", "seeds", "active", "total", *map(axis_title, axes), "final loss", "on the frontier of")
+    head = ("variant", "size", "seeds", "active", "total", *map(axis_title, axes), "final loss")
     return Table("Sizes (means over seeds ± standard deviation)", head, tuple(rows), left=2)
 
 
-def multiplier_table(comparison: LadderComparison) -> Table:
-    """The multiplier of each side in each size, on each axis, with the fit's beside where there is one."""
+def multiplier_table(comparison: LadderComparison, fitted: bool = False) -> Table:
+    """The multiplier of each side in each size, on each axis.
+
+    Args:
+        fitted: whether the multiplier in FLOPs by the fits is beside it.
+    """
     reference, *others = comparison.ladder.sides
     rows = []
     for i, side in enumerate(others):
         for j, size in enumerate(side.sizes):
             cells = (_cell(result.multipliers[i][j]) for result in comparison.results)
-            rows.append((side.name, size, *cells, _fitted(comparison.results[0], i + 1, j)))
+            rows.append((side.name, size, *cells, *([_fitted(comparison.results[0], i + 1, j)] if fitted else [])))
         means = (_cell(result.means[i]) for result in comparison.results)
-        rows.append((side.name, "mean of the measured range", *means, NO_VALUE))
-    head = ("variant", "size", *(axis_title(result.axis) for result in comparison.results), "FLOPs, by the fit")
-    title = f"Cost at which {reference.name} has the same loss, over the variant's own ({CONFIDENCE:.0%} intervals)"
-    return Table(title, head, tuple(rows), left=2)
+        rows.append((side.name, "mean", *means, *([NO_VALUE] if fitted else [])))
+    axes = (axis_title(result.axis) for result in comparison.results)
+    head = ("variant", "size", *axes, *(["FLOPs, by the fits"] if fitted else []))
+    title = f"Cost at which {reference.name} has the same loss, over the variant's own ({CONFIDENCE:.0%} intervals"
+    return Table(f"{title}; * extrapolated)", head, tuple(rows), left=2)
+
+
+def _frontier_table(comparison: LadderComparison) -> Table:
+    """The points that no other is both cheaper and better than, by axis, the cheapest first."""
+    rows = [
+        (axis_title(result.axis), ", ".join(f"{side} {size}" for side, size in result.frontier))
+        for result in comparison.results
+    ]
+    return Table("Best loss for the cost, the cheapest first", ("cost", "on the frontier"), tuple(rows), left=2)
 
 
 def _cell(multiplier: Multiplier) -> str:
     low, high = ("?" if bound is None else f"{bound:.2f}" for bound in (multiplier.low, multiplier.high))
     if multiplier.value is None:
         return f"out of range ({low} to {high})" if multiplier.low or multiplier.high else "out of range"
-    mark = "" if multiplier.read == "measured range" else ", extrapolated"
+    mark = "" if multiplier.read == "measured range" else "*"
     return f"{multiplier.value:.2f} ({low} to {high}){mark}"
 
 
@@ -88,7 +106,7 @@ def _fit_table(comparison: LadderComparison) -> Table:
                     axis_title(result.axis),
                     f"{law.exponent:.3f} ({law.exponent_low:.3f} to {law.exponent_high:.3f})",
                     f"{law.scale:.4g}",
-                    floor if fit.floor_identified else f"{floor}, not identified",
+                    floor if fit.floor_identified else "not identified",
                     f"{max(map(abs, law.residuals)):.2%}",
                 )
             )
