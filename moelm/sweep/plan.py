@@ -10,6 +10,7 @@ from moelm.config import RunConfig, differing, flatten, format_override, load_co
 from moelm.data.prepare import prepare
 from moelm.data.shards import read_manifest
 from moelm.errors import MoelmError
+from moelm.formats import count_noun
 from moelm.runs.directory import RunDirectory
 from moelm.sweep.budget import steps_within
 from moelm.sweep.config import SweepConfig, variant_overrides
@@ -88,6 +89,11 @@ def _labels_by_size(sweep: SweepConfig) -> dict[str | None, dict[str, list[str]]
         if first not in chosen:
             raise MoelmError(f"sizes.{size}.variants lacks the first variant, {first}, which the others are compared with.")
         labels[size] = {label: own for label, own in overrides.items() if label in chosen}
+    for label in overrides:
+        if (count := sum(label in chosen for chosen in labels.values())) < 2:
+            raise MoelmError(
+                f"The variant {label} of the sweep {sweep.name} has {count_noun(count, 'size')}; at least two are expected."
+            )
     return labels
 
 

@@ -203,3 +203,24 @@ def test_the_branches_of_a_sweep_are_trained_and_compared_as_lengths(moelm: Moel
     assert [[length["steps"] for length in variant["lengths"]] for variant in report["variants"]] == [[10, 20]] * 2
     again = moelm("sweep", "sweep.yaml", *overrides)
     assert again.stderr.count("is already trained") == 4
+
+
+@pytest.mark.slow(seconds=20)
+def test_a_sweep_with_sizes_ends_in_a_ladder(moelm: Moelm, workplace: Path) -> None:
+    sizes = {
+        "w8": {"model.dim": 8, "model.ffn.hidden_dim": 32},
+        "w16": {"model.dim": 16, "model.ffn.hidden_dim": 64},
+    }
+    write_sweep(workplace, steps=4, seeds=[0], sizes=sizes, budget=None, tokens_per_param=1)
+    done = moelm("sweep", "sweep.yaml", "--jobs", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["kind"], report["reference"]) == ("moelm ladder", "dense")
+    names = [run["name"] for each in report["variants"] for size in each["sizes"] for run in size["runs"]]
+    assert names == ["study-dense-w8-0", "study-dense-w16-0", "study-moe-w8-0", "study-moe-w16-0"]
+    assert "There is no fit: it needs 4 sizes" in report["details"][0]
+    assert (workplace / "reports/study/multiplier.png").exists()
+    again = moelm("sweep", "sweep.yaml")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("is already trained") == 4
+    assert "Cost at which dense has the same loss" in again.stdout

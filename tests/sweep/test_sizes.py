@@ -93,16 +93,19 @@ def test_more_tokens_than_the_data_has_are_warned_of(workplace: Path, capsys: py
         ({"sizes": {"w_1": {}}}, "sizes has the label 'w_1'; letters, digits, dots and hyphens"),
         ({"sizes": {"w1": {"variants": ["other"]}}}, "sizes.w1.variants names 'other'; some of dense, moe are expected"),
         ({"sizes": {"w1": {"variants": ["moe"]}}}, "sizes.w1.variants lacks the first variant, dense"),
-        ({"sizes": {"w1": {"seeds": [1, 1]}}}, r"has the seeds \[1, 1\]; different ones"),
+        ({"sizes": {"w1": {"seeds": [1, 1]}, "w2": {}}}, r"has the seeds \[1, 1\]; different ones"),
         ({"sizes": {"w1": {"seeds": []}}}, "sizes.w1.seeds is \\[\\], but it should be a list with something in it"),
-        ({"sizes": {"w1": {"train.steps": 4}}}, "cannot be set in the sweep study, whose tokens_per_param determines it"),
+        (
+            {"sizes": {"w1": {"train.steps": 4}, "w2": {}}},
+            "cannot be set in the sweep study, whose tokens_per_param determines it",
+        ),
         ({"sizes": {"a": {}, "b": {}}}, "The variants dense-a and dense-b have the same settings"),
         (
             {"tokens_per_param": 1e-9},
             "tokens_per_param is 1e-09, which gives study-dense-w16 0 tokens, fewer than one",
         ),
         ({"sizes": {"w1": 3}}, "sizes.w1 is 3, but it should be a section of settings"),
-        ({"sizes": {"w1": {"model.dmi": 3}}}, "Variant dense-w1: dense.yaml: there is no setting model.dmi"),
+        ({"sizes": {"w1": {"model.dmi": 3}, "w2": {}}}, "Variant dense-w1: dense.yaml: there is no setting model.dmi"),
     ],
 )
 def test_invalid_sizes_are_refused(workplace: Path, settings: dict[str, Any], sentence: str) -> None:

@@ -62,7 +62,8 @@ def compare_ladder(sides: Sequence[Side]) -> LadderComparison:
     runs = [run for variant in ladder.variants for run in variant.all_runs]
     if different := list(mismatches(runs)):
         raise MoelmError(different[0])
-    results = tuple(_compare_on(axis, ladder) for axis in LADDER_AXES if _increases(ladder, axis))
+    # FLOPs increase in any case, see `make_side`.
+    results = tuple(_compare_on(axis, ladder) for axis in LADDER_AXES if axis == "flops" or _increases(ladder, axis))
     best = max(range(1, len(sides)), key=lambda i: results[0].means[i - 1].value or 0.0)
     others = [i for i in range(1, len(sides)) if i != best]
     return LadderComparison(

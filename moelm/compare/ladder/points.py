@@ -12,6 +12,7 @@ import numpy as np
 
 from moelm.compare.axes import Axis
 from moelm.compare.bootstrap import resample_sums
+from moelm.compare.reading import SAME_COST
 from moelm.compare.seed_std import SeedStd
 from moelm.compare.variants import Variant
 from moelm.errors import MoelmError
@@ -108,8 +109,8 @@ def make_side(name: str, sizes: Mapping[str, Variant]) -> Side:
     flops = {label: float(variant.cost("flops")[-1]) for label, variant in sizes.items()}
     ordered = sorted(sizes, key=flops.__getitem__)
     for a, b in pairwise(ordered):
-        if flops[a] == flops[b]:
-            raise MoelmError(f"The sizes {a} and {b} of {name} cost the same FLOPs; different ones are expected.")
+        if flops[b] <= (1 + SAME_COST) * flops[a]:
+            raise MoelmError(f"The sizes {a} and {b} of {name} cost the same FLOPs within 1%; different ones are expected.")
     return Side(name, {label: sizes[label] for label in ordered})
 
 
