@@ -72,15 +72,10 @@ def render_comparison(console: Console, comparison: "Comparison") -> None:
     from moelm.compare.report import summary_sentences
     from moelm.compare.tables import paired_table, reach_table, runs_table
 
-    for warning in comparison.warnings:
-        console.print(_text(f"Warning: {warning}", "yellow"))
     # Transposed, the table of runs fits on narrow terminals.
-    _print_tables(console, (runs_table(comparison).transpose(), paired_table(comparison), reach_table(comparison)))
-    console.print(_text(comparison.verdict.sentence, "bold"))
-    for sentence in summary_sentences(comparison):
-        console.print(_text(sentence))
-    for note in comparison.notes:
-        console.print(_text(f"Note: {note}", "dim"))
+    tables = (runs_table(comparison).transpose(), paired_table(comparison), reach_table(comparison))
+    answer, details = comparison.verdict.sentence, summary_sentences(comparison)
+    _render(console, comparison.warnings, tables, answer, details, comparison.notes)
 
 
 def print_ladder(ladder: "LadderComparison", out: Path) -> None:
@@ -88,18 +83,22 @@ def print_ladder(ladder: "LadderComparison", out: Path) -> None:
     from moelm.compare.ladder.tables import multiplier_table, points_table
 
     console = PlainConsole()
-    for warning in ladder.warnings:
-        console.print(_text(f"Warning: {warning}", "yellow"))
-    _print_tables(console, (points_table(ladder), multiplier_table(ladder)))
-    console.print(_text(ladder.answer, "bold"))
-    for sentence in ladder.details:
-        console.print(_text(sentence))
-    for note in ladder.notes:
-        console.print(_text(f"Note: {note}", "dim"))
+    tables = (points_table(ladder), multiplier_table(ladder))
+    _render(console, ladder.warnings, tables, ladder.answer, ladder.details, ladder.notes)
     console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
 
 
-def _print_tables(console: Console, tables: "Sequence[ReportTable]") -> None:
+def _render(
+    console: Console,
+    warnings: Sequence[str],
+    tables: "Sequence[ReportTable]",
+    answer: str,
+    details: Sequence[str],
+    notes: Sequence[str],
+) -> None:
+    """Print a report's main contents, the answer after the tables."""
+    for warning in warnings:
+        console.print(_text(f"Warning: {warning}", "yellow"))
     for table in [table for table in tables if table.rows]:
         printed = Table(title=_text(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for i, name in enumerate(table.head):
@@ -107,6 +106,11 @@ def _print_tables(console: Console, tables: "Sequence[ReportTable]") -> None:
         for row in table.rows:
             printed.add_row(*map(_text, row))
         console.print(printed)
+    console.print(_text(answer, "bold"))
+    for sentence in details:
+        console.print(_text(sentence))
+    for note in notes:
+        console.print(_text(f"Note: {note}", "dim"))
 
 
 def _text(text: str, style: str = "") -> Text:

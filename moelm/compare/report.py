@@ -59,8 +59,6 @@ def write_report(comparison: Comparison, out: Path, command: str | None = None) 
     Raises:
         MoelmError: see `write_report_directory`.
     """
-    runs = [run for variant in comparison.variants for run in variant.all_runs]
-    commands = [str(run.environment["command"]) for run in runs if run.environment.get("command")]
     report = Report(
         title=_title([variant.name for variant in comparison.variants]),
         warnings=comparison.warnings,
@@ -69,9 +67,15 @@ def write_report(comparison: Comparison, out: Path, command: str | None = None) 
         notes=comparison.notes,
         figures=_figures(comparison),
         tables=report_tables(comparison),
-        commands=(*commands, *([command] if command else [])),
+        commands=commands_of(comparison.variants, command),
     )
     write_report_directory(out, report, report_json(comparison))
+
+
+def commands_of(variants: Sequence[Variant], command: str | None) -> tuple[str, ...]:
+    """The command lines that made the runs, and then that of the report if known."""
+    recorded = [run.environment.get("command") for variant in variants for run in variant.all_runs]
+    return tuple(str(each) for each in (*recorded, command) if each)
 
 
 def report_json(comparison: Comparison) -> dict[str, Any]:

@@ -71,10 +71,15 @@ def pooled_seed_std(losses: Sequence[Array], seeds: Sequence[tuple[int, ...]]) -
         residual_VS = table_VS - table_VS.mean(axis=0) - table_VS.mean(axis=1, keepdims=True) + table_VS.mean()
         degrees = (len(table_VS) - 1) * (table_VS.shape[1] - 1)
         return SeedStd(math.sqrt(float((residual_VS**2).sum()) / degrees), degrees)
-    degrees = sum(len(each) - 1 for each in losses)
+    return pooled_std(losses)
+
+
+def pooled_std(values: Sequence[Array]) -> SeedStd | None:
+    """The standard deviation within groups of values; None if no group has two."""
+    degrees = sum(len(each) - 1 for each in values)
     if not degrees:
         return None
-    squares = sum(float(((each - each.mean()) ** 2).sum()) for each in losses)
+    squares = sum(float(((each - each.mean()) ** 2).sum()) for each in values)
     return SeedStd(math.sqrt(squares / degrees), degrees)
 
 

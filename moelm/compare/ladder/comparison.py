@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelm.compare.axes import AXIS_NAMES, Axis, cost_with_unit
+from moelm.compare.bootstrap import CONFIDENCE
 from moelm.compare.comparison import few_documents, mismatches
 from moelm.compare.ladder.fit import MIN_SIZES, LadderFit, fit_ladder
-from moelm.compare.ladder.multiplier import CONFIDENCE, Multiplier, multipliers
+from moelm.compare.ladder.multiplier import Multiplier, multipliers
 from moelm.compare.ladder.points import Ladder, Points, Side
 from moelm.compare.reading import SAME_COST
 from moelm.compare.verdict import load_notes
@@ -111,7 +112,7 @@ def _frontier(ladder: Ladder, points: Sequence[Points]) -> tuple[tuple[str, str]
 def _answer(ladder: Ladder, results: Sequence[AxisResult], index: int) -> str:
     """The multipliers of one side in a sentence."""
     side, reference = ladder.sides[index], ladder.sides[0]
-    clauses = [f"{describe(each.means[index - 1])} {_COSTS[each.axis]}" for each in results]
+    clauses = [f"{_describe(each.means[index - 1])} {_COSTS[each.axis]}" for each in results]
     inside = [each.read == "measured range" for each in results[0].multipliers[index - 1]]
     measured = [variant for variant, known in zip(side.sizes.values(), inside, strict=True) if known]
     if not measured:
@@ -123,13 +124,12 @@ def _answer(ladder: Ladder, results: Sequence[AxisResult], index: int) -> str:
     return f"For the losses of {side.name}, {reference.name} needs {join_names(clauses)} ({where})."
 
 
-def describe(multiplier: Multiplier) -> str:
-    """`2.10 times (95%: 1.85 to 2.40) as much`."""
+def _describe(multiplier: Multiplier) -> str:
+    """`2.10 times (95%: 1.85 to 2.40) the`, before the name of the cost."""
     if multiplier.value is None:
         return "an unknown multiple of the"
-    low, high = (None if bound is None else f"{bound:.2f}" for bound in (multiplier.low, multiplier.high))
-    interval = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
-    return f"{multiplier.value:.2f} times ({CONFIDENCE:.0%}: {interval}) the"
+    low, high = ("?" if bound is None else f"{bound:.2f}" for bound in (multiplier.low, multiplier.high))
+    return f"{multiplier.value:.2f} times ({CONFIDENCE:.0%}: {low} to {high}) the"
 
 
 def _fit_sentences(ladder: Ladder, result: AxisResult) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _notes(ladder: Ladder, results: Sequence[AxisResult]) -> Iterator[str]:
         if outside:
             yield (
                 f"The loss of {side.name} in {join_names(outside)} is outside the measured losses of "
-                f"{ladder.sides[0].name}: its multiplier there is extrapolated, and not in the mean."
+                f"{ladder.sides[0].name}: its multiplier there is extrapolated or unknown, and not in the mean."
             )
     left_out = [_COSTS[axis] for axis in LADDER_AXES if axis not in [each.axis for each in results]]
     if left_out:

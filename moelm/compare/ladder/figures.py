@@ -6,9 +6,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from moelm.compare.axes import Axis, format_cost
+from moelm.compare.bootstrap import CONFIDENCE
 from moelm.compare.figures import LOSS_LABEL
 from moelm.compare.ladder.comparison import AxisResult, LadderComparison, axis_title
-from moelm.compare.ladder.multiplier import CONFIDENCE, cost_of_loss, log_multipliers, resampled_log_multipliers
+from moelm.compare.ladder.multiplier import cost_of_loss, log_multipliers, resampled_log_multipliers
 from moelm.compare.ladder.points import Points
 from moelm.report.figures import COLORS, DASHED, MUTED, legend_label
 from moelm.runs.record import Array

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from moelm.compare.ladder.multiplier import CONFIDENCE, DECADE
+from moelm.compare.bootstrap import CONFIDENCE
+from moelm.compare.ladder.multiplier import DECADE
 from moelm.compare.ladder.points import Points
 from moelm.runs.record import Array
 
@@ -55,15 +56,18 @@ class LadderFit:
     """The power laws of all sides on one axis."""
 
     laws: tuple[PowerLaw, ...]
-    floor: float
-    """E, which all share."""
     floor_low: float
-    """Its 95% interval."""
+    """The 95% interval of E."""
     floor_high: float
     floor_identified: bool
     """Whether that interval excludes 0 and is narrow."""
     parameters_RK: Array
     """The parameters of each resample: E, then log A and a of each side."""
+
+    @property
+    def floor(self) -> float:
+        """E, which all laws share."""
+        return self.laws[0].floor
 
     def multiplier(self, side: int, cost: float) -> tuple[float, float, float] | None:
         """The multiplier of a side over the first at a cost of the side's, with its interval; None if it has none."""
@@ -115,7 +119,7 @@ def fit_ladder(sides: Sequence[Points]) -> LadderFit | None:
     )
     narrow = high_K[0] - low_K[0] < WIDEST * lowest
     identified = bool(narrow and low_K[0] > 0.01 * lowest)
-    return LadderFit(laws, float(best[0]), float(low_K[0]), float(high_K[0]), identified, parameters_RK)
+    return LadderFit(laws, float(low_K[0]), float(high_K[0]), identified, parameters_RK)
 
 
 def _start(costs: Sequence[Array], losses: Sequence[Array], floor: float) -> Array:

@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from moelm.compare.bootstrap import CONFIDENCE
 from moelm.compare.ladder.points import Points
 from moelm.runs.record import Array
 
-CONFIDENCE = 0.95
 DECADE = math.log(10)
 """How far costs are extrapolated beyond the measured ones."""
 Read = Literal["measured range", "extrapolated", "out of range"]

@@ -13,7 +13,7 @@ import numpy as np
 from moelm.compare.axes import Axis
 from moelm.compare.bootstrap import resample_sums
 from moelm.compare.reading import SAME_COST
-from moelm.compare.seed_std import SeedStd
+from moelm.compare.seed_std import SeedStd, pooled_std
 from moelm.compare.variants import Variant
 from moelm.errors import MoelmError
 from moelm.runs.record import Array
@@ -149,12 +149,3 @@ def seed_noise(values: Sequence[Array], seed: int, resamples: int = RESAMPLES) -
     std_R1 = std.std * np.sqrt(std.degrees / rng.chisquare(std.degrees, (resamples, 1)))
     noise_RP: Array = std_R1 * rng.standard_normal(shape) / np.sqrt([len(each) for each in values])
     return noise_RP
-
-
-def pooled_std(values: Sequence[Array]) -> SeedStd | None:
-    """The standard deviation within groups of values; None if no group has two."""
-    degrees = sum(len(each) - 1 for each in values)
-    if not degrees:
-        return None
-    squares = sum(float(((each - each.mean()) ** 2).sum()) for each in values)
-    return SeedStd(float(np.sqrt(squares / degrees)), degrees)

@@ -9,6 +9,7 @@ from moelm import __version__
 from moelm.compare.ladder.comparison import AxisResult, LadderComparison
 from moelm.compare.ladder.figures import draw_ladder, draw_multipliers
 from moelm.compare.ladder.tables import ladder_tables
+from moelm.compare.report import commands_of
 from moelm.formats import join_names
 from moelm.report.directory import write_report_directory
 from moelm.report.figures import render_light_and_dark
@@ -24,8 +25,6 @@ def write_ladder_report(comparison: LadderComparison, out: Path, command: str | 
     Raises:
         MoelmError: see `write_report_directory`.
     """
-    runs = [run for variant in comparison.ladder.variants for run in variant.all_runs]
-    commands = [str(run.environment["command"]) for run in runs if run.environment.get("command")]
     draws = [
         ("ladder.png", "Final loss of each size against its cost", partial(draw_ladder, comparison)),
         ("multiplier.png", "The multiplier against the cost of a run", partial(draw_multipliers, comparison)),
@@ -38,7 +37,7 @@ def write_ladder_report(comparison: LadderComparison, out: Path, command: str | 
         notes=comparison.notes,
         figures=tuple(ReportFigure(name, caption, *render_light_and_dark(draw)) for name, caption, draw in draws),
         tables=ladder_tables(comparison),
-        commands=(*commands, *([command] if command else [])),
+        commands=commands_of(comparison.ladder.variants, command),
     )
     write_report_directory(out, report, ladder_json(comparison))
 

@@ -3,8 +3,9 @@
 import math
 
 from moelm.compare.axes import format_cost
+from moelm.compare.bootstrap import CONFIDENCE
 from moelm.compare.ladder.comparison import AxisResult, LadderComparison, axis_title
-from moelm.compare.ladder.multiplier import CONFIDENCE, Multiplier
+from moelm.compare.ladder.multiplier import Multiplier
 from moelm.formats import duration, quantity
 from moelm.report.table import NO_VALUE, Table
 

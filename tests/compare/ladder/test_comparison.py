@@ -53,6 +53,8 @@ def test_the_multiplier_of_a_planted_ladder(tmp_path: Path) -> None:
     assert found.answer.startswith("For the losses of moe, dense needs 2.0")
     assert found.answer.endswith("(from 4.0e11 FLOPs to 1.1e13 FLOPs, mean over 4 sizes).")
     assert flops.fit is not None
+    assert [each.axis for each in found.results] == ["flops", "seconds"]
+    assert "There is no comparison by tokens, which do not increase with the size." in found.notes
 
 
 def test_the_frontier_has_what_nothing_cheaper_beats(tmp_path: Path) -> None:
