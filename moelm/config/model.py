@@ -274,6 +274,11 @@ class ModelConfig(Config):
     init_embedding_mean: float = Field(default=0.0, ge=0)
     """Standard deviation of one random vector that is added to all initial embeddings. A part that all tokens share lets
     attention depend on positions alone, so that a model learns earlier to attend to the previous token, and to copy."""
+    parametrization: Literal["standard", "mup"] = "standard"
+    """`mup`: initial weights, learning rates and logits depend on `dim` so that the best learning rate does not (Yang et
+    al. 2022; the rules are in `moelm.model.parametrization`)."""
+    base_dim: Size | None = None
+    """With `mup`: the `dim` whose best learning rate and `init_std` are given; there both parametrizations are the same."""
     ffn: FFNConfig
 
     @model_validator(mode="after")
@@ -302,6 +307,24 @@ class ModelConfig(Config):
                 "a layer would be dense in one repeat and sparse in another"
             )
         return self
+
+    @model_validator(mode="after")
+    def _base_dim_fits_parametrization(self) -> "ModelConfig":
+        if self.parametrization == "mup" and self.base_dim is None:
+            raise ValueError("parametrization is mup, which needs base_dim, the dim that the learning rate was chosen for")
+        if self.parametrization == "standard" and self.base_dim is not None:
+            raise ValueError(f"base_dim is {self.base_dim}, but it belongs to parametrization: mup")
+        return self
+
+    @property
+    def width_ratio(self) -> float:
+        """`dim / base_dim`; 1 in the standard parametrization."""
+        return self.dim / (self.base_dim or self.dim)
+
+    @property
+    def logit_multiplier(self) -> float:
+        """Factor on the logits; with `mup` it is the output multiplier of Yang et al. 2022, table 8."""
+        return self.output_multiplier / self.width_ratio
 
     @property
     def num_unique_layers(self) -> int:

@@ -114,7 +114,7 @@ def _global_scale(model: ModelConfig, name: str) -> float:
     if name == "embedding.weight":
         return model.embedding_multiplier
     if name == "norm.weight":
-        return model.output_multiplier / (model.embedding_multiplier if model.tie_embeddings else 1.0)
+        return model.logit_multiplier / (model.embedding_multiplier if model.tie_embeddings else 1.0)
     return 1.0
 
 

@@ -56,7 +56,7 @@ def build_decoder(model: Transformer, cache: KVCache) -> Step:
             x_BD = x_BD + attention_out_norm(attention(attention_norm(x_BD), position, mask))
             x_BD = x_BD + ffn_out_norm(ffn(ffn_norm(x_BD), context.at_repeat(number // config.num_unique_layers)))
         cache.advance(1)
-        return F.linear(norm(x_BD) * config.output_multiplier, head)
+        return F.linear(norm(x_BD) * config.logit_multiplier, head)
 
     return step
 

@@ -10,6 +10,8 @@ from moelm.model import rng
 from moelm.model.dtensor import local, local_slices
 from moelm.model.moe.router import Router
 from moelm.model.norm import RMSNorm
+from moelm.model.parametrization import init_factor
+from moelm.model.roles import parameter_roles
 from moelm.model.transformer import Transformer
 
 
@@ -20,7 +22,8 @@ def initialize(model: Transformer, seed: int) -> None:
     Every matrix has a random generator of its own, seeded by its name, and a dense block has the name of the first expert.
     So a dense and a sparse model start with the same values where both have a weight, and a process that holds a shard
     initializes that shard. Norms start at one, routers with `zero_init` and all other vectors at zero. The embeddings have
-    a random vector in common, with std `init_embedding_mean`.
+    a random vector in common, with std `init_embedding_mean`. Where the parametrization depends on the width, standard
+    deviations have the factors of `moelm.model.parametrization`.
     """
     config = model.config
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
@@ -28,6 +31,7 @@ def initialize(model: Transformer, seed: int) -> None:
         p for module in model.modules() if isinstance(module, Router) and module.zero_init for p in module.parameters()
     }
     norms: set[Tensor] = set()
+    roles = parameter_roles(model)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.reset_parameters()
@@ -43,6 +47,7 @@ def initialize(model: Transformer, seed: int) -> None:
             continue
         key = name.replace(".experts.", ".")
         std = residual_std if key.endswith(("wo.weight", "ffn.w2")) else config.init_std
+        std *= init_factor(config, roles[parameter])
         stacked = parameter.dim() == 3
         experts = range(len(parameter))[index[0]] if stacked else range(1)
         for expert, matrix in zip(experts, own if stacked else (own,), strict=True):

@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         head = self.embedding.weight if self.head is None else self.head.weight
         if last_only:
             x_BTD = x_BTD[:, -1:]
-        x_BTD = self.norm(x_BTD) * config.output_multiplier
+        x_BTD = self.norm(x_BTD) * config.logit_multiplier
         if targets_BT is not None:
             return ModelOutput(None, next_token_losses(x_BTD.flatten(0, 1), head, targets_BT.flatten()), routings)
         return ModelOutput(F.linear(x_BTD, head), None, routings)

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 from moelm.config import MoEFFNConfig, OptimConfig, RunConfig
 from moelm.distributed.parallel_dims import ParallelDims
 from moelm.model.flops import router_weights
-from moelm.train.parameter_groups import Role, optimizer_of_role
+from moelm.model.roles import Role
+from moelm.train.parameter_groups import optimizer_of_role
 
 
 class Weight(NamedTuple):

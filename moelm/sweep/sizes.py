@@ -1,6 +1,8 @@
-"""The sizes of a sweep: training tokens from the number of parameters; batch, steps and warmup from the tokens."""
+"""The sizes of a sweep: training tokens from the number of parameters; batch, steps, warmup and learning rate from both."""
 
-from moelm.config import RunConfig
+from collections.abc import Sequence
+
+from moelm.config import OptimConfig, RunConfig
 from moelm.console import warn
 from moelm.data.prepare import prepare
 from moelm.data.shards import read_manifest
@@ -11,6 +13,9 @@ from moelm.model.flops import count_parameters
 BATCH_EXPONENT = 0.571
 """The best batch grows with this power of the tokens, whatever the number of parameters (Li et al. 2025, "Step Law")."""
 
+RATE_EXPONENTS = (-0.713, 0.307)
+"""Powers of parameters and tokens that the best rate grows with in the standard parametrization (Li et al. 2025)."""
+
 
 def active_without_embedding(config: RunConfig) -> int:
     """Active parameters outside embedding and head."""
@@ -19,11 +24,13 @@ def active_without_embedding(config: RunConfig) -> int:
 
 
 def length_overrides(base: RunConfig, config: RunConfig, tokens_per_param: float) -> list[str]:
-    """The `key=value` that give a size its number of training tokens.
+    """The `key=value` that give a size its number of training tokens, and what depends on it.
 
     The batch is that of the base config, at the base config's own number of tokens, times the ratio of tokens to the power
-    `BATCH_EXPONENT`, rounded to whole rows; the warmup is the same part of the steps. What a size sets itself
-    (`train.batch_tokens`, `optim.warmup_steps`) is kept.
+    `BATCH_EXPONENT`, rounded to whole rows; the warmup is the same part of the steps. With `model.parametrization: mup` the
+    learning rate is that of the base config; otherwise it is that times the ratios of parameters and tokens to the powers
+    `RATE_EXPONENTS`. What a size sets itself (`train.batch_tokens`, `optim.warmup_steps`, `optim.lr`, `optim.adamw.lr`) is
+    kept.
 
     Args:
         base: the sweep's config without any size.
@@ -32,11 +39,12 @@ def length_overrides(base: RunConfig, config: RunConfig, tokens_per_param: float
     Raises:
         MoelmError: there are fewer tokens than one batch has.
     """
-    tokens = tokens_per_param * active_without_embedding(config)
+    parameters = active_without_embedding(config)
+    tokens = tokens_per_param * parameters
+    more_tokens = tokens / (base.train.steps * base.train.batch_tokens)
     batch = config.train.batch_tokens
     if batch == base.train.batch_tokens:
-        ratio = tokens / (base.train.steps * base.train.batch_tokens)
-        batch = max(1, round(batch * ratio**BATCH_EXPONENT / config.data.seq_len)) * config.data.seq_len
+        batch = max(1, round(batch * more_tokens**BATCH_EXPONENT / config.data.seq_len)) * config.data.seq_len
     steps = round(tokens / batch)
     if not steps:
         raise MoelmError(
@@ -46,6 +54,20 @@ def length_overrides(base: RunConfig, config: RunConfig, tokens_per_param: float
     overrides = [f"train.batch_tokens={batch}", f"train.steps={steps}"]
     if config.optim.warmup_steps == base.optim.warmup_steps:
         overrides.append(f"optim.warmup_steps={round(base.optim.warmup_steps * steps / base.train.steps)}")
+    if config.model.parametrization == "standard":
+        of_parameters, of_tokens = RATE_EXPONENTS
+        more_parameters = parameters / active_without_embedding(base)
+        overrides += _lr_overrides(base.optim, config.optim, more_parameters**of_parameters * more_tokens**of_tokens)
+    return overrides
+
+
+def _lr_overrides(base: OptimConfig, size: OptimConfig, factor: float) -> list[str]:
+    """Both learning rates of the base config times a factor, unless the size sets its own."""
+    overrides = []
+    if size.lr == base.lr:
+        overrides.append(f"optim.lr={base.lr * factor:.4g}")
+    if base.adamw.lr is not None and size.adamw.lr == base.adamw.lr:
+        overrides.append(f"optim.adamw.lr={base.adamw.lr * factor:.4g}")
     return overrides
 
 
@@ -59,3 +81,18 @@ def warn_of_repeated_data(config: RunConfig) -> None:
             f"{config.name} trains on {quantity(tokens)} tokens, {tokens / available:.1f} times its {quantity(available)} "
             "tokens of data; a loss on repeated data is not comparable with one on new data."
         )
+
+
+def warn_of_other_changes(configs: Sequence[RunConfig]) -> None:
+    """A warning if sizes differ in what `mup` does not transfer a learning rate over."""
+    if not any(config.model.parametrization == "mup" for config in configs):
+        return
+    for name, values in (
+        ("num_layers", sorted({config.model.num_layers for config in configs})),
+        ("head_dim", sorted({config.model.size_per_head for config in configs})),
+    ):
+        if len(values) > 1:
+            warn(
+                f"The sizes differ in model.{name} ({', '.join(map(str, values))}); with parametrization: mup one learning "
+                f"rate is for all widths, but for one {name}."
+            )

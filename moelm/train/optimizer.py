@@ -14,8 +14,9 @@ from torch.optim.adamw import adamw
 from moelm.config import OptimConfig
 from moelm.model import Transformer
 from moelm.model.dtensor import local, local_slices, num_replicas
+from moelm.model.roles import head_counts
 from moelm.train.muon import Muon
-from moelm.train.parameter_groups import build_groups, head_counts
+from moelm.train.parameter_groups import build_groups
 
 
 class Optimizer(torch.optim.Optimizer):

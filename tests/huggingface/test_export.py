@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "noisy": ("mixtral", {**MOE, "router": {"kind": "noisy_topk"}}, {}),
     "capacity": ("mixtral", {**MOE, "capacity_factor": 1.0}, {}),
     "multipliers": ("mixtral", MOE, {"embedding_multiplier": 3.0, "output_multiplier": 0.7, "activation": "gelu"}),
+    "mup": ("mixtral", MOE, {"parametrization": "mup", "base_dim": 8}),
     "unnormalized": ("qwen2_moe", {**MOE, "router": {"kind": "topk", "normalize": False}}, {}),
     "shared": ("qwen2_moe", {**MOE, "shared_experts": 2}, {"window": 7}),
     "every-other": ("qwen2_moe", {**MOE, "every": 2}, {}),

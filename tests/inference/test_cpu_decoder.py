@@ -13,7 +13,13 @@ from tests.tolerance import assert_close
 CASES: list[dict[str, Any]] = [
     {"window": 4},
     {"num_kv_heads": 1, "ffn": {**MOE, "shared_experts": 1, "router": {"kind": "random"}}},
-    {"ffn": {**MOE, "router": {"kind": "topk", "normalize": False}}, "output_multiplier": 0.5, "embedding_multiplier": 2.0},
+    {
+        "ffn": {**MOE, "router": {"kind": "topk", "normalize": False}},
+        "output_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+        "parametrization": "mup",
+        "base_dim": 8,
+    },
 ]
 
 

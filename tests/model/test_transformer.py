@@ -136,9 +136,9 @@ def test_dense_and_sparse_models_start_with_equal_weights() -> None:
     assert torch.equal(dense["layers.1.ffn.w2"], sparse["layers.1.ffn.experts.w2"][0])
 
 
-def train_losses(ffn: dict[str, Any], kind: str) -> list[float]:
+def train_losses(ffn: dict[str, Any], kind: str, **changes: Any) -> list[float]:
     """The losses of 20 optimizer steps, with another rate for experts and dense blocks."""
-    model = build_model(model_config(ffn=ffn, dim=32), seed=0)
+    model = build_model(model_config(ffn=ffn, dim=32, **changes), seed=0)
     config = OptimConfig.model_validate({"kind": kind, "lr": 0.01, "clip": 0.5, "groups": {"ffn": {"lr": 0.5}}})
     optimizer = build_optimizer(model, config, torch.float32)
     optimizer.set_lr(config.lr)
@@ -155,9 +155,10 @@ def train_losses(ffn: dict[str, Any], kind: str) -> list[float]:
     return losses
 
 
+@pytest.mark.parametrize("changes", [{}, {"parametrization": "mup", "base_dim": 12}], ids=["standard", "mup"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_mixture_of_one_expert_is_bitwise_equal_to_the_dense_model(kind: str) -> None:
-    sparse = train_losses({"kind": "moe", "hidden_dim": 48, "num_experts": 1, "top_k": 1}, kind)
-    dense = train_losses({"kind": "dense", "hidden_dim": 48}, kind)
+def test_a_mixture_of_one_expert_is_bitwise_equal_to_the_dense_model(kind: str, changes: dict[str, Any]) -> None:
+    sparse = train_losses({"kind": "moe", "hidden_dim": 48, "num_experts": 1, "top_k": 1}, kind, **changes)
+    dense = train_losses({"kind": "dense", "hidden_dim": 48}, kind, **changes)
     assert sparse == dense
     assert dense[-1] < dense[0]

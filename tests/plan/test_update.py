@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from moelm.config import RunConfig, load_config
 from moelm.distributed.parallel_dims import ParallelDims
 from moelm.model import Transformer, count_parameters
+from moelm.model.roles import parameter_roles
 from moelm.plan import count_model
 from moelm.plan.update import slowest_update_flops, update_flops
 from moelm.plan.weights import count_weights, model_weights
 from moelm.train.optimizer import build_optimizer
-from moelm.train.parameter_groups import parameter_roles
 from tests.distributed.launching import ROOT
 
 TINY = ("model.dim=32", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=2", "model.vocab_size=64")

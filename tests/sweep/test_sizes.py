@@ -111,3 +111,26 @@ def test_more_tokens_than_the_data_has_are_warned_of(workplace: Path, capsys: py
 def test_invalid_sizes_are_refused(workplace: Path, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MoelmError, match=sentence):
         plan(workplace, **{**LADDER, **settings})
+
+
+def test_without_mup_the_rate_falls_with_parameters_and_grows_with_tokens(workplace: Path) -> None:
+    variants = plan(workplace, **LADDER)
+    small, large = variants[0].config, variants[4].config
+    more_parameters = active_without_embedding(large) / active_without_embedding(small)
+    more_tokens = (large.train.steps * large.train.batch_tokens) / (small.train.steps * small.train.batch_tokens)
+    expected = more_parameters**-0.713 * more_tokens**0.307
+    assert large.optim.lr / small.optim.lr == pytest.approx(expected, rel=0.02)
+    assert variants[1].config.optim.lr == small.optim.lr
+
+
+def test_with_mup_all_sizes_have_the_rate_of_the_config(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mup = {"model.parametrization": "mup", "model.base_dim": 16}
+    sizes = {label: {**settings, **mup} for label, settings in SIZES.items()}
+    base = plan(workplace)[0].config
+    assert {each.config.optim.lr for each in plan(workplace, **{**LADDER, "sizes": sizes})} == {base.optim.lr}
+    assert "head_dim (8, 16, 24)" in capsys.readouterr().err
+
+
+def test_a_rate_that_a_size_sets_is_kept(workplace: Path) -> None:
+    sizes = {**SIZES, "w16": {**SIZES["w16"], "optim.lr": 0.5}}
+    assert plan(workplace, **{**LADDER, "sizes": sizes})[0].config.optim.lr == 0.5

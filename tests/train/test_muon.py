@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moelm.config import OptimConfig
 from moelm.model import Transformer
+from moelm.model.roles import HIDDEN_ROLES, parameter_roles
 from moelm.train import polar
 from moelm.train.muon import Muon
 from moelm.train.optimizer import build_optimizer
-from moelm.train.parameter_groups import MUON_ROLES, parameter_roles
 from tests.tolerance import relative_error
 from tests.train.test_optimizer import MOE, set_gradients, small_model, state_of, update
 from tests.train.test_polar import exact
@@ -64,7 +64,7 @@ class Reference:
 
 def muon_names(model: Transformer) -> set[str]:
     roles = parameter_roles(model)
-    return {name for name, parameter in model.named_parameters() if roles[parameter] in MUON_ROLES}
+    return {name for name, parameter in model.named_parameters() if roles[parameter] in HIDDEN_ROLES}
 
 
 @pytest.mark.parametrize("split_heads", [True, False])

@@ -9,8 +9,8 @@ import torch
 
 from moelm.config import OptimConfig, load_config
 from moelm.errors import MoelmError
+from moelm.model.roles import HIDDEN_ROLES, parameter_roles
 from moelm.train.optimizer import build_optimizer
-from moelm.train.parameter_groups import MUON_ROLES, parameter_roles
 from tests.train.test_optimizer import MOE, set_gradients, small_model, state_of, update
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def test_muon_updates_matrices_by_role_and_not_by_shape() -> None:
     for group in optimizer.param_groups:
         assert group["lr"] == pytest.approx(0.01 if group["kind"] == "muon" else 0.0025)
         for parameter in group["params"]:
-            assert (group["kind"] == "muon") == (roles[parameter] in MUON_ROLES)
+            assert (group["kind"] == "muon") == (roles[parameter] in HIDDEN_ROLES)
             assert optimizer.state[parameter].keys() == (
                 {"momentum"} if group["kind"] == "muon" else {"step", "exp_avg", "exp_avg_sq"}
             )
@@ -116,7 +116,7 @@ def test_a_role_that_muon_would_update_can_have_adamw() -> None:
     roles = parameter_roles(models["mixed"])
     states = {kind: dict(model.named_parameters()) for kind, model in models.items()}
     for name, parameter in states["mixed"].items():
-        expected = "adamw" if roles[parameter] not in MUON_ROLES or roles[parameter] == "experts" else "muon"
+        expected = "adamw" if roles[parameter] not in HIDDEN_ROLES or roles[parameter] == "experts" else "muon"
         assert torch.equal(parameter, states[expected][name]), name
     assert not torch.equal(states["adamw"]["layers.0.ffn.experts.w1"], states["muon"]["layers.0.ffn.experts.w1"])
 
