@@ -1,4 +1,4 @@
-"""Shared by the studies: variants of one config trained on the same batches, their losses and expert load."""
+"""Shared by the studies: configs at other widths; variants trained on the same batches, their losses and expert load."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moelm.config import load_config
+from moelm.config import RunConfig, load_config
 from moelm.runs.directory import RunDirectory
 from moelm.runs.metrics import read_metrics
 from moelm.train.setup import train
@@ -41,6 +41,20 @@ class Variant(NamedTuple):
 
     def _last_lines(self) -> Lines:
         return self.lines[-max(1, round(LAST_FRACTION * len(self.lines))) :]
+
+
+def width_overrides(config: RunConfig, dim: int, parametrization: str) -> list[str]:
+    """The overrides that give a config another width; heads keep their size, and `mup` has the config as its base."""
+    model, ffn = config.model, config.model.ffn
+    hidden_dim = max(1, round(ffn.hidden_dim * dim / model.dim / ffn.depth)) * ffn.depth
+    return [
+        f"model.dim={dim}",
+        f"model.head_dim={model.size_per_head}",
+        f"model.num_heads={max(1, dim // model.size_per_head)}",
+        f"model.ffn.hidden_dim={hidden_dim}",
+        f"model.parametrization={parametrization}",
+        *([f"model.base_dim={model.dim}"] if parametrization == "mup" else []),
+    ]
 
 
 def run_variants(config: Path, variants: dict[str, Sequence[str]], overrides: Sequence[str]) -> list[Variant]:

@@ -9,13 +9,14 @@ number of layers is to be fixed.
 | embedding, tied or not, and head | 1 | 1 | |
 | norms | | 1 | |
 | attention, feed-forward blocks, experts | m^-1/2 | m^-1 | m^-1/2; m^-1 head by head |
-| router | m^-1 | m^-1 | |
+| router | m^-1/2 | m^-1 | |
 
-Logits are divided by m. This is the form of Yang et al. 2022, table 8, in which one matrix can be embedding and head. A
-router maps to a fixed number of experts; it has the rules of an output matrix (Malasnicki et al. 2025, table 3 of Yang et
-al.). An expert has the rules of the dense block with equal active units (Complete-muE, Peng et al. 2026). Muon's updates
-have a spectral norm of the rate times `update_scale`, that is, sqrt(m) for matrices of either orientation; it should be
-sqrt(rows / columns), which is constant, or m^-1/2 for a head of a fixed number of rows (Yang et al. 2023, condition 1).
+Logits are divided by m. This is the form of Yang et al. 2022, table 8, in which one matrix can be embedding and head. An
+expert has the rules of the dense block with equal active units (Complete-muE, Peng et al. 2026). A router has the rates of
+an output matrix (Malasnicki et al. 2025), but the initial scale of a hidden one: with that of an output matrix, 1/m, gates
+would be evener in wider models at first. Muon's updates have a spectral norm of the rate times `update_scale`, which grows
+with sqrt(m); it should be sqrt(rows / columns) of the matrix (Yang et al. 2023, condition 1), which does not depend on m,
+or falls with m^-1/2 for a head with a fixed number of rows.
 """
 
 from typing import Literal
@@ -26,9 +27,7 @@ from moelm.model.roles import HIDDEN_ROLES, Role
 
 def init_factor(config: ModelConfig, role: Role) -> float:
     """The factor on the standard deviation of the initial weights of a role."""
-    if role in HIDDEN_ROLES:
-        return float(config.width_ratio**-0.5)
-    return 1 / config.width_ratio if role == "router" else 1.0
+    return float(config.width_ratio**-0.5) if role in (*HIDDEN_ROLES, "router") else 1.0
 
 
 def lr_factor(config: ModelConfig, role: Role, optimizer: Literal["adamw", "muon"], by_head: bool = False) -> float:

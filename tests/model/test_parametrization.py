@@ -1,5 +1,9 @@
 """The maximal update parametrization: which weights and rates depend on the width, and how."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from moelm.train.parameter_groups import build_groups
 
 MOE = {"kind": "moe", "hidden_dim": 64, "num_experts": 4, "top_k": 2}
 BASE = 32
+SCRIPT = Path(__file__).parents[2] / "scripts/coordinate_check.py"
 
 
 def model(dim: int, **changes: Any) -> Transformer:
@@ -47,9 +52,9 @@ def test_at_the_base_width_both_parametrizations_are_the_same(optim: dict[str, A
 
 
 def test_initial_weights_have_the_standard_deviation_of_their_role() -> None:
-    """Embeddings keep theirs; hidden matrices have 1/sqrt(4) of it, and routers 1/4."""
+    """Embeddings keep theirs; hidden matrices and routers have 1/sqrt(4) of it."""
     base, wide = model(BASE), model(4 * BASE)
-    expected = {"embedding": 1.0, "attention": 0.5, "experts": 0.5, "router": 0.25}
+    expected = {"embedding": 1.0, "attention": 0.5, "experts": 0.5, "router": 0.5}
     for (name, narrow), (parameter, role) in zip(base.named_parameters(), parameter_roles(wide).items(), strict=True):
         if role in expected:
             assert float(parameter.detach().std() / narrow.detach().std()) == pytest.approx(expected[role], rel=0.15), name
@@ -90,3 +95,25 @@ def test_logits_are_divided_by_the_ratio_of_widths() -> None:
 def test_a_base_width_belongs_to_mup(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         model(BASE, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["kind=adamw", "kind=muon"])
+def test_sizes_of_activations_do_not_depend_on_the_width(workplace: Path, optim: str) -> None:
+    """The coordinate check on a small text: slopes of at most 0.1 with mup, and more without it."""
+    settings = {
+        "model.dim": 64,
+        "model.num_heads": 4,
+        "model.ffn.hidden_dim": 128,
+        "model.init_std": 0.1,
+        "model.init_embedding_mean": 0.3,
+        "train.batch_tokens": 1024,
+        "optim.lr": 0.02,
+    }
+    overrides = [f"--set={key}={value}" for key, value in settings.items()] + [f"--set=optim.{optim}"]
+    command = [sys.executable, str(SCRIPT), "moe.yaml", *overrides, "--seeds=4", "--widths=32,64,128", "--json"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=True, timeout=300)
+    slopes = json.loads(done.stdout)
+    assert len(slopes["tiny-moe mup"]) == 5
+    assert {part: slope for part, slope in slopes["tiny-moe mup"].items() if abs(slope) > 0.1} == {}
+    assert all(slope > 0.4 for slope in slopes["tiny-moe standard"].values())

@@ -14,7 +14,7 @@ from moelm.sweep.plan import plan_sweep
 from moelm.sweep.variant import SweepVariant
 
 SWEEPS = Path(__file__).parents[2] / "configs/sweeps"
-MATCHED = sorted(path for path in SWEEPS.glob("*.yaml") if path.stem not in ("base", "dense-width"))
+MATCHED = sorted(path for path in SWEEPS.glob("*.yaml") if path.stem not in ("base", "ladder-base", "dense-width"))
 SPARSE = {"kind": "moe", "hidden_dim": 16, "num_experts": 8, "top_k": 2}
 
 
@@ -142,11 +142,22 @@ def test_invalid_sweeps_are_refused(workplace: Path, settings: dict[str, Any], s
 
 @pytest.mark.parametrize("path", MATCHED, ids=lambda path: path.stem)
 def test_variants_of_the_shipped_sweeps_match(path: Path) -> None:
-    sweep = load_sweep(path)
+    sweep = load_sweep(path).model_copy(update={"tokens_per_param": None})  # it needs the number of tokens of the data
     assert sweep.match is not None
+    first: dict[str | None, int] = {}
+    for variant in plan_sweep(path, sweep, ["model.vocab_size=2048"]):
+        size = model_size(variant.config, sweep.match)
+        assert size == pytest.approx(first.setdefault(variant.size, size), rel=0.01)
+
+
+def test_the_sizes_of_the_shipped_ladder_have_equal_heads_and_proportions() -> None:
+    path = SWEEPS / "ladder.yaml"
+    sweep = load_sweep(path).model_copy(update={"tokens_per_param": None})
     variants = plan_sweep(path, sweep, ["model.vocab_size=2048"])
-    target = model_size(variants[0].config, sweep.match)
-    assert all(model_size(each.config, sweep.match) == pytest.approx(target, rel=0.01) for each in variants)
+    dense = [variant.config.model for variant in variants if variant.variant == "dense"]
+    assert {(model.size_per_head, model.ffn.hidden_dim / model.dim) for model in dense} == {(16, 4.0)}
+    assert {(variant.config.model.parametrization, variant.config.model.base_dim) for variant in variants} == {("mup", 64)}
+    assert max(model.dim for model in dense) > max(each.config.model.dim for each in variants if each.variant != "dense")
 
 
 def test_the_dense_widths_have_the_demos_proportions() -> None:
