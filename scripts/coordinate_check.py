@@ -108,26 +108,25 @@ def slopes(by_width: dict[int, Sizes]) -> dict[str, float]:
 
 def draw(results: dict[str, dict[int, Sizes]]) -> Figure:
     """Sizes after each step against the width: a row for each config and parametrization, a column for each part."""
-    figure = Figure(figsize=(2.5 * len(PARTS), 2.1 * len(results)), layout="constrained")
-    axes = figure.subplots(len(results), len(PARTS), squeeze=False, sharex=True)
+    figure = Figure(figsize=(2.2 * len(PARTS), 1.9 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), len(PARTS), squeeze=False, sharex=True, sharey=True)
     for row, (label, by_width) in zip(axes, results.items(), strict=True):
         widths = list(by_width)
         for axis, part in zip(row, PARTS, strict=True):
             if part not in by_width[widths[0]]:
                 axis.set_visible(False)
                 continue
-            sizes_ws = np.exp([by_width[width][part] for width in widths])
-            for step in range(sizes_ws.shape[1]):
-                axis.plot(widths, sizes_ws[:, step], color=COLORS[2], alpha=0.25 + 0.75 * step / sizes_ws.shape[1])
+            sizes_WS = np.exp([by_width[width][part] for width in widths])
+            for step, sizes_W in enumerate(sizes_WS.T):
+                axis.plot(widths, sizes_W, color=COLORS[2], alpha=0.25 + 0.75 * step / sizes_WS.shape[1])
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
-            middle = math.exp(np.log(sizes_ws).mean())
-            axis.set_ylim(min(middle / 12, sizes_ws.min() / 1.2), max(middle * 12, sizes_ws.max() * 1.2))
             axis.set_xticks(widths, [str(width) for width in widths])
-            if row is axes[0]:
-                axis.set_title(part)
+            axis.yaxis.set_major_formatter(lambda size, _: f"{size:g}")
         row[0].set_ylabel(label)
-    figure.supxlabel("width (model.dim); darker: later steps", fontsize=10.5)
+    for column, part in zip(axes.T, PARTS, strict=True):
+        next(axis for axis in column if axis.get_visible()).set_title(part, fontsize=10.5)
+    figure.supxlabel("width (model.dim); darker lines are later steps", fontsize=10.5)
     return figure
 
 
@@ -140,7 +139,7 @@ def main() -> None:
     parser.add_argument("--lr-part", type=float, default=0.25, help="of the peak learning rate")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of all configs")
     parser.add_argument("--out", type=Path, help="folder of the figure")
-    parser.add_argument("--json", action="store_true", help="print slopes by config and part as JSON")
+    parser.add_argument("--json", action="store_true", help="print slopes and sizes as JSON")
     arguments = parser.parse_args()
     results: dict[str, dict[int, Sizes]] = {}
     for path in arguments.configs:
@@ -159,7 +158,7 @@ def main() -> None:
             }
     found = {label.replace("\n", " "): slopes(by_width) for label, by_width in results.items()}
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps({"slopes": found, "log_sizes": results}))
     else:
         for label, by_part in found.items():
             print(f"{label}: {', '.join(f'{part} {slope:+.2f}' for part, slope in by_part.items())}")

@@ -107,13 +107,15 @@ def test_sizes_of_activations_do_not_depend_on_the_width(workplace: Path, optim:
         "model.ffn.hidden_dim": 128,
         "model.init_std": 0.1,
         "model.init_embedding_mean": 0.3,
-        "train.batch_tokens": 1024,
+        "model.qk_norm": "true",
+        "model.ffn.num_experts": 16,
+        "train.batch_tokens": 512,
         "optim.lr": 0.02,
     }
     overrides = [f"--set={key}={value}" for key, value in settings.items()] + [f"--set=optim.{optim}"]
-    command = [sys.executable, str(SCRIPT), "moe.yaml", *overrides, "--seeds=4", "--widths=32,64,128", "--json"]
+    command = [sys.executable, str(SCRIPT), "moe.yaml", *overrides, "--seeds=8", "--widths=32,64,128", "--json"]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=True, timeout=300)
-    slopes = json.loads(done.stdout)
+    slopes = json.loads(done.stdout)["slopes"]
     assert len(slopes["tiny-moe mup"]) == 5
     assert {part: slope for part, slope in slopes["tiny-moe mup"].items() if abs(slope) > 0.1} == {}
     assert all(slope > 0.4 for slope in slopes["tiny-moe standard"].values())
