@@ -10,16 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moelm.config import ParallelConfig
 from moelm.distributed.expert_parallel import AllToAllDispatcher
 from moelm.distributed.parallel_dims import ParallelDims
 from moelm.model import Transformer
+from moelm.model.dtensor import local
 from moelm.model.moe.layer import MoELayer
 
 ROUTING_OPS = {torch.ops.aten.topk.default, torch.ops.aten.sort.stable}
@@ -44,6 +46,7 @@ def parallelize(
     dense_mesh = init_device_mesh(device.type, dims.dense_mesh, mesh_dim_names=("replicate", "shard"))
     if dims.ep > 1:
         apply_expert_parallel(model, expert_mesh["ep"])
+    replicate_routers(model, dense_mesh)
     apply_activation_checkpointing(model, config.activation_checkpointing)
     if compiled:
         for block in model.blocks:
@@ -58,6 +61,34 @@ def apply_expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:
             sharded = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
             layer.experts.register_parameter(name, nn.Parameter(sharded))
         layer.dispatcher = AllToAllDispatcher(mesh.get_group())
+
+
+def replicate_routers(model: Transformer, mesh: DeviceMesh) -> None:
+    """Mark the routers' parameters as whole on every process of a mesh; `sum_router_gradients` sums their gradients.
+
+    They are small, always float32, and read inside of blocks: sharded by FSDP they would need collectives of their own in
+    every layer, whose hooks a compiled block cannot contain and a recomputed one would call again.
+    """
+    replicated = [Replicate()] * mesh.ndim
+    for layer in _moe_layers(model):
+        for name, weight in list(layer.router.named_parameters()):
+            whole = distribute_tensor(weight, mesh, replicated, src_data_rank=None)
+            layer.router.register_parameter(name, nn.Parameter(whole))
+
+
+def sum_router_gradients(model: Transformer) -> None:
+    """Sum the routers' gradients over all processes, in one collective, after the last backward pass of a step."""
+    gradients = [
+        local(parameter.grad)
+        for layer in _moe_layers(model)
+        for parameter in layer.router.parameters()
+        if isinstance(parameter, DTensor) and parameter.grad is not None
+    ]
+    if gradients:
+        total = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(total)
+        for gradient, summed in zip(gradients, torch.split(total, [each.numel() for each in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
 
 def apply_activation_checkpointing(model: Transformer, mode: str) -> None:
@@ -94,7 +125,7 @@ def apply_fsdp(
 
     # Outputs of the modules contain views; nothing modifies them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-    unshared: set[nn.Parameter] = set()
+    unshared = {parameter for layer in _moe_layers(model) for parameter in layer.router.parameters()}
     for block in model.blocks:
         if isinstance(block.ffn, MoELayer):
             if dims.ep > 1 and dims.dp_replicate * dims.dp_shard > 1:
@@ -103,8 +134,6 @@ def apply_fsdp(
                 shard(block.ffn.experts, mesh, param_dtype, shard_placement_fn=lambda _: Shard(1))
             elif dims.ep > 1:
                 unshared |= set(block.ffn.experts.parameters())  # held by one process, whose gradient is complete
-            if param_dtype != torch.float32 and list(block.ffn.router.parameters()):
-                shard(block.ffn.router, dense_mesh, torch.float32)
         placement = partial(_even_shard, dense_mesh.size(1))
         shard(block, dense_mesh, param_dtype, ignored_params=unshared, shard_placement_fn=placement)
     shard(model, dense_mesh, torch.float32, ignored_params=unshared)

@@ -34,7 +34,7 @@ class Traffic(NamedTuple):
     reduce_scatter: int
     """Gradients of sharded weights."""
     all_reduce: int
-    """Gradients of replicas."""
+    """Gradients of replicas, and of routers."""
     all_to_all: int
     """Tokens to experts and back, and their gradients."""
     optimizer: int
@@ -78,6 +78,7 @@ def step_collectives(config: RunConfig, strategy: Strategy) -> Iterator[Collecti
         yield Collective("reduce_scatter", reductions * grad_bytes * _remote_fraction(shards) * gradients, shards, stride)
         all_reduced = 2 * reductions * grad_bytes * _remote_fraction(replicas) * gradients / shards
         yield Collective("all_reduce", all_reduced, replicas, stride * shards)
+    yield Collective("all_reduce", 2 * FP32_BYTES * _remote_fraction(dims.size) * trained.routers, dims.size, 1)
     all_to_all = _remote_fraction(dims.ep) * _dispatched_bytes(config, strategy) * micro_batches
     yield Collective("all_to_all", all_to_all, dims.ep, 1)
     for exchange in exchanges(config, strategy):

@@ -15,7 +15,7 @@ from moelm.train.parameter_groups import optimizer_of_role
 class Weight(NamedTuple):
     """One parameter."""
 
-    section: Literal["root", "dense", "experts"]
+    section: Literal["root", "dense", "routers", "experts"]
     """What it is sharded with: see `WeightCount`."""
     role: Role
     shape: tuple[int, ...]
@@ -48,13 +48,16 @@ class WeightCount(NamedTuple):
     root: int
     """Embedding, last norm and head: FSDP's root module."""
     dense: int
-    """All layers without their routed experts."""
+    """All layers without routers and routed experts."""
+    routers: int
+    """The routers of all layers, which every process holds completely."""
     experts: int
     """The routed experts of all layers."""
 
     def per_process(self, dims: ParallelDims) -> int:
         """Of one process's shards, the mean over processes."""
-        return (self.root + self.dense) // dims.dense_mesh[1] + self.experts // (dims.ep * dims.dp_shard)
+        sharded = (self.root + self.dense) // dims.dense_mesh[1] + self.experts // (dims.ep * dims.dp_shard)
+        return sharded + self.routers
 
 
 def model_weights(config: RunConfig) -> Counter[Weight]:
@@ -75,7 +78,7 @@ def model_weights(config: RunConfig) -> Counter[Weight]:
         hidden = ffn.hidden_dim
         if isinstance(ffn, MoEFFNConfig):
             role: Role = "experts" if ffn.num_experts > 1 else "ffn"
-            weights[Weight("dense", "router", (router_weights(dim, ffn),))] += 1
+            weights[Weight("routers", "router", (router_weights(dim, ffn),))] += 1
             weights[Weight("experts", role, (ffn.num_experts, hidden, dim))] += 2
             weights[Weight("experts", role, (ffn.num_experts, dim, hidden))] += 1
             hidden *= ffn.shared_experts  # one wide block
@@ -86,7 +89,7 @@ def model_weights(config: RunConfig) -> Counter[Weight]:
 
 def count_weights(config: RunConfig, included: Callable[[Weight], bool] = lambda weight: True) -> WeightCount:
     """The number of elements in each section."""
-    counts = {"root": 0, "dense": 0, "experts": 0}
+    counts = dict.fromkeys(WeightCount._fields, 0)
     for weight, number in model_weights(config).items():
         if included(weight):
             counts[weight.section] += number * weight.size

@@ -19,7 +19,7 @@ from moelm.console import ProgressLine, log, warn
 from moelm.data.loader import Batch, PreparedData, TrainOrder
 from moelm.distributed.launcher import STOP_SIGNALS, stop_signals
 from moelm.distributed.parallel_dims import ParallelDims
-from moelm.distributed.parallelize import set_gradient_sync
+from moelm.distributed.parallelize import set_gradient_sync, sum_router_gradients
 from moelm.distributed.ranks import Ranks
 from moelm.distributed.watchdog import Watchdog
 from moelm.errors import MoelmError
@@ -234,6 +234,7 @@ class Trainer:
             loss.total.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.tokens)
             statistics.add(loss.sums, loss.balance)
+        sum_router_gradients(self.model)
         return torch.stack(losses).sum(), statistics
 
     @property

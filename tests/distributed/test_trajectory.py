@@ -125,6 +125,22 @@ def test_frozen_and_faster_roles_agree_with_shards(workplace: Path) -> None:
     check_sharded(workplace, 2, runs, "parallel.dp_shard=2")
 
 
+@pytest.mark.slow(seconds=15)
+def test_recomputed_activations_change_no_bit_in_bf16(workplace: Path) -> None:
+    common = [*steps(4), "train.precision=bf16"]
+    layouts = {"copies": "", "shards": "parallel.dp_shard=2", "experts": "parallel.ep=2"}
+    modes = ("none", "selective", "full")
+    runs = {
+        f"{name}-{mode}": [*common, *filter(None, [layout]), f"parallel.activation_checkpointing={mode}"]
+        for name, layout in layouts.items()
+        for mode in modes
+    }
+    train_distributed(workplace, 2, runs)
+    for name in layouts:
+        first, *others = (workplace / f"runs/{name}-{mode}" for mode in modes)
+        assert [largest_deviation(other, first) for other in others] == [0, 0], name
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_any_layout_resumes_on_any_other(workplace: Path) -> None:
     """Steps 1-4 on four processes, to 8 on one, to 12 on two, to 16 on four, each with another layout."""

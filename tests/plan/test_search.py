@@ -62,8 +62,9 @@ def test_sharded_weights_are_divided_and_replicas_are_not() -> None:
         return estimate_memory(config, Strategy(ParallelDims(*dims), "full", 1, bf16=True)).weights / GB
 
     assert weights(1, 1, 1) == pytest.approx(4 * parameters / GB, rel=1e-6)
-    assert weights(1, 64, 1) == pytest.approx(4 * parameters / 64 / GB, rel=1e-6)
-    assert weights(8, 8, 1) == pytest.approx(4 * parameters / 8 / GB, rel=1e-6)
+    routers = 32 * 8 * 4096  # whole on every process
+    assert weights(1, 64, 1) == pytest.approx(4 * ((parameters - routers) / 64 + routers) / GB, rel=1e-6)
+    assert weights(8, 8, 1) == pytest.approx(4 * ((parameters - routers) / 8 + routers) / GB, rel=1e-6)
     # Expert parallelism over eight processes; all other parameters are replicated.
     dense = parameters - 32 * 8 * 3 * 4096 * 14336
     assert weights(1, 1, 8) == pytest.approx(4 * (dense + (parameters - dense) / 8) / GB, rel=1e-6)
@@ -72,9 +73,10 @@ def test_sharded_weights_are_divided_and_replicas_are_not() -> None:
 def test_traffic_of_two_processes_in_closed_form() -> None:
     """One micro-batch, float32: all-reduce of P numbers sends 4 P bytes, all-gather and reduce-scatter half of that."""
     config = load("moe", "train.precision=fp32")
-    parameters, experts = 3_937_664, 4 * 8 * 3 * 128 * 256
+    parameters, experts, routers = 3_937_664, 4 * 8 * 3 * 128 * 256, 4 * 8 * 128
+    sharded = parameters - routers
     assert fp32_traffic(config, 2, 1, 1) == (0, 0, 4 * parameters, 0, 0)
-    assert fp32_traffic(config, 1, 2, 1) == (2 * 2 * parameters, 2 * parameters, 0, 0, 0)
+    assert fp32_traffic(config, 1, 2, 1) == (2 * 2 * sharded, 2 * sharded, 4 * routers, 0, 0)
     # Dispatch, combine and their gradients in four layers; half stays local: 1,024 tokens, two experts each, width 128.
     sent = 4 * 4 * 1024 * 2 * 128 * 4 // 2
     assert fp32_traffic(config, 1, 1, 2) == (0, 0, 4 * (parameters - experts), sent, 0)
@@ -85,8 +87,10 @@ def test_repeated_layers_are_gathered_at_each_repeat_and_reduced_once() -> None:
     looped = load("moe", "train.precision=fp32", "model.unique_layers=2")
     plain, repeated = (fp32_traffic(each, 1, 2, 1) for each in (config, looped))
     assert repeated.all_gather == plain.all_gather
-    fewer = count_parameters(config.model).total - count_parameters(looped.model).total
+    fewer_routers = 2 * 8 * 128
+    fewer = count_parameters(config.model).total - count_parameters(looped.model).total - fewer_routers
     assert plain.reduce_scatter - repeated.reduce_scatter == 2 * fewer
+    assert plain.all_reduce - repeated.all_reduce == 4 * fewer_routers
 
 
 def test_matrices_are_exchanged_by_the_processes_that_hold_them() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moelm.config import HierarchicalRouterConfig
 from moelm.model import rng
-from moelm.model.moe.router import Router, Routing, SmoothLoad, TokenContext
+from moelm.model.moe.router import Router, Routing, SmoothLoad, TokenContext, router_logits
 
 
 def noisy_logits(clean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
@@ -56,8 +56,8 @@ class NoisyTopKRouter(Router):
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select the k largest noisy logits."""
-        clean_NE = F.linear(x_ND, self.weight.float())
-        std_NE = F.softplus(F.linear(x_ND, self.noise_weight.float()))
+        clean_NE = router_logits(x_ND, self.weight)
+        std_NE = F.softplus(router_logits(x_ND, self.noise_weight))
         noise_NE = rng.normal(context.rng_keys_N, self.num_experts, self.layer) if self.training else None
         noisy_NE = noisy_logits(clean_NE, std_NE, noise_NE)
         top_NK, experts_NK = noisy_NE.topk(self.top_k, dim=-1)
@@ -88,10 +88,10 @@ class HierarchicalRouter(Router):
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select groups, then experts in them; gates are products."""
-        clean_NA = F.linear(x_ND, self.group_weight.float())
-        std_NA = F.softplus(F.linear(x_ND, self.group_noise_weight.float()))
-        clean_NAJ = F.linear(x_ND, self.weight.float()).view(len(x_ND), self.groups, -1)
-        std_NAJ = F.softplus(F.linear(x_ND, self.noise_weight.float())).view_as(clean_NAJ)
+        clean_NA = router_logits(x_ND, self.group_weight)
+        std_NA = F.softplus(router_logits(x_ND, self.group_noise_weight))
+        clean_NAJ = router_logits(x_ND, self.weight).view(len(x_ND), self.groups, -1)
+        std_NAJ = F.softplus(router_logits(x_ND, self.noise_weight)).view_as(clean_NAJ)
         noise_NA = noise_NAJ = None
         if self.training:
             noise = rng.normal(context.rng_keys_N, self.groups + self.num_experts, self.layer)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moelm.config import SigmoidRouterConfig
 from moelm.model import rng
 from moelm.model.backend import eager_on_cpu
+from moelm.model.dtensor import local
 
 MAX_SEARCHES = 8
 """Choices per token up to which successive searches for a maximum are faster than topk on a CPU."""
@@ -108,6 +109,11 @@ class Router(nn.Module, ABC):
         """Route tokens, given their hidden states in float32."""
 
 
+def router_logits(x_ND: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in float32; on several processes each has the whole matrix."""
+    return F.linear(x_ND, local(weight).float())
+
+
 @torch.no_grad()
 def top_experts(scores_NE: Tensor, top_k: int) -> Tensor:
     """The indices of each token's largest scores, best first, `(N, K)`."""
@@ -155,7 +161,7 @@ class TopKRouter(Router):
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select the k largest logits or, with a bias, the k largest of probability plus bias."""
-        logits_NE = F.linear(x_ND, self.weight.float())
+        logits_NE = router_logits(x_ND, self.weight)
         probs_NE = softmax_over_experts(logits_NE)
         scores_NE = logits_NE
         if self.bias is not None:
@@ -179,7 +185,7 @@ class SigmoidRouter(Router):
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select by score plus bias; gates are scores alone."""
-        logits_NE = F.linear(x_ND, self.weight.float())
+        logits_NE = router_logits(x_ND, self.weight)
         scores_NE = logits_NE.sigmoid()
         experts_NK = top_experts(scores_NE + self.bias, self.top_k)
         gates_NK = scores_NE.gather(-1, experts_NK)
@@ -201,7 +207,7 @@ class ExpertChoiceRouter(Router):
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Gates are the softmax over experts; a token may be selected by any number of experts."""
-        logits_NE = F.linear(x_ND, self.weight.float())
+        logits_NE = router_logits(x_ND, self.weight)
         probs_NE = logits_NE.softmax(dim=-1)
         candidates_NE = probs_NE
         tokens = len(probs_NE)
