@@ -36,8 +36,8 @@ def initialize(model: Transformer, seed: int) -> None:
         if isinstance(module, RMSNorm):
             module.reset_parameters()
             norms.update(module.parameters())
-        elif isinstance(module, Router) and module.bias is not None:
-            module.bias.zero_()
+        elif isinstance(module, Router):
+            module.reset_buffers()
     for name, parameter in model.named_parameters():
         own, index = local(parameter), local_slices(parameter)
         if parameter in norms:

@@ -39,14 +39,14 @@ def token_keys(rows_B: Tensor, positions_BT: Tensor) -> Tensor:
     return _mix(rows_B[:, None] + (positions_BT + 1) * GOLDEN)
 
 
-def uniform(rng_keys_N: Tensor, columns: int, stream: int) -> Tensor:
-    """Uniform numbers in (0, 1), float32 `(N, columns)`; each `stream` is independent."""
+def uniform(rng_keys_N: Tensor, columns: int, stream: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), float32 `(N, columns)`; each `stream`, an int64 scalar, is independent."""
     counter_E = torch.arange(1, columns + 1, device=rng_keys_N.device)
-    bits_NE = _mix(_mix(rng_keys_N + _signed(stream * 0x9E3779B97F4A7C15 % (1 << 64)))[:, None] + counter_E * GOLDEN)
+    bits_NE = _mix(_mix(rng_keys_N + stream * GOLDEN)[:, None] + counter_E * GOLDEN)
     return (((bits_NE >> 40) & 0xFFFFFF).float() + 0.5) / (1 << 24)
 
 
-def normal(rng_keys_N: Tensor, columns: int, stream: int) -> Tensor:
+def normal(rng_keys_N: Tensor, columns: int, stream: Tensor) -> Tensor:
     """Standard normal numbers, float32 `(N, columns)` (Box and Muller 1958)."""
     radius_NE = (-2 * uniform(rng_keys_N, columns, 2 * stream).log()).sqrt()
     return radius_NE * (2 * math.pi * uniform(rng_keys_N, columns, 2 * stream + 1)).cos()

@@ -28,8 +28,9 @@ def model_config(**changes: Any) -> ModelConfig:
 
 def fill_biases(model: Transformer) -> Transformer:
     """Replace the selection biases, which are zero at first, so that they change selections."""
-    for bias_E in model.buffers():
-        bias_E.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    for name, buffer in model.named_buffers():
+        if name.endswith("router.bias"):
+            buffer.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     return model
 
 

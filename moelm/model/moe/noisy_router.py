@@ -49,8 +49,7 @@ class NoisyTopKRouter(Router):
     zero_init = needs_rng = True
 
     def __init__(self, dim: int, num_experts: int, top_k: int, layer: int) -> None:
-        super().__init__(num_experts, top_k)
-        self.layer = layer
+        super().__init__(num_experts, top_k, layer=layer)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.noise_weight = nn.Parameter(torch.empty(num_experts, dim))
 
@@ -58,7 +57,7 @@ class NoisyTopKRouter(Router):
         """Select the k largest noisy logits."""
         clean_NE = router_logits(x_ND, self.weight)
         std_NE = F.softplus(router_logits(x_ND, self.noise_weight))
-        noise_NE = rng.normal(context.rng_keys_N, self.num_experts, self.layer) if self.training else None
+        noise_NE = rng.normal(context.rng_keys_N, self.num_experts, self.stream) if self.training else None
         noisy_NE = noisy_logits(clean_NE, std_NE, noise_NE)
         top_NK, experts_NK = noisy_NE.topk(self.top_k, dim=-1)
         smooth = None
@@ -78,8 +77,8 @@ class HierarchicalRouter(Router):
     zero_init = needs_rng = True
 
     def __init__(self, dim: int, num_experts: int, top_k: int, layer: int, config: HierarchicalRouterConfig) -> None:
-        super().__init__(num_experts, top_k)
-        self.layer, self.groups, self.group_k = layer, config.groups, config.group_k
+        super().__init__(num_experts, top_k, layer=layer)
+        self.groups, self.group_k = config.groups, config.group_k
         self.inner_k = top_k // config.group_k
         self.group_weight = nn.Parameter(torch.empty(config.groups, dim))
         self.group_noise_weight = nn.Parameter(torch.empty(config.groups, dim))
@@ -94,7 +93,7 @@ class HierarchicalRouter(Router):
         std_NAJ = F.softplus(router_logits(x_ND, self.noise_weight)).view_as(clean_NAJ)
         noise_NA = noise_NAJ = None
         if self.training:
-            noise = rng.normal(context.rng_keys_N, self.groups + self.num_experts, self.layer)
+            noise = rng.normal(context.rng_keys_N, self.groups + self.num_experts, self.stream)
             noise_NA, noise_NAJ = noise[:, : self.groups], noise[:, self.groups :].view_as(clean_NAJ)
         noisy_NA = noisy_logits(clean_NA, std_NA, noise_NA)
         noisy_NAJ = noisy_logits(clean_NAJ, std_NAJ, noise_NAJ)

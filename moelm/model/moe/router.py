@@ -92,10 +92,23 @@ class Router(nn.Module, ABC):
     """Added to the scores for the selection only, `(E,)`; a buffer that `moelm.model.moe.balance.expert_bias_delta` updates
     after each optimizer step."""
 
-    def __init__(self, num_experts: int, top_k: int, bias: bool = False) -> None:
+    stream: Tensor
+    """The layer's stream of random numbers, an int64 scalar that is no part of checkpoints. A Python number would be a
+    constant of a compiled block, and every layer would be compiled anew."""
+
+    def __init__(self, num_experts: int, top_k: int, bias: bool = False, layer: int = 0) -> None:
         super().__init__()
-        self.num_experts, self.top_k = num_experts, top_k
-        self.register_buffer("bias", torch.zeros(num_experts) if bias else None)
+        self.num_experts, self.top_k, self.layer = num_experts, top_k, layer
+        self.register_buffer("bias", torch.empty(num_experts) if bias else None)
+        self.register_buffer("stream", torch.empty((), dtype=torch.int64), persistent=False)
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Set the buffers to their initial values."""
+        self.stream.fill_(self.layer)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Route tokens in float32, with autocast disabled."""
@@ -231,13 +244,13 @@ class FixedRouter(Router):
     """
 
     def __init__(self, num_experts: int, top_k: int, layer: int, by_token: bool) -> None:
-        super().__init__(num_experts, top_k)
-        self.layer, self.by_token, self.needs_rng = layer, by_token, not by_token
+        super().__init__(num_experts, top_k, layer=layer)
+        self.by_token, self.needs_rng = by_token, not by_token
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select k distinct experts; all sets are equally likely."""
         rng_keys_N = context.tokens_N if self.by_token else context.rng_keys_N
-        experts_NK = rng.uniform(rng_keys_N, self.num_experts, self.layer).topk(self.top_k, dim=-1).indices
+        experts_NK = rng.uniform(rng_keys_N, self.num_experts, self.stream).topk(self.top_k, dim=-1).indices
         gates_NK = torch.full(experts_NK.shape, 1 / self.top_k, device=x_ND.device)
         probs_NE = torch.full((len(x_ND), self.num_experts), 1 / self.num_experts, device=x_ND.device)
         return Routing(gates_NK, experts_NK, probs_NE)

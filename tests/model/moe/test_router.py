@@ -1,9 +1,11 @@
 """Every router against the equations of its paper: values, gradients and edge cases."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -148,7 +150,7 @@ def test_noisy_topk(tokens: int, experts: int, data: st.DataObject, seed: int) -
     k = data.draw(st.integers(1, experts))
     moe = build_layer(experts, k, {"kind": "noisy_topk"}, seed)
     context = token_context(tokens, seed)
-    noise = rng.normal(context.rng_keys_N, experts, 1).double()
+    noise = rng.normal(context.rng_keys_N, experts, torch.tensor(1)).double()
     check_layer(
         moe,
         torch.randn(tokens, DIM),
@@ -165,7 +167,7 @@ def test_hierarchical(tokens: int, groups: int, size: int, data: st.DataObject, 
     router = {"kind": "hierarchical", "groups": groups, "group_k": group_k}
     moe = build_layer(groups * size, group_k * inner_k, router, seed)
     context = token_context(tokens, seed)
-    noise = rng.normal(context.rng_keys_N, groups + groups * size, 1).double()
+    noise = rng.normal(context.rng_keys_N, groups + groups * size, torch.tensor(1)).double()
     check_layer(
         moe,
         torch.randn(tokens, DIM),
@@ -300,3 +302,29 @@ def test_the_softmax_over_experts_is_that_of_the_last_dimension(num_experts: int
     found, expected = softmax_over_experts(logits), logits.softmax(dim=-1)
     assert_close(found, expected)
     assert_close(*(torch.autograd.grad(probs, logits, upstream)[0] for probs in (found, expected)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["noisy_topk", "random", "hash", "hierarchical"])
+def test_all_layers_share_the_graphs_of_a_compiled_block(kind: str) -> None:
+    """Compiled block by block, more layers are no more graphs."""
+    options = {"groups": 2, "group_k": 1} if kind == "hierarchical" else {}
+    ffn = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2, "router": {"kind": kind, **options}}
+    shape = {"dim": 16, "num_heads": 2, "vocab_size": 50, "ffn": ffn}
+    graphs = []
+    for layers in (2, 10):
+        torch._dynamo.reset()
+        compiled = 0
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+            nonlocal compiled
+            compiled += 1
+            return graph.forward
+
+        model = build_model(ModelConfig.model_validate({**shape, "num_layers": layers}), 0)
+        for block in model.blocks:
+            block.compile(backend=backend)
+        tokens = torch.arange(32).view(2, 16)
+        model(tokens, rng_keys_B=torch.arange(2), targets_BT=tokens)
+        graphs.append(compiled)
+    assert graphs[0] == graphs[1] > 0
