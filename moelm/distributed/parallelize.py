@@ -6,6 +6,7 @@ whole, so checkpoints do not depend on the parallel dimensions.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -101,10 +102,17 @@ def apply_activation_checkpointing(model: Transformer, mode: str) -> None:
         return CheckpointPolicy.MUST_SAVE if operation in ROUTING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = partial(create_selective_checkpoint_contexts, policy)
+
+    def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def compute(*args: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+
+        return compute
+
     for block in model.blocks:
-        # Set on the module itself, so that parameter names and the hooks of other wrappers are unchanged.
-        forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
-        setattr(block, "forward", forward)  # noqa: B010
+        # Set on the module itself, so that parameter names and the hooks of other wrappers are unchanged; a function of its
+        # own, because the compiler does not look into a `partial` of `checkpoint`.
+        setattr(block, "forward", checkpointed(block.forward))  # noqa: B010
 
 
 def apply_fsdp(
