@@ -1,5 +1,6 @@
 """The experts' computation: every implementation against the reference loop, in values and gradients."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from moelm.config import ModelConfig
 from moelm.data.loader import Batch
 from moelm.model import build_model
+from moelm.model.moe.experts import Experts
 from moelm.model.swiglu import BLOCK_SIZES, _block_layout, grouped_swiglu_cpu, grouped_swiglu_cuda, grouped_swiglu_loop
 from moelm.train.objective import micro_batch_loss
 from tests.tolerance import assert_close
@@ -187,3 +189,23 @@ def test_a_compiled_model_on_a_cpu_has_equal_losses() -> None:
     found, expected = (torch.autograd.grad(loss, list(model.parameters())) for loss in (compiled, eager))
     for grad, expected_grad in zip(found, expected, strict=True):
         assert_close(grad, expected_grad)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++, which is not installed")
+def test_no_rows_have_no_gradients_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a process whose experts no token has selected, by the implementation for GPUs."""
+    monkeypatch.setattr("moelm.model.swiglu._has_grouped_kernel", lambda x: True)
+    experts = Experts(num_experts=2, dim=16, hidden_dim=16, depth=1, activation="silu")
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight)
+    compiled = torch.compile(experts, dynamic=True)
+    for rows in (8, 0):
+        experts.zero_grad()
+        x_SD = torch.randn(rows, 16, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            compiled(x_SD, torch.ones(rows), torch.tensor([rows // 2, rows])).sum().backward()
+        norms = [float(weight.grad.norm()) for weight in experts.parameters() if weight.grad is not None]
+        assert len(norms) == 3
+        assert all(norm > 0 for norm in norms) == (rows > 0)
+        assert x_SD.grad is not None
