@@ -5,6 +5,9 @@ from typing import NamedTuple
 from moelm.config import MoEFFNConfig, RunConfig
 from moelm.errors import MoelmError
 
+MAX_PADDING = 2.0
+"""Expert weights are not padded to so many times their size or more."""
+
 
 class ParallelDims(NamedTuple):
     """Sizes of the mesh dimensions; ranks of the last one are neighbors on a machine."""
@@ -70,10 +73,18 @@ def check_batch(config: RunConfig, processes: int) -> None:
 def check_model(config: RunConfig, dims: ParallelDims) -> str | None:
     """Why a model cannot be sharded like this, as a sentence; None if it can."""
     ffn = config.model.ffn
-    if dims.ep == 1:
-        return None
     if not isinstance(ffn, MoEFFNConfig):
+        if dims.ep == 1:
+            return None
         return f"parallel.ep is {dims.ep}, but model.ffn is dense and has no experts to shard; 1 is expected."
+    if dims.ep == 1:
+        if (padding := expert_padding(config, dims)) < MAX_PADDING:
+            return None
+        return (
+            f"parallel.dp_shard is {dims.dp_shard}, which divides neither model.ffn.num_experts = {ffn.num_experts} nor "
+            f"both model.dim = {config.model.dim} and model.ffn.hidden_dim = {ffn.hidden_dim}: the experts would be padded "
+            f"to {padding:.3g} times their size. A divisor, or parallel.ep above 1, is expected."
+        )
     if ffn.num_experts % dims.ep:
         return f"parallel.ep is {dims.ep}, which does not divide model.ffn.num_experts = {ffn.num_experts}."
     for name, width in (("model.dim", config.model.dim), ("model.ffn.hidden_dim", ffn.hidden_dim)):
@@ -83,3 +94,17 @@ def check_model(config: RunConfig, dims: ParallelDims) -> str | None:
                 "with parallel.ep above 1 an expert's matrices are divided evenly."
             )
     return None
+
+
+def expert_padding(config: RunConfig, dims: ParallelDims) -> float:
+    """How many times their size the expert weights have when they are gathered.
+
+    Without expert parallelism a stack is sharded by experts, or else along its second dimension, by what divides evenly
+    (`moelm.distributed.parallelize`). If neither does, its experts are padded to a multiple of the shards.
+    """
+    ffn, shards = config.model.ffn, dims.dense_mesh[1]
+    if dims.ep > 1 or not isinstance(ffn, MoEFFNConfig) or ffn.num_experts % shards == 0:
+        return 1.0
+    padded = -(-ffn.num_experts // shards) * shards / ffn.num_experts
+    of_w1, of_w2 = (padded if width % shards else 1.0 for width in (ffn.hidden_dim, config.model.dim))
+    return (2 * of_w1 + of_w2) / 3  # w3 has the shape of w1

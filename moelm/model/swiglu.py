@@ -129,7 +129,7 @@ def grouped_swiglu_cuda(
     """All experts in one kernel; row bounds stay on the device, so a compiler has no graph break."""
     dtype = compute_dtype(x_SD)
     if not len(x_SD):
-        # The compiled backward pass of `grouped_mm` fails without rows; a product with any expert has the same gradients, 0.
+        # The compiled backward pass of `grouped_mm` fails without rows; a product with any expert has zero gradients too.
         first, second, third = (w[0].to(dtype) for w in weights)
         y_SD = swiglu(x_SD.to(dtype), first, second, third, activation)
         return y_SD if gates_S is None else y_SD * gates_S[:, None].to(dtype)

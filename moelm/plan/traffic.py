@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from moelm.config import MoEFFNConfig, RunConfig
-from moelm.distributed.parallel_dims import ParallelDims
+from moelm.distributed.parallel_dims import ParallelDims, expert_padding
 from moelm.plan.strategy import BF16_BYTES, FP32_BYTES, Strategy
 from moelm.plan.update import exchanges
 from moelm.plan.weights import WeightCount, count_weights
@@ -62,7 +62,8 @@ def step_collectives(config: RunConfig, strategy: Strategy) -> Iterator[Collecti
     dense_replicas, dense_shards = dims.dense_mesh
     weights = count_weights(config)
     trained = count_weights(config, lambda weight: weight.is_trained(config.optim))
-    (dense, experts), (dense_grads, expert_grads) = (_by_mesh(count, dims) for count in (weights, trained))
+    padding = expert_padding(config, dims)
+    (dense, experts), (dense_grads, expert_grads) = (_by_mesh(count, dims, padding) for count in (weights, trained))
     # The root is gathered in float32.
     for gathered, gradients, replicas, shards, stride in (
         (
@@ -86,9 +87,11 @@ def step_collectives(config: RunConfig, strategy: Strategy) -> Iterator[Collecti
         yield Collective("optimizer", exchange.gathered + exchange.returned, holders.size, holders.stride)
 
 
-def _by_mesh(count: WeightCount, dims: ParallelDims) -> tuple[int, int]:
+def _by_mesh(count: WeightCount, dims: ParallelDims, padding: float) -> tuple[int, int]:
     """Elements of one process's layers on the mesh of dense parameters, and on that of experts."""
-    return (count.dense + count.experts, 0) if dims.ep == 1 else (count.dense, count.experts // dims.ep)
+    if dims.ep == 1:
+        return count.dense + round(padding * count.experts), 0
+    return count.dense, count.experts // dims.ep
 
 
 def _remote_fraction(group_size: int) -> float:

@@ -3,7 +3,7 @@
 import pytest
 
 from moelm.config import RunConfig
-from moelm.distributed.parallel_dims import ParallelDims, resolve_parallel_dims
+from moelm.distributed.parallel_dims import ParallelDims, expert_padding, resolve_parallel_dims
 from moelm.errors import MoelmError
 from tests.conftest import tiny_config
 
@@ -63,3 +63,13 @@ def test_experts_are_sharded_evenly() -> None:
     )
     with pytest.raises(MoelmError, match=r"dp_shard is 3, which does not divide model\.dim = 16"):
         resolve_parallel_dims(uneven, 6)
+
+
+def test_experts_that_would_be_padded_to_twice_their_size_are_refused() -> None:
+    """Four experts of 16 hidden units and a width of 16 on 24 shards would be padded to 24 experts."""
+    tree = {**tiny_config(), "train": {"steps": 1, "batch_tokens": 32 * 24}, "parallel": {"dp_shard": 24}}
+    with pytest.raises(MoelmError, match=r"dp_shard is 24, which divides neither .* padded to 6 times their size"):
+        resolve_parallel_dims(RunConfig.model_validate(tree), 24)
+    assert expert_padding(config(), ParallelDims(1, 8, 1)) == 1  # along the second dimension
+    assert expert_padding(config(), ParallelDims(1, 3, 1)) == 6 / 4
+    assert expert_padding(config("dense"), ParallelDims(1, 24, 1)) == 1
