@@ -31,6 +31,7 @@ from moelm.evaluation.losses import Evaluation
 from moelm.hardware import dtype_of, keep_memory, pick_device, pick_precision, should_compile
 from moelm.model import Transformer, build_model
 from moelm.model.init import initialize
+from moelm.model.moe.experts import check_grouped_kernel
 from moelm.runs.checkpoint import (
     Progress,
     fresh_progress,
@@ -184,6 +185,8 @@ def _warn_of_future_tokens(config: RunConfig) -> None:
 def build_parallel_model(config: RunConfig, device: torch.device, dtype: torch.dtype, dims: ParallelDims) -> Transformer:
     """The initialized model; each process only ever holds its shard."""
     torch.manual_seed(config.seed)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        check_grouped_kernel(config.model, dims.ep)
     single = dims.size == 1
     model = build_model(config.model, config.seed, "cpu" if single else "meta")
     parallelize(model, dims, config.parallel, device, dtype, should_compile(config.parallel.compile, device))

@@ -1,5 +1,6 @@
 """The experts' computation: every implementation against the reference loop, in values and gradients."""
 
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from moelm.config import ModelConfig
 from moelm.data.loader import Batch
+from moelm.errors import MoelmError
 from moelm.model import build_model
-from moelm.model.moe.experts import Experts
+from moelm.model.moe.experts import Experts, check_grouped_kernel
 from moelm.model.swiglu import BLOCK_SIZES, _block_layout, grouped_swiglu_cpu, grouped_swiglu_cuda, grouped_swiglu_loop
 from moelm.train.objective import micro_batch_loss
 from tests.tolerance import assert_close
@@ -189,6 +191,22 @@ def test_a_compiled_model_on_a_cpu_has_equal_losses() -> None:
     found, expected = (torch.autograd.grad(loss, list(model.parameters())) for loss in (compiled, eager))
     for grad, expected_grad in zip(found, expected, strict=True):
         assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize(
+    ("dim", "ffn", "message"),
+    [
+        (20, {}, "model.dim is 20; experts on GPUs in bf16 need a multiple of 8"),
+        (16, {"hidden_dim": 24, "depth": 2}, "model.ffn.hidden_dim / depth is 12;"),
+        (16, {"num_experts": 2048}, "num_experts is 2048, 1,024 on each process;"),
+    ],
+)
+def test_shapes_that_the_grouped_kernel_does_not_take_are_refused(dim: int, ffn: dict[str, Any], message: str) -> None:
+    tree = {"kind": "moe", "hidden_dim": 16, "num_experts": 4, "top_k": 2}
+    shape = {"dim": dim, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(MoelmError, match=re.escape(message)):
+        check_grouped_kernel(ModelConfig.model_validate({**shape, "ffn": {**tree, **ffn}}), ep=2)
+    check_grouped_kernel(ModelConfig.model_validate({**shape, "dim": 16, "ffn": tree}), ep=2)
 
 
 @pytest.mark.slow

@@ -6,8 +6,13 @@ Shapes: S rows sorted by expert, D model width, F hidden width, E experts.
 import torch
 from torch import Tensor, nn
 
+from moelm.config import ModelConfig, MoEFFNConfig
+from moelm.errors import MoelmError
 from moelm.model.dtensor import local
 from moelm.model.swiglu import Weights, grouped_swiglu, split_depth
+
+MAX_GROUPS = 1024
+"""`F.grouped_mm` takes fewer groups."""
 
 
 class Experts(nn.Module):
@@ -34,6 +39,31 @@ class Experts(nn.Module):
 
         y_SD = split_depth(x_SD, (w1, w2, w3), self.depth, hidden_layer)
         return y_SD * gates_S[:, None].to(y_SD.dtype)
+
+
+def check_grouped_kernel(config: ModelConfig, ep: int) -> None:
+    """Refuse experts whose shape `F.grouped_mm` does not take: rows of weights are multiples of 16 bytes.
+
+    Args:
+        config: of a model that is computed in bfloat16 on GPUs.
+        ep: processes that the experts are sharded over.
+
+    Raises:
+        MoelmError: a width is no multiple of 8, or there are too many experts.
+    """
+    ffn = config.ffn
+    if not isinstance(ffn, MoEFFNConfig):
+        return
+    for name, width in (("model.dim", config.dim), ("model.ffn.hidden_dim / depth", ffn.hidden_dim // ffn.depth)):
+        if width % 8:
+            raise MoelmError(
+                f"{name} is {width}; experts on GPUs in bf16 need a multiple of 8. train.precision=fp32 takes any width."
+            )
+    if ffn.num_experts // ep >= MAX_GROUPS:
+        raise MoelmError(
+            f"model.ffn.num_experts is {ffn.num_experts}, {ffn.num_experts // ep:,} on each process; on GPUs in bf16 "
+            f"fewer than {MAX_GROUPS:,} are expected on each. A larger parallel.ep or train.precision=fp32 would do."
+        )
 
 
 def expert_stacks(model: nn.Module) -> list[Experts]:
