@@ -23,8 +23,8 @@ from moelm.errors import MoelmError
 class Device(NamedTuple):
     """A GPU model, from its vendor's data sheet; bandwidths are bytes per second in one direction."""
 
-    name_part: str
-    """Part of the device name that CUDA reports."""
+    name: str
+    """Words of the device name that CUDA reports."""
     peak_bf16: float
     """Dense FLOP/s."""
     memory: float
@@ -38,9 +38,12 @@ class Device(NamedTuple):
 
 DEVICES = {
     "h100": Device("H100", 989e12, 80e9, 3.35e12, 450e9, 50e9),
+    "h100-nvl": Device("H100 NVL", 835e12, 94e9, 3.9e12, 300e9, 50e9),
+    "h100-pcie": Device("H100 PCIe", 756e12, 80e9, 2e12, 64e9, 50e9),
     "h200": Device("H200", 989e12, 141e9, 4.8e12, 450e9, 50e9),
     "b200": Device("B200", 2250e12, 180e9, 8e12, 900e9, 50e9),
     "a100": Device("A100", 312e12, 80e9, 2.04e12, 300e9, 25e9),
+    "l40": Device("L40", 181e12, 48e9, 0.86e12, 32e9, 25e9),
     "l40s": Device("L40S", 362e12, 48e9, 0.86e12, 32e9, 25e9),
     "l4": Device("L4", 121e12, 24e9, 0.3e12, 32e9, 12.5e9),
     "4090": Device("4090", 165e12, 24e9, 1.01e12, 32e9, 12.5e9),
@@ -168,14 +171,20 @@ def _cpu_info(*names: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
 
 
+def device_named(name: str) -> Device | None:
+    """The device all words of whose name are in the one that CUDA reports; of several, the one with the most words."""
+    words = set(name.replace("-", " ").split())
+    known = [kind for kind in DEVICES.values() if words.issuperset(kind.name.split())]
+    return max(known, key=lambda kind: len(kind.name.split()), default=None)
+
+
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is relative to: from a GPU's data sheet, or from the fastest of a few timed matrix products."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [kind.peak_bf16 for kind in DEVICES.values() if kind.name_part in name]
-        if known:
-            return known[0]
+    """FLOP/s that MFU is relative to: a GPU's in bfloat16 by its data sheet, or by the fastest of a few matrix products."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        known = device_named(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known.peak_bf16
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")

@@ -1,4 +1,4 @@
-"""The choice of precision for a CPU."""
+"""The choice of precision for a CPU, and GPUs by their names."""
 
 import json
 from pathlib import Path
@@ -94,3 +94,25 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     set_speedup(monkeypatch, 4.0)
     assert hardware.pick_precision(CPU) == "bf16"
     assert "Warning: train.precision: auto is bf16 here, but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+    ],
+)
+def test_a_device_is_found_by_the_words_of_its_name(reported: str, name: str) -> None:
+    assert hardware.device_named(reported) is hardware.DEVICES[name]
+
+
+def test_an_unknown_device_is_timed() -> None:
+    assert hardware.device_named("NVIDIA T4") is None

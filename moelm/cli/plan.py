@@ -23,7 +23,9 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, max=2**20, help="Number of GPUs.")] = 1,
-    device: Annotated[str, typer.Option(help="h100, h200, b200, a100, l40s, l4 or 4090.")] = "h100",
+    device: Annotated[
+        str, typer.Option(help="h100, h100-nvl, h100-pcie, h200, b200, a100, l40, l40s, l4 or 4090.")
+    ] = "h100",
     show_all: Annotated[bool, typer.Option("--all", help="Show every layout, not only the ten best.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -204,3 +204,8 @@ def test_the_command_prints_the_cost_of_the_optimizer(moelm: Moelm) -> None:
     assert flops == 5 * 4 * (heads + output + 8 * 3 * (4 * 128**2 * 256 + 2 * 128**3))
     share = flops / plan["training_flops"] * load("moe").train.steps
     assert f"muon: {exponent(flops)} FLOPs per step on all GPUs together, {share:.0%} of the model's; " in muon
+
+
+def test_the_help_names_all_devices(moelm: Moelm) -> None:
+    words = moelm("plan", "--help").stdout.replace(",", " ").replace(".", " ").split()
+    assert set(DEVICES) <= set(words)
