@@ -74,7 +74,7 @@ def _draw_multipliers(panel: Axes, comparison: LadderComparison, result: AxisRes
         losses_Q = _losses_between(points)
         costs_Q = cost_of_loss(points.costs_P, points.losses_P, losses_Q)
         logs_Q = log_multipliers(reference, losses_Q, costs_Q)
-        low_Q, high_Q = _band(reference, points, losses_Q)
+        low_Q, high_Q = band(reference, points, costs_Q, logs_Q)
         x = np.exp(costs_Q)
         panel.plot(x, _finite(np.exp(logs_Q)), color=color, linewidth=2, label=legend_label(side.name))
         label = f"{CONFIDENCE:.0%} interval" if i == 1 else None
@@ -103,14 +103,17 @@ def _losses_between(points: Points) -> Array:
     return np.linspace(points.losses_P[0], points.losses_P.min(), GRID)
 
 
-def _band(reference: Points, points: Points, losses_Q: Array) -> tuple[Array, Array]:
-    """The 95% interval of the log multiplier at each loss, from the resamples of both sides."""
-    rows = zip(points.costs_RP, points.losses_RP, strict=True)
-    # The side's own resampled loss at the cost that it has at each of the losses.
-    costs_Q = cost_of_loss(points.costs_P, points.losses_P, losses_Q)
-    losses_RQ = np.stack([np.interp(costs_Q, costs_P, losses_P) for costs_P, losses_P in rows])
-    logs_RQ = resampled_log_multipliers(reference, losses_RQ, np.tile(costs_Q, (len(losses_RQ), 1)))
-    low_Q, high_Q = np.quantile(logs_RQ, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0, method="nearest")
+def band(reference: Points, points: Points, costs_Q: Array, logs_Q: Array) -> tuple[Array, Array]:
+    """The 95% interval of the log multiplier at each cost.
+
+    At the side's sizes it is that of the tables; between them, the deviations of each resample are interpolated linearly.
+    """
+    logs_P = log_multipliers(reference, points.losses_P, points.costs_P)
+    logs_RP = resampled_log_multipliers(reference, points.losses_RP, points.costs_RP)
+    with np.errstate(invalid="ignore"):  # infinite where the reference is extrapolated too far
+        deviations_RQ = np.stack([np.interp(costs_Q, points.costs_P, logs_P - own_P) for own_P in logs_RP])
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    high_Q, low_Q = logs_Q - np.quantile(deviations_RQ, tails, axis=0, method="nearest")
     return _finite(low_Q), _finite(high_Q)
 
 

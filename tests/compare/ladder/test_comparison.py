@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moelm.compare.ladder.comparison import LadderComparison, compare_ladder
+from moelm.compare.ladder.figures import band
 from moelm.compare.ladder.points import Side, make_side
 from moelm.compare.ladder.report import write_ladder_report
 from moelm.compare.variants import make_variant
@@ -60,6 +62,19 @@ def test_the_multiplier_of_a_planted_ladder(found: LadderComparison) -> None:
     assert flops.fit is not None
     assert [each.axis for each in found.results] == ["flops", "seconds"]
     assert "There is no comparison by tokens, which do not increase with the size." in found.notes
+
+
+def test_the_drawn_interval_contains_the_planted_multiplier_between_sizes_too(found: LadderComparison) -> None:
+    reference, side = found.results[0].points
+    costs_Q = np.linspace(side.costs_P[0], side.costs_P[-1], 50)
+    low_Q, high_Q = band(reference, side, costs_Q, np.full(50, np.log(2)))
+    assert (low_Q < np.log(2)).all()
+    assert (high_Q > np.log(2)).all()
+    at_sizes = np.exp(low_Q[[0, -1]]), np.exp(high_Q[[0, -1]])
+    table = found.results[0].multipliers[0]
+    for end, each in ((0, table[0]), (1, table[-1])):
+        assert at_sizes[0][end] == pytest.approx(2 / (each.value or 0) * (each.low or 0), rel=1e-6)
+        assert at_sizes[1][end] == pytest.approx(2 / (each.value or 0) * (each.high or 0), rel=1e-6)
 
 
 def test_the_frontier_has_what_nothing_cheaper_beats(found: LadderComparison) -> None:
