@@ -44,6 +44,7 @@ def sample(
 ) -> None:
     """Continue one or more prompts."""
     from moelm.data.tokenizer import check_unicode
+    from moelm.hardware import pick_device
     from moelm.inference.generate import Sampling, check_sampling, generate_text
     from moelm.runs.load import load_run
 
@@ -52,7 +53,7 @@ def sample(
     prompts = [_read_stdin() if text == "-" else text for text in prompt or ["-"]]
     for text in (*prompts, *sampling.stop):
         check_unicode(text)
-    model, tokenizer, config = load_run(run, checkpoint)
+    model, tokenizer, config = load_run(run, checkpoint, pick_device())
     if show_experts is not None:
         from moelm.analyze.layers import sparse_ffn
         from moelm.analyze.token_experts import sample_with_experts
