@@ -16,7 +16,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from moelm.config import ParallelConfig
 from moelm.distributed.expert_parallel import AllToAllDispatcher
@@ -27,6 +32,12 @@ from moelm.model.moe.layer import MoELayer
 
 ROUTING_OPS = {torch.ops.aten.topk.default, torch.ops.aten.sort.stable}
 """Operations whose results are stored rather than recomputed, so that a recomputed pass has the same routing."""
+
+PROFILER_OPS = {
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+}
+"""Operations without results."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -101,6 +112,8 @@ def apply_activation_checkpointing(model: Transformer, mode: str) -> None:
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operation in ROUTING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
+    # FSDP's hooks on experts are called in recomputed blocks too, but not as often, and they record their duration.
+    SAC_IGNORED_OPS.update(PROFILER_OPS)
     contexts = partial(create_selective_checkpoint_contexts, policy)
 
     def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

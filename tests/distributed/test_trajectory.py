@@ -34,6 +34,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
 """Overrides by number of processes and name of the run."""
 
 KINDS = ("adamw", "muon")
+AC = "parallel.activation_checkpointing"
 
 TOLERANCE = 1e-5
 """Of every metric at every step, relative; 1e-6 was measured."""
@@ -126,16 +127,19 @@ def test_frozen_and_faster_roles_agree_with_shards(workplace: Path) -> None:
 
 
 @pytest.mark.slow(seconds=15)
-def test_recomputed_activations_change_no_bit_in_bf16(workplace: Path) -> None:
-    common = [*steps(4), "train.precision=bf16"]
-    layouts = {"copies": "", "shards": "parallel.dp_shard=2", "experts": "parallel.ep=2"}
+@pytest.mark.parametrize("processes", [2, 4])
+def test_recomputed_activations_change_no_bit_in_bf16(workplace: Path, processes: int) -> None:
+    layouts = {
+        2: {"copies": "", "shards": "parallel.dp_shard=2", "experts": "parallel.ep=2"},
+        4: {"shards-of-experts": "parallel.dp_shard=2|parallel.ep=2"},
+    }[processes]
     modes = ("none", "selective", "full")
     runs = {
-        f"{name}-{mode}": [*common, *filter(None, [layout]), f"parallel.activation_checkpointing={mode}"]
+        f"{name}-{mode}": [*steps(4), "train.precision=bf16", *filter(None, layout.split("|")), f"{AC}={mode}"]
         for name, layout in layouts.items()
         for mode in modes
     }
-    train_distributed(workplace, 2, runs)
+    train_distributed(workplace, processes, runs)
     for name in layouts:
         first, *others = (workplace / f"runs/{name}-{mode}" for mode in modes)
         assert [largest_deviation(other, first) for other in others] == [0, 0], name
