@@ -49,7 +49,7 @@ class AllToAllDispatcher(TokenDispatcher):
         sent, received = torch.stack((counts_PL.sum(1), received_PL.sum(1))).tolist()
         x_SD = local.x_SD.to(compute_dtype(local.x_SD))
         x_RD, gates_R1 = _all_to_all((x_SD, local.gates_S[:, None]), sent, received, self.group)
-        by_expert = _sort_received(received_PL)
+        by_expert = _sort_received(received_PL, sum(received))
         return DispatchedRows(
             permute(x_RD, by_expert),
             permute(gates_R1, by_expert)[:, 0],
@@ -64,10 +64,12 @@ class AllToAllDispatcher(TokenDispatcher):
         return self.local.combine(y_SD, state.local)
 
 
-def _sort_received(received_PL: Tensor) -> Permutation:
+def _sort_received(received_PL: Tensor, num_rows: int) -> Permutation:
     """Rows are received by process and, within a process, by expert; this sorts them by expert."""
     experts_R = torch.arange(received_PL.shape[1], device=received_PL.device).repeat(len(received_PL))
-    order_R = experts_R.repeat_interleave(received_PL.flatten()).argsort(stable=True)
+    # Without the number of rows, the host would wait for it.
+    expert_R = experts_R.repeat_interleave(received_PL.flatten(), output_size=num_rows)
+    order_R = expert_R.argsort(stable=True)
     row_R = torch.empty_like(order_R)
     row_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     return Permutation(order_R, row_R[:, None], received_PL.sum(0).cumsum(0))

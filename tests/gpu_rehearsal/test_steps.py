@@ -30,7 +30,6 @@ ALLOWED = {
     "tolist in train/trainer.py": "squares of gradients, for the clipping of the update; stop signals",
     "copy to the host in train/routing_metrics.py": "statistics of the routing, in one copy",
     "tolist in distributed/expert_parallel.py": "rows for each process, which the all-to-all needs on the host",
-    "repeat_interleave in distributed/expert_parallel.py": "the experts of received rows, a sync that is not needed",
 }
 """Where the host waits for the GPU, and why."""
 ALLOWED_WITH = {
