@@ -79,8 +79,11 @@ def check_deviations(deviations: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("kind", "processes"),
     [
-        *(("adamw", 1), ("adamw", 2), ("muon", 1)),
-        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("adamw", 4), ("muon", 2), ("muon", 4))),
+        ("adamw", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (("adamw", 1), ("adamw", 4), ("muon", 1), ("muon", 2), ("muon", 4))
+        ),
     ],
 )
 def test_every_step_agrees_on_every_layout(workplace: Path, kind: str, processes: int) -> None:

@@ -305,7 +305,10 @@ def test_the_softmax_over_experts_is_that_of_the_last_dimension(num_experts: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["noisy_topk", "random", "hash", "hierarchical"])
+@pytest.mark.parametrize(
+    "kind",
+    ["noisy_topk", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("random", "hash", "hierarchical"))],
+)
 def test_all_layers_share_the_graphs_of_a_compiled_block(kind: str) -> None:
     """Compiled block by block, more layers are no more graphs."""
     options = {"groups": 2, "group_k": 1} if kind == "hierarchical" else {}
