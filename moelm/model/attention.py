@@ -12,7 +12,7 @@ from moelm.model.backend import compute_dtype
 from moelm.model.kv_cache import LayerCache
 from moelm.model.norm import RMSNorm
 from moelm.model.rope import rotate
-from moelm.model.sliding_window import WindowBlocks, window_blocks, windowed_attention
+from moelm.model.sliding_window import WindowBlocks, masked_attention, window_blocks, windowed_attention
 
 SHORT = 512
 """Positions up to which `short_causal_attention` is faster."""
@@ -150,7 +150,9 @@ class Attention(nn.Module):
             return windowed_attention(q_BHTC, k_BGSC, v_BGSC, mask)
         if self.logit_cap is not None:
             return capped_attention(q_BHTC, k_BGSC, v_BGSC, mask, self.logit_cap)
-        causal, grouped = mask is None and q_BHTC.shape[2] > 1, self.heads != self.kv_heads
+        if mask is not None:
+            return masked_attention(q_BHTC, k_BGSC, v_BGSC, mask)
+        causal, grouped = q_BHTC.shape[2] > 1, self.heads != self.kv_heads
         if causal and q_BHTC.device.type == "cpu" and q_BHTC.dtype == torch.bfloat16 and q_BHTC.shape[2] <= SHORT:
             return short_causal_attention(q_BHTC, k_BGSC, v_BGSC)
-        return F.scaled_dot_product_attention(q_BHTC, k_BGSC, v_BGSC, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q_BHTC, k_BGSC, v_BGSC, is_causal=causal, enable_gqa=grouped)

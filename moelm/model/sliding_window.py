@@ -27,6 +27,19 @@ class WindowBlocks(NamedTuple):
     """Whether a query attends to a key."""
 
 
+def masked_attention(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor) -> Tensor:
+    """Attention of queries to the keys that a mask allows; the number of key heads divides that of query heads.
+
+    On GPUs keys and values are repeated for all query heads: with fewer of them and a mask, the only kernel that is always
+    available writes all logits to memory, in float32.
+    """
+    group_size = q_BHTC.shape[1] // k_BGSC.shape[1]
+    if group_size > 1 and q_BHTC.device.type != "cpu":
+        k_BGSC, v_BGSC = (x.repeat_interleave(group_size, dim=1) for x in (k_BGSC, v_BGSC))
+        group_size = 1
+    return F.scaled_dot_product_attention(q_BHTC, k_BGSC, v_BGSC, attn_mask=mask, enable_gqa=group_size > 1)
+
+
 def window_blocks(window: int, device: torch.device) -> WindowBlocks:
     """The blocks for a window of this many positions."""
     block = min(BLOCK, window)
@@ -42,13 +55,8 @@ def windowed_attention(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, blocks: W
     window, grouped = blocks.window, heads != k_BGTC.shape[1]
     q, k, v = (x[:, :, :window] for x in (q_BHTC, k_BGTC, v_BGTC))
     first_BHTC = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    rest_NBHQC = F.scaled_dot_product_attention(
-        _to_blocks(q_BHTC, blocks, 0),
-        _to_blocks(k_BGTC, blocks, blocks.before),
-        _to_blocks(v_BGTC, blocks, blocks.before),
-        attn_mask=blocks.mask_QS,
-        enable_gqa=grouped,
-    )
+    keys, values = (_to_blocks(x, blocks, blocks.before) for x in (k_BGTC, v_BGTC))
+    rest_NBHQC = masked_attention(_to_blocks(q_BHTC, blocks, 0), keys, values, blocks.mask_QS)
     rest_BHTC = torch.unflatten(rest_NBHQC, 1, (batch, heads)).permute(1, 2, 0, 3, 4).flatten(2, 3)
     return torch.cat((first_BHTC, rest_BHTC[:, :, : positions - window]), dim=2)
 
