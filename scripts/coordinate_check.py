@@ -9,26 +9,23 @@ logits and router logits that updates of their matrix have added; what the initi
 with the width. Printed is the slope of log size, mean over steps and seeds, on log width. `--out` draws a figure of sizes.
 """
 
-import argparse
 import json
 import math
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from study import width_overrides
+from study import width_overrides, width_parser, write_figure
 from torch import Tensor, nn
 
-from moelm.atomic import atomic_file
 from moelm.config import RunConfig, load_config
 from moelm.data.loader import PreparedData, TrainOrder, open_folder
 from moelm.data.prepare import prepare
 from moelm.model import build_model
 from moelm.model.forward import forward_batch
-from moelm.report.figures import COLORS, render_light_and_dark
+from moelm.report.figures import COLORS
 from moelm.train.objective import micro_batch_loss
 from moelm.train.optimizer import build_optimizer
 
@@ -131,14 +128,9 @@ def draw(results: dict[str, dict[int, Sizes]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", type=Path, help="configs whose model.dim is the base width")
-    parser.add_argument("--widths", default="32,64,128,256")
+    parser = width_parser(__doc__, widths="32,64,128,256", seeds=4)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--lr-part", type=float, default=0.25, help="of the peak learning rate")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of all configs")
-    parser.add_argument("--out", type=Path, help="folder of the figure")
     parser.add_argument("--json", action="store_true", help="print slopes and sizes as JSON")
     arguments = parser.parse_args()
     results: dict[str, dict[int, Sizes]] = {}
@@ -163,9 +155,7 @@ def main() -> None:
         for label, by_part in found.items():
             print(f"{label}: {', '.join(f'{part} {slope:+.2f}' for part, slope in by_part.items())}")
     if arguments.out is not None:
-        light, _ = render_light_and_dark(lambda: draw(results))
-        with atomic_file(arguments.out / "mup-coordinates.png") as temporary:
-            temporary.write_bytes(light)
+        write_figure(arguments.out / "mup-coordinates.png", lambda: draw(results))
 
 
 if __name__ == "__main__":

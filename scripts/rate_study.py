@@ -9,7 +9,6 @@ mean over seeds and of each seed, and the largest ratio of best rates between tw
 Interrupted, the study continues; finished runs are only read. Both rates, `optim.lr` and `optim.adamw.lr`, are changed.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from study import markdown_table, run_variants, width_overrides
+from study import markdown_table, run_variants, width_overrides, width_parser, write_figure
 
-from moelm.atomic import atomic_file
 from moelm.config import load_config
-from moelm.report.figures import COLORS, render_light_and_dark
+from moelm.report.figures import COLORS
 
 SIDE = 2
 """Rates on each side of the best one that are trained and fitted."""
@@ -107,13 +105,8 @@ def draw(results: dict[tuple[str, str], dict[int, Best]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", type=Path, help="configs whose model.dim is the base width")
-    parser.add_argument("--widths", default="32,64,128")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser = width_parser(__doc__, widths="32,64,128", seeds=2)
     parser.add_argument("--parametrizations", default="mup,standard")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of all configs")
-    parser.add_argument("--out", type=Path, help="folder of the figure")
     arguments = parser.parse_args()
     widths = [int(width) for width in arguments.widths.split(",")]
     results = {
@@ -131,9 +124,7 @@ def main() -> None:
         rows.append([name, parametrization, *cells, f"{max(factors) / min(factors):.2f}"])
     print(markdown_table(["config", "parametrization", *map(str, widths), "largest ratio"], rows))
     if arguments.out is not None:
-        light, _ = render_light_and_dark(lambda: draw(results))
-        with atomic_file(arguments.out / "rates.png") as temporary:
-            temporary.write_bytes(light)
+        write_figure(arguments.out / "rates.png", lambda: draw(results))
 
 
 if __name__ == "__main__":

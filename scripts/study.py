@@ -1,13 +1,17 @@
 """Shared by the studies: configs at other widths; variants trained on the same batches, their losses and expert load."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from moelm.atomic import atomic_file
 from moelm.config import RunConfig, load_config
+from moelm.report.figures import render_light_and_dark
 from moelm.runs.directory import RunDirectory
 from moelm.runs.metrics import read_metrics
 from moelm.train.setup import train
@@ -41,6 +45,24 @@ class Variant(NamedTuple):
 
     def _last_lines(self) -> Lines:
         return self.lines[-max(1, round(LAST_FRACTION * len(self.lines))) :]
+
+
+def width_parser(description: str | None, widths: str, seeds: int) -> argparse.ArgumentParser:
+    """The arguments of studies that train configs at several widths."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", type=Path, help="configs whose model.dim is the base width")
+    parser.add_argument("--widths", default=widths)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of all configs")
+    parser.add_argument("--out", type=Path, help="folder of the figure")
+    return parser
+
+
+def write_figure(path: Path, draw: Callable[[], Figure]) -> None:
+    """Write a figure as PNG, in the style of reports on light pages."""
+    light, _ = render_light_and_dark(draw)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(light)
 
 
 def width_overrides(config: RunConfig, dim: int, parametrization: str) -> list[str]:

@@ -66,9 +66,9 @@ class AllToAllDispatcher(TokenDispatcher):
 
 def _sort_received(received_PL: Tensor, num_rows: int) -> Permutation:
     """Rows are received by process and, within a process, by expert; this sorts them by expert."""
-    experts_R = torch.arange(received_PL.shape[1], device=received_PL.device).repeat(len(received_PL))
+    local_expert_PL = torch.arange(received_PL.shape[1], device=received_PL.device).expand_as(received_PL)
     # Without the number of rows, the host would wait for it.
-    expert_R = experts_R.repeat_interleave(received_PL.flatten(), output_size=num_rows)
+    expert_R = local_expert_PL.flatten().repeat_interleave(received_PL.flatten(), output_size=num_rows)
     order_R = expert_R.argsort(stable=True)
     row_R = torch.empty_like(order_R)
     row_R[order_R] = torch.arange(len(order_R), device=order_R.device)

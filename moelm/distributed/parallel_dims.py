@@ -96,15 +96,21 @@ def check_model(config: RunConfig, dims: ParallelDims) -> str | None:
     return None
 
 
+def stack_shard_dim(experts: int, rows: int, shards: int) -> int:
+    """The dimension along which FSDP shards a stack of matrices with so many rows: the first that divides evenly, or 0."""
+    return int(experts % shards != 0 and rows % shards == 0)
+
+
 def expert_padding(config: RunConfig, dims: ParallelDims) -> float:
     """How many times their size the expert weights have when they are gathered.
 
-    Without expert parallelism a stack is sharded by experts, or else along its second dimension, by what divides evenly
-    (`moelm.distributed.parallelize`). If neither does, its experts are padded to a multiple of the shards.
+    Without expert parallelism FSDP shards the stacks; along dimension 0 it pads their experts to a multiple of the shards.
     """
     ffn, shards = config.model.ffn, dims.dense_mesh[1]
-    if dims.ep > 1 or not isinstance(ffn, MoEFFNConfig) or ffn.num_experts % shards == 0:
+    if dims.ep > 1 or not isinstance(ffn, MoEFFNConfig):
         return 1.0
     padded = -(-ffn.num_experts // shards) * shards / ffn.num_experts
-    of_w1, of_w2 = (padded if width % shards else 1.0 for width in (ffn.hidden_dim, config.model.dim))
+    of_w1, of_w2 = (
+        1.0 if stack_shard_dim(ffn.num_experts, rows, shards) else padded for rows in (ffn.hidden_dim, config.model.dim)
+    )
     return (2 * of_w1 + of_w2) / 3  # w3 has the shape of w1

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 
 from moelm.config import ParallelConfig
 from moelm.distributed.expert_parallel import AllToAllDispatcher
-from moelm.distributed.parallel_dims import ParallelDims
+from moelm.distributed.parallel_dims import ParallelDims, stack_shard_dim
 from moelm.model import Transformer
 from moelm.model.dtensor import local
 from moelm.model.moe.layer import MoELayer
@@ -112,7 +112,7 @@ def apply_activation_checkpointing(model: Transformer, mode: str) -> None:
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operation in ROUTING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
-    # FSDP's hooks on experts are called in recomputed blocks too, but not as often, and they record their duration.
+    # FSDP's hooks on experts record their duration, and a recomputed block does not call as many of them.
     SAC_IGNORED_OPS.update(PROFILER_OPS)
     contexts = partial(create_selective_checkpoint_contexts, policy)
 
@@ -171,9 +171,7 @@ def set_gradient_sync(model: nn.Module, sync: bool, dims: ParallelDims) -> None:
 
 
 def _even_shard(shards: int, weight: nn.Parameter) -> Shard:
-    """Dimension 1 for expert stacks whose number of experts is no multiple of `shards`; otherwise dimension 0."""
-    uneven = weight.dim() == 3 and len(weight) % shards and weight.shape[1] % shards == 0
-    return Shard(1 if uneven else 0)
+    return Shard(stack_shard_dim(weight.shape[0], weight.shape[1], shards) if weight.dim() == 3 else 0)
 
 
 def _moe_layers(model: Transformer) -> list[MoELayer]:

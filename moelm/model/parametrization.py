@@ -12,9 +12,9 @@ number of layers is to be fixed.
 | router | m^-1/2 | m^-1 | |
 
 Logits are divided by m. This is the form of Yang et al. 2022, table 8, in which one matrix can be embedding and head. An
-expert has the rules of the dense block with equal active units (Complete-muE, Peng et al. 2026). A router has the rates of
-an output matrix (Malasnicki et al. 2025), but the initial scale of a hidden one: with that of an output matrix, 1/m, gates
-would be evener in wider models at first. Muon's updates have a spectral norm of the rate times `update_scale`, which grows
+expert has the rules of the dense block with equal active units (Complete-muE, Peng et al. 2026). A router has the rate of
+an output matrix (table 3), but the initial scale of a hidden one: with that of an output matrix, 1/m, gates would be evener
+in wider models at first. Muon's updates have a spectral norm of the rate times `update_scale`, which grows
 with sqrt(m); it should be sqrt(rows / columns) of the matrix (Yang et al. 2023, condition 1), which does not depend on m,
 or falls with m^-1/2 for a head with a fixed number of rows.
 """

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moelm.config import RunConfig
-from moelm.distributed.parallel_dims import ParallelDims
+from moelm.distributed.parallel_dims import ParallelDims, stack_shard_dim
 from moelm.plan.strategy import Strategy
 from moelm.plan.weights import Weight, model_weights
 
@@ -48,7 +48,7 @@ def holders_of(weight: Weight, dims: ParallelDims) -> Holders:
         if dims.ep > 1:
             return Holders(dims.ep, dims.dp_replicate, dims.dp_shard, dims.ep)
         experts, rows, _ = weight.shape
-        if experts % shards == 0 or rows % shards:
+        if stack_shard_dim(experts, rows, shards) == 0:
             return Holders(shards, replicas, 1, shards)
     return Holders(1, replicas, shards, 1)
 

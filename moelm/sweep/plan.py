@@ -15,7 +15,7 @@ from moelm.runs.directory import RunDirectory
 from moelm.sweep.budget import steps_within
 from moelm.sweep.config import SweepConfig, variant_overrides
 from moelm.sweep.match import matching_width, model_size
-from moelm.sweep.sizes import length_overrides, warn_of_other_changes, warn_of_repeated_data
+from moelm.sweep.sizes import length_overrides, warn_of_repeated_data, warn_of_untransferred_changes
 from moelm.sweep.variant import SweepVariant
 
 SIZE_LABEL = r"[A-Za-z0-9][A-Za-z0-9.-]*"
@@ -56,7 +56,7 @@ def plan_sweep(path: Path, sweep: SweepConfig, overrides: Sequence[str], process
         for variant in _plan_size(base, config, sweep, size, labels, overrides)
     ]
     _check_same_data(variants)
-    warn_of_other_changes([variant.config for variant in variants])
+    warn_of_untransferred_changes([variant.config for variant in variants])
     if sweep.tokens_per_param is not None:
         for variant in variants:
             warn_of_repeated_data(variant.config)

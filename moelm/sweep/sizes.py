@@ -83,7 +83,7 @@ def warn_of_repeated_data(config: RunConfig) -> None:
         )
 
 
-def warn_of_other_changes(configs: Sequence[RunConfig]) -> None:
+def warn_of_untransferred_changes(configs: Sequence[RunConfig]) -> None:
     """A warning if sizes differ in what `mup` does not transfer a learning rate over."""
     if not any(config.model.parametrization == "mup" for config in configs):
         return

@@ -95,7 +95,6 @@ def cluster(workplace: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow(seconds=20)
-@pytest.mark.exhaustive
 def test_the_slurm_script_saves_requeues_and_resumes(workplace: Path, cluster: dict[str, str]) -> None:
     overrides = [*NO_NEAR_TIES, "train.eval_every=1000", "parallel.ep=2"]
     script = ["bash", str(SCRIPTS / "slurm.sbatch"), "moe.yaml", *overrides, "train.steps=60"]

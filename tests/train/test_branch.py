@@ -134,7 +134,6 @@ def test_a_missing_run_is_refused(long_run: Path) -> None:
 
 
 @pytest.mark.slow(seconds=15)
-@pytest.mark.exhaustive
 def test_a_branch_on_several_processes(moelm: Moelm, long_run: Path) -> None:
     settings = (*WSD, "train.steps=10")
     done = moelm("train", "moe.yaml", *settings, "name=short", "--branch-from", "long", "--nproc", "2")

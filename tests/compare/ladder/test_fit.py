@@ -53,10 +53,9 @@ def test_a_law_without_a_floor_does_not_identify_one() -> None:
     assert found.floor_low < 0.1
 
 
-@pytest.mark.slow(seconds=10)
-@pytest.mark.exhaustive
+@pytest.mark.slow(seconds=20)
 def test_intervals_contain_the_planted_law() -> None:
-    rng, count = np.random.default_rng(1), 6
+    rng, count = np.random.default_rng(1), 12
     covered = np.zeros(3)
     for _ in range(count):
         found = fit_ladder(plant(rng, factor=5.0, seed_std=0.004, documents=0, resamples=60))
@@ -65,7 +64,7 @@ def test_intervals_contain_the_planted_law() -> None:
             found.floor_low <= FLOOR <= found.floor_high,
             *(each.exponent_low <= EXPONENT <= each.exponent_high for each in found.laws),
         ]
-    assert (covered >= count - 1).all(), covered
+    assert (covered >= count - 3).all(), covered
 
 
 def test_three_sizes_have_no_fit() -> None:
