@@ -6,6 +6,7 @@ matrix has one owner among the processes that hold a part of it, so that nothing
 Shapes: K matrices of a stack, N rows, M columns.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -188,7 +189,7 @@ def _items(index: int, parameter: Tensor, blocks: int, rank: int) -> Iterator[_I
         mesh = parameter.device_mesh.mesh
         assert all(sum(mesh.shape[i] > 1 for i in dims) <= 1 for dims in (stack, sharded))
         # Dimensions: parts of the stack, replicas, shards of matrices.
-        sizes = [int(torch.tensor([mesh.shape[i] for i in dims]).prod()) for dims in (stack, replicate, sharded)]
+        sizes = [math.prod(mesh.shape[i] for i in dims) for dims in (stack, replicate, sharded)]
         ranks_SRC = mesh.permute(*stack, *replicate, *sharded).reshape(sizes).tolist()
     for number, replicas in enumerate(ranks_SRC):
         held = chunk(shape[0], len(ranks_SRC), number)

@@ -79,14 +79,14 @@ def evaluate(
     for first in range(0, len(starts), ranks.size):
         counted = first + ranks.rank < len(starts)
         start = starts[first + ranks.rank if counted else first]
-        batch = rows.batch(np.arange(start, min(start + per_batch, len(rows)))).to(device)
-        output = forward_batch(model, batch, dtype, document_mask=document_mask, losses=True)
+        batch = rows.batch(np.arange(start, min(start + per_batch, len(rows))))
+        output = forward_batch(model, batch.to(device), dtype, document_mask=document_mask, losses=True)
         after_batch()
         if counted:
             assert output.losses is not None
-            valid_N = batch.valid_N
-            fragments = batch.fragments_BT.flatten()[valid_N].cpu().numpy()
-            np.add.at(losses_F, fragments, output.losses.each_N[valid_N].double().cpu().numpy())
+            valid_N = batch.valid_N.numpy()
+            losses_N = output.losses.each_N.double().cpu().numpy()
+            np.add.at(losses_F, batch.fragments_BT.flatten().numpy()[valid_N], losses_N[valid_N])
     # Every fragment belongs to one rank and is zero on the others, so the sum is exact.
     losses_F = ranks.all_reduce_array(losses_F, device)
     model.train(was_training)

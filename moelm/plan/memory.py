@@ -7,10 +7,9 @@ assumed even. Not included: allocator fragmentation, buffers of libraries, and t
 from typing import NamedTuple
 
 from moelm.config import DenseFFNConfig, MoEFFNConfig, RunConfig
-from moelm.distributed.parallel_dims import expert_padding
 from moelm.plan.strategy import BF16_BYTES, FP32_BYTES, Strategy
 from moelm.plan.update import update_memory
-from moelm.plan.weights import WeightCount, count_weights
+from moelm.plan.weights import count_weights
 
 INDEX_BYTES = 8
 
@@ -56,7 +55,7 @@ def estimate_memory(config: RunConfig, strategy: Strategy) -> Memory:
     weights = count_weights(config)
     return Memory(
         weights=FP32_BYTES * weights.per_process(dims),
-        gathered=_gathered(config, strategy, weights),
+        gathered=_gathered(config, strategy),
         gradients=FP32_BYTES * (own + unreduced),
         optimizer=FP32_BYTES * (own + with_two_moments.per_process(dims)),
         activations=_activations(config, strategy),
@@ -65,14 +64,15 @@ def estimate_memory(config: RunConfig, strategy: Strategy) -> Memory:
     )
 
 
-def _gathered(config: RunConfig, strategy: Strategy, weights: WeightCount) -> int:
+def _gathered(config: RunConfig, strategy: Strategy) -> int:
     dims, num_layers = strategy.dims, config.model.num_unique_layers
+    weights = count_weights(config, gathered=dims)
     local_experts = weights.experts // dims.ep
     if dims.size == 1:
         return BF16_BYTES * (weights.dense + local_experts) if strategy.bf16 else 0
     # With expert parallelism alone, each process holds its experts completely.
     gathered_experts = 0 if dims.ep > 1 and dims.dp_replicate * dims.dp_shard == 1 else local_experts
-    layer = (weights.dense + round(expert_padding(config, dims) * gathered_experts)) // num_layers
+    layer = (weights.dense + gathered_experts) // num_layers
     # If weights are freed after use, two layers are gathered at a time: the current one and the prefetched one.
     resharded = config.parallel.reshard_after_forward and dims.dp_shard > 1
     layers = min(2, num_layers) if resharded else num_layers

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from moelm.config import MoEFFNConfig, RunConfig
-from moelm.distributed.parallel_dims import ParallelDims, expert_padding
+from moelm.distributed.parallel_dims import ParallelDims
 from moelm.plan.strategy import BF16_BYTES, FP32_BYTES, Strategy
 from moelm.plan.update import exchanges
 from moelm.plan.weights import WeightCount, count_weights
@@ -60,10 +60,9 @@ def step_collectives(config: RunConfig, strategy: Strategy) -> Iterator[Collecti
     repeats = config.model.num_layers // config.model.num_unique_layers if resharded else 1
     reductions = micro_batches if dims.dp_shard > 1 else 1
     dense_replicas, dense_shards = dims.dense_mesh
-    weights = count_weights(config)
-    trained = count_weights(config, lambda weight: weight.is_trained(config.optim))
-    padding = expert_padding(config, dims)
-    (dense, experts), (dense_grads, expert_grads) = (_by_mesh(count, dims, padding) for count in (weights, trained))
+    weights = count_weights(config, gathered=dims)
+    trained = count_weights(config, lambda weight: weight.is_trained(config.optim), gathered=dims)
+    (dense, experts), (dense_grads, expert_grads) = (_by_mesh(count, dims) for count in (weights, trained))
     # The root is gathered in float32.
     for gathered, gradients, replicas, shards, stride in (
         (
@@ -87,10 +86,10 @@ def step_collectives(config: RunConfig, strategy: Strategy) -> Iterator[Collecti
         yield Collective("optimizer", exchange.gathered + exchange.returned, holders.size, holders.stride)
 
 
-def _by_mesh(count: WeightCount, dims: ParallelDims, padding: float) -> tuple[int, int]:
+def _by_mesh(count: WeightCount, dims: ParallelDims) -> tuple[int, int]:
     """Elements of one process's layers on the mesh of dense parameters, and on that of experts."""
     if dims.ep == 1:
-        return count.dense + round(padding * count.experts), 0
+        return count.dense + count.experts, 0
     return count.dense, count.experts // dims.ep
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from moelm.config import MoEFFNConfig, OptimConfig, RunConfig
-from moelm.distributed.parallel_dims import ParallelDims
+from moelm.distributed.parallel_dims import ParallelDims, stack_shard_dim
 from moelm.model.flops import router_weights
 from moelm.model.roles import Role
 from moelm.train.parameter_groups import optimizer_of_role
@@ -27,6 +27,14 @@ class Weight(NamedTuple):
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def gathered_size(self, dims: ParallelDims) -> int:
+        """Number of elements when it is gathered: FSDP pads the sharded dimension to a multiple of the shards."""
+        if self.section == "routers" or (self.section == "experts" and dims.ep > 1):
+            return self.size  # not sharded by FSDP, or only where it divides evenly
+        shards = dims.dense_mesh[1]
+        dim = stack_shard_dim(self.shape[0], self.shape[1], shards) if self.section == "experts" else 0
+        return self.size // self.shape[dim] * -(-self.shape[dim] // shards) * shards
 
     def is_trained(self, optim: OptimConfig) -> bool:
         """Whether its role is not frozen."""
@@ -87,10 +95,16 @@ def model_weights(config: RunConfig) -> Counter[Weight]:
     return Counter({weight: number for weight, number in weights.items() if number * weight.size})
 
 
-def count_weights(config: RunConfig, included: Callable[[Weight], bool] = lambda weight: True) -> WeightCount:
-    """The number of elements in each section."""
+def count_weights(
+    config: RunConfig, included: Callable[[Weight], bool] = lambda weight: True, gathered: ParallelDims | None = None
+) -> WeightCount:
+    """The number of elements in each section.
+
+    Args:
+        gathered: dims whose shards are put together, padding included; None counts the elements themselves.
+    """
     counts = dict.fromkeys(WeightCount._fields, 0)
     for weight, number in model_weights(config).items():
         if included(weight):
-            counts[weight.section] += number * weight.size
+            counts[weight.section] += number * (weight.gathered_size(gathered) if gathered else weight.size)
     return WeightCount(**counts)

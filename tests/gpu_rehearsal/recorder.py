@@ -1,0 +1,113 @@
+"""What a pass on the fake device does: where the host waits for the device, and what is sent to other processes."""
+
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import moelm
+
+PACKAGE = Path(moelm.__file__).parent
+aten = torch.ops.aten
+
+KINDS = {
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "alltoall_base_": "all_to_all",
+    "all_to_all_single": "all_to_all",
+}
+"""Kinds of traffic, as `moelm plan` names them, by torch's collectives; the last one is in compiled code."""
+
+
+class Recorder(TorchDispatchMode):
+    """Counts host syncs by kind and file, and the bytes that this process sends by kind; values that the host asks for are
+    invented.
+
+    Args:
+        rows: of all experts of a process in a forward pass, the same for all.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.syncs: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """The compiler traces below this mode; compiled code runs in it."""
+        return True
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self.syncs.clear()
+        self.sent.clear()
+
+    def note_sync(self, kind: str) -> None:
+        """Count a sync."""
+        self.syncs[f"{kind} in {_file()}"] += 1
+
+    def tolist(self, x: Tensor) -> Any:
+        """In place of `Tensor.tolist`, which reads one element after another of a fake tensor."""
+        if x.device.type == "cuda":
+            self.note_sync("tolist")
+        number = 1.0 if x.is_floating_point() else 1
+        if x.dtype == torch.int64 and x.dim() == 2 and len(x) == 2:
+            number = self.rows // x.shape[1]  # rows for each process
+        return np.full(tuple(x.shape), number).tolist()
+
+    def numpy(self, x: Tensor) -> Any:
+        """In place of `Tensor.numpy`, which fake tensors refuse."""
+        assert x.device.type == "cpu"
+        return np.ones(tuple(x.shape), str(x.dtype).removeprefix("torch."))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        x = args[0] if args and isinstance(args[0], Tensor) else None
+        on_gpu = x is not None and x.device.type == "cuda"
+        namespace, name, _ = str(func).split(".")
+        if namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
+            self._note_collective(name, args)
+        if func is aten._local_scalar_dense.default and isinstance(x, FakeTensor):
+            if on_gpu:
+                self.note_sync("item")
+            return 1.0 if x.is_floating_point() else 1
+        if func is aten.repeat_interleave.Tensor and on_gpu and kwargs.get("output_size") is None:
+            self.note_sync("repeat_interleave")
+            return torch.zeros(self.rows, dtype=torch.int64, device=x.device)
+        if func is aten.bincount.default and on_gpu:
+            self.note_sync("bincount")
+            return torch.zeros(kwargs.get("minlength", args[-1]), dtype=torch.int64, device=x.device)
+        if func is aten.index.Tensor and on_gpu and any(each is not None and each.dtype == torch.bool for each in args[1]):
+            self.note_sync("mask")
+            rows = [torch.zeros(each.numel(), dtype=torch.int64, device=x.device) for each in args[1]]
+            return func(x, rows)
+        if func is aten._to_copy.default and on_gpu and torch.device(kwargs.get("device") or "cuda").type == "cpu":
+            self.note_sync("copy to the host")
+            return torch.ones(x.shape, dtype=kwargs.get("dtype") or x.dtype)
+        return func(*args, **kwargs)
+
+    def _note_collective(self, name: str, args: Any) -> None:
+        """Count what this process sends in a collective: of the largest tensor all but its own share, or twice that."""
+        groups = [each for each in args if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each._type())]
+        group = dist.ProcessGroup.unbox(groups[0]) if groups else _resolve_process_group(args[-1])
+        tensors = [tensor for each in args for tensor in (each if isinstance(each, list) else [each])]
+        largest = max(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        kind = "optimizer" if _file() == "distributed/matrix_exchange.py" else KINDS.get(name, name)
+        self.sent[kind] += (1 + (kind == "all_reduce")) * largest * (group.size() - 1) // group.size()
+
+
+def _file() -> str:
+    """The file of the innermost call in the package."""
+    files = [Path(frame.filename) for frame in traceback.extract_stack()]
+    own = [file.relative_to(PACKAGE) for file in files if file.is_relative_to(PACKAGE)]
+    return str(own[-1]) if own else "torch"
