@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.utils.deterministic
 
 from moelm.atomic import temporary_path
 from moelm.console import warn
@@ -147,6 +148,18 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products for a `train.precision`."""
     wanted = pick_precision(device) if precision == "auto" else precision
     return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def use_deterministic_kernels(device: torch.device) -> None:
+    """Have torch use kernels whose results do not vary on GPUs, in this process and before its first matrix product.
+
+    Attention is then computed without cuDNN, gradients are added in a fixed order, and compiled kernels are not chosen by
+    timing. An operation without such a kernel raises an error; none is used in training.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True)
 
 
 def should_compile(wanted: bool | str, device: torch.device) -> bool:

@@ -4,7 +4,8 @@ the same shapes; and the expert kernels relative to dense matrix products with t
     python scripts/bench_gpu.py            # on a GPU
     python scripts/bench_gpu.py configs/bench-dense.yaml configs/bench-moe.yaml    # other shapes, any machine
 
-The first config is the reference for relative speed.
+The first config is the reference for relative speed: each other variant is timed in alternation with it alone, so that no
+more than two models are in memory.
 """
 
 import argparse
@@ -73,28 +74,27 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
     variants = list_variants([Path(config) for config in options.configs], [], None, peers=not options.no_peers)
-    kernel_speed = {
-        variant.name: relative_kernel_speed(variant)
-        for variant in variants
-        if not variant.peer and isinstance(variant.config.model.ffn, MoEFFNConfig)
-    }
+    reference, *others = variants
     with ProgressLine("Building the models …") as progress_line:
-        timings = run_rounds(variants, Workload(), options.rounds, progress_line.update)
+        together = [[reference, other] for other in others] or [[reference]]
+        timed = [run_rounds(pair, Workload(), options.rounds, progress_line.update) for pair in together]
+    rows = [(timed[0][0], 1.0)]
+    rows += [(timing, 1 / timing.ratio_to(first)) for first, *second in timed for timing in second]
     table = plain_table(
         "variant", "precision", "ms/step", "tokens/s", "relative speed", "MFU", "peak MiB", "expert kernels / dense GEMM"
     )
-    for timing in timings:
-        result = timing.as_dict()
-        speed = kernel_speed.get(timing.variant.name)
+    for timing, relative_speed in rows:
+        result, variant = timing.as_dict(), timing.variant
+        has_experts = not variant.peer and isinstance(variant.config.model.ffn, MoEFFNConfig)
         table.add_row(
-            timing.variant.name,
+            variant.name,
             result["precision"],
             f"{1e3 * result['step_s']:,.1f}",
             f"{result['tokens_per_s']:,.0f}",
-            f"{1 / timing.ratio_to(timings[0]):.2f}",
+            f"{relative_speed:.2f}",
             f"{result['mfu']:.1%}",
             f"{timing.memory / 2**20:,.0f}",
-            f"{speed:.0%}" if speed is not None else "",
+            f"{relative_kernel_speed(variant):.0%}" if has_experts else "",
         )
     Console(highlight=False, width=PIPE_WIDTH).print(table)
 

@@ -22,7 +22,7 @@ from moelm.bench.models import (
     resolve_model,
 )
 from moelm.bench.variants import BenchVariant
-from moelm.hardware import dtype_of, pick_device
+from moelm.hardware import dtype_of, pick_device, use_deterministic_kernels
 from moelm.inference.generate import Sampling, generate_tokens
 from moelm.model import count_flops
 
@@ -62,6 +62,8 @@ def build_workload(variant: BenchVariant, workload: Workload) -> TimedFunction:
 def _training_step(variant: BenchVariant) -> Callable[[], Phases]:
     config = variant.config
     device = pick_device()
+    if config.train.deterministic:
+        use_deterministic_kernels(device)
     dtype = dtype_of(config.train.precision, device)
     batch = random_batch(config).to(device)
     if variant.peer:

@@ -167,6 +167,9 @@ class TrainConfig(Config):
     """Steps between lines of metrics.jsonl; a line describes its own step alone."""
     precision: Dtype | Auto = "auto"
     """`bf16` is autocast; `auto`: bf16 where the hardware multiplies it faster, otherwise fp32; settled once a machine."""
+    deterministic: bool = False
+    """Whether a GPU gives the same results to the last bit whenever a run is repeated or resumed, for which some of its
+    kernels are replaced by slower ones; CPUs always do."""
 
 
 class RoleConfig(Config):

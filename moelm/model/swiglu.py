@@ -134,6 +134,10 @@ def grouped_swiglu_cuda(
         y_SD = swiglu(x_SD.to(dtype), first, second, third, activation)
         return y_SD if gates_S is None else y_SD * gates_S[:, None].to(dtype)
     act, _, options = ACTIVATIONS[activation]
+    if _leaves_gradients_unwritten(x_SD.device):
+        has_rows_E = ends_E.diff(prepend=ends_E.new_zeros(1)) > 0
+        first, second, third = (_MaskedGradient.apply(w, has_rows_E) for w in weights)  # type: ignore[no-untyped-call]
+        weights = first, second, third
     w1, w2, w3 = (w.to(dtype).transpose(1, 2) for w in weights)
     x_SD = x_SD.to(dtype)
     ends_E = ends_E.to(torch.int32)
@@ -141,6 +145,26 @@ def grouped_swiglu_cuda(
     if gates_S is not None:
         h_SF = h_SF * gates_S[:, None].to(dtype)
     return F.grouped_mm(h_SF, w2, offs=ends_E)
+
+
+def _leaves_gradients_unwritten(device: torch.device) -> bool:
+    """Whether `F.grouped_mm` leaves the gradients of experts without rows unwritten: on Blackwell GPUs, of compute
+    capability 10 (torch's issue 172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+class _MaskedGradient(torch.autograd.Function):
+    """Stacked weights `(E, ...)`, whose gradient is zero where a mask `(E)` is False, whatever is there."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask_E: Tensor) -> Tensor:
+        ctx.save_for_backward(mask_E)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask_E,) = ctx.saved_tensors
+        return torch.where(mask_E[:, None, None], grads[0], 0), None
 
 
 def grouped_swiglu_cpu(

@@ -25,7 +25,7 @@ from moelm.distributed.watchdog import Watchdog
 from moelm.errors import MoelmError
 from moelm.evaluation.losses import Evaluation, evaluate
 from moelm.formats import clock, quantity
-from moelm.hardware import peak_flops, peak_memory, should_compile
+from moelm.hardware import peak_flops, peak_memory, should_compile, use_deterministic_kernels
 from moelm.model import ModelOutput, Transformer, count_flops, rng
 from moelm.model.forward import forward_batch
 from moelm.model.moe.balance import LayerSums, add_layer_sums, map_layer_sums
@@ -96,6 +96,8 @@ class Trainer:
         self.config, self.run, self.data = config, run, data
         self.model, self.optimizer, self.progress = state
         self.device, self.dtype, self.ranks, self.dims, self.watchdog, self.lock = execution
+        if config.train.deterministic:
+            use_deterministic_kernels(self.device)
         compiled = should_compile(config.parallel.compile, self.device)
         # On several processes the blocks are compiled already.
         self.forward = torch.compile(self.model) if compiled and self.ranks.size == 1 else self.model

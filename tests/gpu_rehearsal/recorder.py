@@ -28,9 +28,19 @@ KINDS = {
 """Kinds of traffic, as `moelm plan` names them, by torch's collectives; the last one is in compiled code."""
 
 
+NONDETERMINISTIC = {
+    aten.histc.default,
+    aten.median.dim,
+    aten.nll_loss_forward.default,
+    aten.put_.default,
+    aten.scatter_reduce.two,
+}
+"""Operations that have no deterministic CUDA kernel; `cumsum` has none for floats."""
+
+
 class Recorder(TorchDispatchMode):
-    """Counts host syncs by kind and file, and the bytes that this process sends by kind; values that the host asks for are
-    invented.
+    """Counts host syncs by kind and file, the bytes that this process sends by kind, and operations without a deterministic
+    kernel; values that the host asks for are invented.
 
     Args:
         rows: of all experts of a process in a forward pass, the same for all.
@@ -41,6 +51,7 @@ class Recorder(TorchDispatchMode):
         self.rows = rows
         self.syncs: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
+        self.nondeterministic: Counter[str] = Counter()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -49,8 +60,8 @@ class Recorder(TorchDispatchMode):
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        self.syncs.clear()
-        self.sent.clear()
+        for counter in (self.syncs, self.sent, self.nondeterministic):
+            counter.clear()
 
     def note_sync(self, kind: str) -> None:
         """Count a sync."""
@@ -77,6 +88,8 @@ class Recorder(TorchDispatchMode):
         namespace, name, _ = str(func).split(".")
         if namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
             self._note_collective(name, args)
+        if on_gpu and (func in NONDETERMINISTIC or (func is aten.cumsum.default and x.is_floating_point())):
+            self.nondeterministic[str(func)] += 1
         if func is aten._local_scalar_dense.default and isinstance(x, FakeTensor):
             if on_gpu:
                 self.note_sync("item")

@@ -111,6 +111,8 @@ def rehearse(config: RunConfig, processes: int, device: torch.device) -> dict[st
     return {
         "syncs": recorder.syncs,
         "sent": recorder.sent,
+        "nondeterministic": recorder.nondeterministic,
+        "asked_to_be_deterministic": torch.are_deterministic_algorithms_enabled(),
         "planned": total_traffic(step_collectives(config, strategy))._asdict(),
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": list(counters["graph_break"]),

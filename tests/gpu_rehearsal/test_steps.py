@@ -21,6 +21,7 @@ from moelm.model.moe.router import Routing
 from moelm.plan import make_plan
 from moelm.train.trainer import Trainer
 from tests.distributed.launching import ROOT
+from tests.gpu_rehearsal import fake_cuda
 from tests.gpu_rehearsal.step import main as rehearse
 from tests.processes import Process, Program
 
@@ -104,6 +105,7 @@ def case_surprises(case: str, recorded: dict[str, Any]) -> Iterator[str]:
     """What is not listed above."""
     allowed = set(ALLOWED_SYNCS).union(*(syncs for word, syncs in ALLOWED_SYNCS_WITH.items() if word in case))
     yield from sorted(recorded["syncs"].keys() - allowed)
+    yield from (f"{operation} has no deterministic kernel" for operation in recorded["nondeterministic"])
     for explanation in recorded["graph_breaks"]:
         if "parallel.ep" not in case or not explanation.startswith(tuple(ALLOWED_BREAKS)):
             yield explanation.splitlines()[0]
@@ -155,6 +157,29 @@ def test_layouts_that_the_plan_proposes_are_trained(library: Path, tmp_path: Pat
     cases = proposed_layouts(ROOT / "configs" / "mixtral-8x7b.yaml", gpus)
     assert len(cases) > 2
     assert surprises(rehearsed(library, gpus, cases, tmp_path)) == {}
+
+
+def rehearse_on_blackwell() -> None:
+    install = fake_cuda.install
+
+    def install_blackwell(library: Path) -> torch.device:
+        device = install(library)
+        torch.cuda.get_device_capability = lambda device=None: (10, 0)
+        return device
+
+    fake_cuda.install = install_blackwell
+    rehearse()
+
+
+def test_the_gradients_that_blackwell_needs_masked_break_no_graph(library: Path, tmp_path: Path) -> None:
+    assert surprises(rehearsed(library, 1, [MOE], tmp_path, rehearse_on_blackwell)) == {}
+
+
+def test_deterministic_kernels_are_asked_for(library: Path, tmp_path: Path) -> None:
+    case = f"{MOE}|{EAGER}|train.deterministic=true"
+    recorded = rehearsed(library, 1, [f"{MOE}|{EAGER}", case], tmp_path)
+    assert [each["asked_to_be_deterministic"] for each in recorded.values()] == [False, True]
+    assert surprises(recorded) == {}
 
 
 def rehearse_with_a_sync() -> None:

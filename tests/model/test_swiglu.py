@@ -3,10 +3,12 @@
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moelm.config import ModelConfig
@@ -14,7 +16,14 @@ from moelm.data.loader import Batch
 from moelm.errors import MoelmError
 from moelm.model import build_model
 from moelm.model.moe.experts import Experts, check_grouped_kernel
-from moelm.model.swiglu import BLOCK_SIZES, _block_layout, grouped_swiglu_cpu, grouped_swiglu_cuda, grouped_swiglu_loop
+from moelm.model.swiglu import (
+    BLOCK_SIZES,
+    _block_layout,
+    _leaves_gradients_unwritten,
+    grouped_swiglu_cpu,
+    grouped_swiglu_cuda,
+    grouped_swiglu_loop,
+)
 from moelm.train.objective import micro_batch_loss
 from tests.tolerance import assert_close
 
@@ -60,6 +69,45 @@ def test_every_implementation_equals_the_loop(ends: list[int], gated: bool, acti
     ):
         for found, wanted in zip(results, expected, strict=True):
             assert_close(found, wanted)
+
+
+class _GroupedMMOfBlackwell(torch.autograd.Function):
+    """`F.grouped_mm` whose backward pass leaves the gradients of experts without rows unwritten: here NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return original_grouped_mm(x, weight, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, ends = (each.detach() for each in ctx.saved_tensors)
+        with torch.enable_grad():
+            y = original_grouped_mm(x.requires_grad_(), weight.requires_grad_(), offs=ends)
+        dx, dweight = torch.autograd.grad(y, (x, weight), grads[0])
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return dx, dweight.masked_fill(empty[:, None, None], torch.nan), None
+
+
+original_grouped_mm = F.grouped_mm
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)], ids=["Hopper", "Blackwell"])
+def test_gradients_that_a_kernel_leaves_unwritten_are_zero(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(ENDS["experts without rows"], torch.float32, gated=True)
+    expected = value_and_gradients(grouped_swiglu_loop, inputs, "silu")
+    monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: _GroupedMMOfBlackwell.apply(x, w, offs))
+    leaves_unwritten = partial(_leaves_gradients_unwritten, torch.device("cuda"))
+    monkeypatch.setattr("moelm.model.swiglu._leaves_gradients_unwritten", lambda device: leaves_unwritten())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    results = value_and_gradients(grouped_swiglu_cuda, inputs, "silu")
+    if capability < (10, 0):
+        assert all(result.isnan().any() for result in results[2:5])  # the three stacks of weights
+        return
+    for found, wanted in zip(results, expected, strict=True):
+        assert_close(found, wanted)
 
 
 def test_custom_gradients_equal_finite_differences() -> None:
