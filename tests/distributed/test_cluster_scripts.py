@@ -22,7 +22,20 @@ PYTORCHJOB = {
     "spec.pytorchReplicaSpecs": {"Master", "Worker"},
     "spec.pytorchReplicaSpecs.Worker": {"replicas", "restartPolicy", "template"},
 }
-"""Keys of the operator's schema, by section."""
+"""Keys of the operator's schema, version 1, by section."""
+RUNTIME = {
+    "": {"apiVersion", "kind", "metadata", "spec"},
+    "spec": {"mlPolicy", "podGroupPolicy", "template"},
+    "spec.mlPolicy": {"numNodes", "torch"},
+    "spec.template.spec": {"failurePolicy", "network", "replicatedJobs", "startupPolicy", "successPolicy"},
+}
+TRAINJOB = {
+    "": {"apiVersion", "kind", "metadata", "spec"},
+    "spec": {"runtimeRef", "initializer", "trainer", "runtimePatches", "suspend", "activeDeadlineSeconds", "managedBy"},
+    "spec.runtimeRef": {"name", "apiGroup", "kind"},
+    "spec.trainer": {"image", "command", "args", "env", "numNodes", "resourcesPerNode", "numProcPerNode"},
+}
+"""Keys of version 2."""
 SKYPILOT = {
     "": {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "file_mounts", "setup", "run"},
     "resources": {"infra", "accelerators", "use_spot", "network_tier", "job_recovery"},
@@ -44,22 +57,59 @@ def section(tree: Any, path: str) -> dict[str, Any]:
     return tree
 
 
-@pytest.mark.parametrize(("name", "schema"), [("kubernetes", PYTORCHJOB), ("skypilot", SKYPILOT)])
-def test_manifests_have_known_keys_only(name: str, schema: dict[str, set[str]]) -> None:
-    tree = yaml.safe_load((SCRIPTS / f"{name}.yaml").read_text())
-    for path, known in schema.items():
-        assert section(tree, path).keys() <= known, path
+def documents(name: str) -> list[Any]:
+    return list(yaml.safe_load_all((SCRIPTS / f"{name}.yaml").read_text()))
 
 
-def test_the_kubernetes_manifest_is_a_pytorchjob() -> None:
-    tree = yaml.safe_load((SCRIPTS / "kubernetes.yaml").read_text())
+@pytest.mark.parametrize(
+    ("name", "schemas"),
+    [("kubernetes", [RUNTIME, TRAINJOB]), ("kubernetes-v1", [PYTORCHJOB]), ("skypilot", [SKYPILOT])],
+)
+def test_manifests_have_known_keys_only(name: str, schemas: list[dict[str, set[str]]]) -> None:
+    for tree, schema in zip(documents(name), schemas, strict=True):
+        for path, known in schema.items():
+            assert section(tree, path).keys() <= known, path
+
+
+def test_the_kubernetes_manifest_is_a_runtime_and_its_job() -> None:
+    runtime, job = documents("kubernetes")
+    assert {runtime["apiVersion"], job["apiVersion"]} == {"trainer.kubeflow.org/v1alpha1"}
+    assert (runtime["kind"], job["kind"]) == ("TrainingRuntime", "TrainJob")
+    assert job["spec"]["runtimeRef"] == {"kind": runtime["kind"], "name": runtime["metadata"]["name"]}
+    (nodes,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert nodes["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+    (container,) = nodes["template"]["spec"]["template"]["spec"]["containers"]
+    assert (nodes["name"], container["name"]) == ("node", "node")  # which the trainer looks for
+    check_command(job["spec"]["trainer"]["command"])
+
+
+def test_the_kubernetes_manifest_for_version_1_is_a_pytorchjob() -> None:
+    (tree,) = documents("kubernetes-v1")
     assert (tree["apiVersion"], tree["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert isinstance(tree["spec"]["nprocPerNode"], str)
     worker = tree["spec"]["pytorchReplicaSpecs"]["Worker"]
     assert worker["restartPolicy"] == "OnFailure"  # torchrun exits with 1 for any error
     (container,) = worker["template"]["spec"]["containers"]
     assert container["name"] == "pytorch"
-    assert (ROOT / container["command"][-1]).is_file()
+    check_command(container["command"])
+
+
+def check_command(command: list[str]) -> None:
+    """The config is where the image has it."""
+    assert command[:4] == ["torchrun", "-m", "moelm", "train"]
+    assert (ROOT / Path(command[4]).relative_to("/opt/moelm")).is_file()
+
+
+def test_the_image_is_built_from_files_that_exist_and_runs_unprivileged() -> None:
+    build, last = ((SCRIPTS / "Dockerfile").read_text().replace("\\\n", " ")).split("\nFROM ")[1:]
+    copied = [line.split()[1:-1] for stage in (build, last) for line in stage.splitlines() if line.startswith("COPY ")]
+    assert copied.pop(2) == ["--from=build", "/opt/venv"]
+    assert all((ROOT / name).exists() for names in copied for name in names)
+    installed = next(line for line in last.splitlines() if "apt-get install" in line)
+    assert set(installed.split("--no-install-recommends")[1].split("&&")[0].split()) == {"gcc", "libc6-dev"}
+    user = next(line.split()[1] for line in last.splitlines() if line.startswith("USER "))
+    assert f"useradd --create-home --uid 1000 {user}" in last
+    assert "pip install" not in last
 
 
 def test_shell_scripts_have_valid_syntax() -> None:
