@@ -151,10 +151,10 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
 
 
 def use_deterministic_kernels(device: torch.device) -> None:
-    """Have torch use kernels whose results do not vary on GPUs, in this process and before its first matrix product.
+    """Have torch use kernels whose results do not vary on GPUs; cuBLAS and NCCL read this when they are initialized.
 
     Attention is then computed without cuDNN, gradients are added in a fixed order, and compiled kernels are not chosen by
-    timing. An operation without such a kernel raises an error; none is used in training.
+    timing. An operation without such a kernel raises an error; training uses none that torch lists.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -4,8 +4,8 @@ the same shapes; and the expert kernels relative to dense matrix products with t
     python scripts/bench_gpu.py            # on a GPU
     python scripts/bench_gpu.py configs/bench-dense.yaml configs/bench-moe.yaml    # other shapes, any machine
 
-The first config is the reference for relative speed: each other variant is timed in alternation with it alone, so that no
-more than two models are in memory.
+The first config is the reference for relative speed: each other variant, peers too, is timed in alternation with it alone,
+so that no more than two models are in memory. The reference's own row is of the first of these pairs.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The choice of precision for a CPU, and GPUs by their names."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,17 @@ def test_a_device_is_found_by_the_words_of_its_name(reported: str, name: str) ->
 
 def test_an_unknown_device_is_timed() -> None:
     assert hardware.device_named("NVIDIA T4") is None
+
+
+def test_deterministic_kernels_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        hardware.use_deterministic_kernels(torch.device("cpu"))
+        assert not torch.are_deterministic_algorithms_enabled()
+        hardware.use_deterministic_kernels(torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True

@@ -168,8 +168,8 @@ class TrainConfig(Config):
     precision: Dtype | Auto = "auto"
     """`bf16` is autocast; `auto`: bf16 where the hardware multiplies it faster, otherwise fp32; settled once a machine."""
     deterministic: bool = False
-    """Whether a GPU gives the same results to the last bit whenever a run is repeated or resumed, for which some of its
-    kernels are replaced by slower ones; CPUs always do."""
+    """Whether a run that is repeated or resumed on GPUs has the same results to the last bit, as on CPUs. Some kernels are
+    then replaced by slower ones."""
 
 
 class RoleConfig(Config):

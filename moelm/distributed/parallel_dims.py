@@ -96,6 +96,11 @@ def check_model(config: RunConfig, dims: ParallelDims) -> str | None:
     return None
 
 
+def padded_size(size: int, shards: int) -> int:
+    """The size of a dimension that FSDP shards: a multiple of the shards."""
+    return -(-size // shards) * shards
+
+
 def stack_shard_dim(experts: int, rows: int, shards: int) -> int:
     """The dimension along which FSDP shards a stack of matrices with so many rows: the first that divides evenly, or 0."""
     return int(experts % shards != 0 and rows % shards == 0)
@@ -109,7 +114,7 @@ def expert_padding(config: RunConfig, dims: ParallelDims) -> float:
     ffn, shards = config.model.ffn, dims.dense_mesh[1]
     if dims.ep > 1 or not isinstance(ffn, MoEFFNConfig):
         return 1.0
-    padded = -(-ffn.num_experts // shards) * shards / ffn.num_experts
+    padded = padded_size(ffn.num_experts, shards) / ffn.num_experts
     of_w1, of_w2 = (
         1.0 if stack_shard_dim(ffn.num_experts, rows, shards) else padded for rows in (ffn.hidden_dim, config.model.dim)
     )

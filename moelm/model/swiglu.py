@@ -134,11 +134,11 @@ def grouped_swiglu_cuda(
         y_SD = swiglu(x_SD.to(dtype), first, second, third, activation)
         return y_SD if gates_S is None else y_SD * gates_S[:, None].to(dtype)
     act, _, options = ACTIVATIONS[activation]
-    if _leaves_gradients_unwritten(x_SD.device):
+    stacks = [w.to(dtype) for w in weights]
+    if _leaves_gradients_unset(x_SD.device):
         has_rows_E = ends_E.diff(prepend=ends_E.new_zeros(1)) > 0
-        first, second, third = (_MaskedGradient.apply(w, has_rows_E) for w in weights)  # type: ignore[no-untyped-call]
-        weights = first, second, third
-    w1, w2, w3 = (w.to(dtype).transpose(1, 2) for w in weights)
+        stacks = [_MaskedGradient.apply(w, has_rows_E) for w in stacks]  # type: ignore[no-untyped-call]
+    w1, w2, w3 = (w.transpose(1, 2) for w in stacks)
     x_SD = x_SD.to(dtype)
     ends_E = ends_E.to(torch.int32)
     h_SF = act(F.grouped_mm(x_SD, w1, offs=ends_E), **options) * F.grouped_mm(x_SD, w3, offs=ends_E)
@@ -147,10 +147,10 @@ def grouped_swiglu_cuda(
     return F.grouped_mm(h_SF, w2, offs=ends_E)
 
 
-def _leaves_gradients_unwritten(device: torch.device) -> bool:
-    """Whether `F.grouped_mm` leaves the gradients of experts without rows unwritten: on Blackwell GPUs, of compute
-    capability 10 (torch's issue 172439)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
+def _leaves_gradients_unset(device: torch.device) -> bool:
+    """Whether `F.grouped_mm` may give experts without rows arbitrary gradients instead of zeros: on GPUs of compute
+    capability 10 (Blackwell) with some versions of torch (pytorch issue 172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
 class _MaskedGradient(torch.autograd.Function):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from moelm.config import MoEFFNConfig, OptimConfig, RunConfig
-from moelm.distributed.parallel_dims import ParallelDims, stack_shard_dim
+from moelm.distributed.parallel_dims import ParallelDims, padded_size, stack_shard_dim
 from moelm.model.flops import router_weights
 from moelm.model.roles import Role
 from moelm.train.parameter_groups import optimizer_of_role
@@ -34,7 +34,7 @@ class Weight(NamedTuple):
             return self.size  # not sharded by FSDP, or only where it divides evenly
         shards = dims.dense_mesh[1]
         dim = stack_shard_dim(self.shape[0], self.shape[1], shards) if self.section == "experts" else 0
-        return self.size // self.shape[dim] * -(-self.shape[dim] // shards) * shards
+        return self.size // self.shape[dim] * padded_size(self.shape[dim], shards)
 
     def is_trained(self, optim: OptimConfig) -> bool:
         """Whether its role is not frozen."""

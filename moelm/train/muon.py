@@ -106,4 +106,4 @@ def _active(parameter: Tensor, zero: Sequence[bool]) -> Tensor | None:
     """1 for matrices with a gradient and 0 for others, `(K, 1, 1)`; None if all have one."""
     if not any(zero):
         return None
-    return torch.tensor([float(not each) for each in zero], device=parameter.device)[:, None, None]
+    return torch.tensor([float(not each) for each in zero]).to(parameter.device, non_blocking=True)[:, None, None]

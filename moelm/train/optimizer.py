@@ -89,7 +89,7 @@ class Optimizer(torch.optim.Optimizer):
             [state["step"] for state in states],
             fused=True,
             # The kernel divides gradients by it.
-            grad_scale=None if scale == 1.0 else torch.tensor(1 / scale, device=parameters[0].device),
+            grad_scale=None if scale == 1.0 else torch.full((), 1 / scale, device=parameters[0].device),
             amsgrad=False,
             beta1=self.config.beta1,
             beta2=self.config.beta2,

@@ -28,7 +28,7 @@ from moelm.distributed.ranks import Ranks, distributed_context
 from moelm.distributed.watchdog import Watchdog
 from moelm.errors import MoelmError
 from moelm.evaluation.losses import Evaluation
-from moelm.hardware import dtype_of, keep_memory, pick_device, pick_precision, should_compile
+from moelm.hardware import dtype_of, keep_memory, pick_device, pick_precision, should_compile, use_deterministic_kernels
 from moelm.model import Transformer, build_model
 from moelm.model.init import initialize
 from moelm.model.moe.experts import check_grouped_kernel
@@ -74,6 +74,8 @@ def train(
         MoelmError: the name belongs to a run of another config, or unusable input; see `Trainer.fit`.
     """
     keep_memory()
+    if config.train.deterministic:
+        use_deterministic_kernels(pick_device())
     with distributed_context(2 * config.parallel.timeout_s) as ranks:
         console.quiet = not ranks.is_main
         try:

@@ -25,7 +25,7 @@ from moelm.distributed.watchdog import Watchdog
 from moelm.errors import MoelmError
 from moelm.evaluation.losses import Evaluation, evaluate
 from moelm.formats import clock, quantity
-from moelm.hardware import peak_flops, peak_memory, should_compile, use_deterministic_kernels
+from moelm.hardware import peak_flops, peak_memory, should_compile
 from moelm.model import ModelOutput, Transformer, count_flops, rng
 from moelm.model.forward import forward_batch
 from moelm.model.moe.balance import LayerSums, add_layer_sums, map_layer_sums
@@ -96,8 +96,6 @@ class Trainer:
         self.config, self.run, self.data = config, run, data
         self.model, self.optimizer, self.progress = state
         self.device, self.dtype, self.ranks, self.dims, self.watchdog, self.lock = execution
-        if config.train.deterministic:
-            use_deterministic_kernels(self.device)
         compiled = should_compile(config.parallel.compile, self.device)
         # On several processes the blocks are compiled already.
         self.forward = torch.compile(self.model) if compiled and self.ranks.size == 1 else self.model
@@ -212,7 +210,7 @@ class Trainer:
 
     def _micro_batch(self, index: int, rows: np.ndarray[Any, np.dtype[np.int64]]) -> MicroBatch:
         rng_keys_B = rng.row_keys(self.config.seed, index, torch.from_numpy(rows))
-        return MicroBatch(self.data.train.batch(rows).to(self.device), rng_keys_B.to(self.device))
+        return MicroBatch(self.data.train.batch(rows).to(self.device), rng_keys_B.to(self.device, non_blocking=True))
 
     def _accumulate_gradients(
         self, micro_batches: list[MicroBatch], num_valid_tokens: int
@@ -222,7 +220,7 @@ class Trainer:
         Args:
             num_valid_tokens: valid tokens of the global batch.
         """
-        num_tokens = torch.tensor(num_valid_tokens, dtype=torch.float64, device=self.device)
+        num_tokens = torch.full((), num_valid_tokens, dtype=torch.float64, device=self.device)
         batch_sums = self._batch_sums(micro_batches)
         statistics = RoutingStatistics()
         losses = []
@@ -270,7 +268,8 @@ class Trainer:
         self, own_loss: torch.Tensor, statistics: RoutingStatistics
     ) -> tuple[float, list[float], signal.Signals | None]:
         """Sum loss, gradient squares, stop signals and routing statistics over processes, in one collective."""
-        flags = torch.tensor([float(self.received_signal == signum) for signum in STOP_SIGNALS], device=self.device)
+        flags = torch.tensor([float(self.received_signal == signum) for signum in STOP_SIGNALS])
+        flags = flags.to(self.device, non_blocking=True)
         squares_M = self.optimizer.gradient_squares()
 
         def all_reduce(values: list[torch.Tensor]) -> list[torch.Tensor]:

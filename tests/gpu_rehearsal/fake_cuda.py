@@ -1,5 +1,7 @@
-"""A CUDA device that is not there, on which fake tensors can be: shapes, dtypes, strides and devices are checked as on a
-GPU, and nothing is computed. It replaces parts of torch for good, so it belongs into a process of its own."""
+"""A fake CUDA device for fake tensors: their shapes, dtypes, strides and devices are checked, and nothing is computed.
+
+It replaces parts of torch for good, so it needs a process of its own.
+"""
 
 import contextlib
 import ctypes

@@ -28,22 +28,17 @@ KINDS = {
 """Kinds of traffic, as `moelm plan` names them, by torch's collectives; the last one is in compiled code."""
 
 
-NONDETERMINISTIC = {
-    aten.histc.default,
-    aten.median.dim,
-    aten.nll_loss_forward.default,
-    aten.put_.default,
-    aten.scatter_reduce.two,
-}
-"""Operations that have no deterministic CUDA kernel; `cumsum` has none for floats."""
+NONDETERMINISTIC = {aten.histc, aten.nll_loss_forward, aten.nll_loss2d_forward, aten.put_}
+"""Operations without a deterministic CUDA kernel, by torch's list. `_is_nondeterministic` knows the cases of others that
+have none; operations on images are left out."""
 
 
 class Recorder(TorchDispatchMode):
-    """Counts host syncs by kind and file, the bytes that this process sends by kind, and operations without a deterministic
-    kernel; values that the host asks for are invented.
+    """Counts operations, those without a deterministic kernel, host syncs by kind and file, and the bytes that this process
+    sends by kind. The host reads 1 or True for every value of the device.
 
     Args:
-        rows: of all experts of a process in a forward pass, the same for all.
+        rows: that the experts of each process get in a forward pass.
     """
 
     def __init__(self, rows: int) -> None:
@@ -52,6 +47,7 @@ class Recorder(TorchDispatchMode):
         self.syncs: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.nondeterministic: Counter[str] = Counter()
+        self.operations: Counter[str] = Counter()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -60,7 +56,7 @@ class Recorder(TorchDispatchMode):
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        for counter in (self.syncs, self.sent, self.nondeterministic):
+        for counter in (self.syncs, self.sent, self.nondeterministic, self.operations):
             counter.clear()
 
     def note_sync(self, kind: str) -> None:
@@ -88,8 +84,12 @@ class Recorder(TorchDispatchMode):
         namespace, name, _ = str(func).split(".")
         if namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
             self._note_collective(name, args)
-        if on_gpu and (func in NONDETERMINISTIC or (func is aten.cumsum.default and x.is_floating_point())):
+        if on_gpu:
+            self.operations[str(func)] += 1
+        if on_gpu and _is_nondeterministic(func, args, kwargs):
             self.nondeterministic[str(func)] += 1
+        if _is_blocking_copy(func, args, kwargs):
+            self.note_sync("copy to the GPU")
         if func is aten._local_scalar_dense.default and isinstance(x, FakeTensor):
             if on_gpu:
                 self.note_sync("item")
@@ -100,7 +100,11 @@ class Recorder(TorchDispatchMode):
         if func is aten.bincount.default and on_gpu:
             self.note_sync("bincount")
             return torch.zeros(kwargs.get("minlength", args[-1]), dtype=torch.int64, device=x.device)
-        if func is aten.index.Tensor and on_gpu and any(each is not None and each.dtype == torch.bool for each in args[1]):
+        if func is aten.index_put_.default and on_gpu and _has_mask(args[1]) and args[2].numel() > 1:
+            self.note_sync("mask")
+        if func is aten.copy_.default and not on_gpu and args[1].device.type == "cuda":
+            self.note_sync("copy to the host")
+        if func is aten.index.Tensor and on_gpu and _has_mask(args[1]):
             self.note_sync("mask")
             rows = [torch.zeros(each.numel(), dtype=torch.int64, device=x.device) for each in args[1]]
             return func(x, rows)
@@ -117,6 +121,36 @@ class Recorder(TorchDispatchMode):
         largest = max(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
         kind = "optimizer" if _file() == "distributed/matrix_exchange.py" else KINDS.get(name, name)
         self.sent[kind] += (1 + (kind == "all_reduce")) * largest * (group.size() - 1) // group.size()
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+def _is_nondeterministic(func: Any, args: Any, kwargs: Any) -> bool:
+    operation = func.overloadpacket
+    if operation in (aten.cumsum, aten.cumsum_):
+        return bool(args[0].is_floating_point())
+    if operation in (aten.scatter_reduce, aten.scatter_reduce_):
+        return "prod" in args
+    if operation is aten.bincount:
+        return kwargs.get("weights") is not None or (len(args) > 1 and args[1] is not None)
+    if operation is aten.median:
+        return func is not aten.median.default
+    return operation in NONDETERMINISTIC
+
+
+def _is_blocking_copy(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the host waits until a copy of its memory to the GPU is done, and so until everything before it is done."""
+    if func is aten._to_copy.default:
+        source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
+        non_blocking = kwargs.get("non_blocking", False)
+    elif func is aten.copy_.default:
+        source, target = args[1].device, args[0].device
+        non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
+    else:
+        return False
+    return source.type == "cpu" and target.type == "cuda" and not non_blocking
 
 
 def _file() -> str:

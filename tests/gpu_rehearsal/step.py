@@ -112,7 +112,7 @@ def rehearse(config: RunConfig, processes: int, device: torch.device) -> dict[st
         "syncs": recorder.syncs,
         "sent": recorder.sent,
         "nondeterministic": recorder.nondeterministic,
-        "asked_to_be_deterministic": torch.are_deterministic_algorithms_enabled(),
+        "masks": recorder.operations["aten.where.self"] + recorder.operations["aten.where.ScalarOther"],
         "planned": total_traffic(step_collectives(config, strategy))._asdict(),
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": list(counters["graph_break"]),

@@ -1,4 +1,4 @@
-"""Evaluation, sampling, analysis and checkpoints on a CUDA device that is not there."""
+"""Evaluation, sampling, analysis and checkpoints on a fake CUDA device: where the host waits for the GPU."""
 
 import json
 import os
@@ -15,15 +15,22 @@ pytestmark = pytest.mark.slow(seconds=5)
 LAYERS = 2
 
 
-def test_the_host_waits_for_the_results_alone(library: Path, trained: Path) -> None:
+def test_the_host_waits_where_it_is_listed(library: Path, trained: Path) -> None:
     done = Process(rehearse, ["rehearse", str(library)], trained, os.environ).finish()
     assert done.returncode == 0, done.stderr[-3000:]
     syncs = json.loads(done.stdout)
-    assert syncs["read a checkpoint"] == syncs["state to save"] == {}
+    assert syncs["read a checkpoint"].keys() == {"copy to the GPU in runs/checkpoint.py"}
+    assert syncs["state to save"] == {}
     assert syncs["evaluate"] == {"copy to the host in evaluation/losses.py": 1}  # the losses of the one batch
     assert syncs["sample"] == {
+        "copy to the GPU in inference/generate.py": 4,  # before the first token
         "tolist in inference/generate.py": NEW_TOKENS,
         "tolist in model/swiglu.py": LAYERS * NEW_TOKENS,  # rows of each expert: experts in float32 have no grouped kernel
     }
-    # Counts are added on the host; nothing waits for anything else.
-    assert {sync.split(" in ")[1] for sync in syncs["analyze"]} == {"analyze/collect.py", "analyze/counts.py"}
+    assert syncs["analyze"] == {  # of the one batch; counts are added on the host
+        "copy to the GPU in analyze/collect.py": 3,
+        "mask in analyze/collect.py": 17,
+        "bincount in analyze/counts.py": 3 + 10 * LAYERS,
+        "copy to the host in analyze/counts.py": 3 + 10 * LAYERS,
+        "copy to the host in analyze/collect.py": 2 * LAYERS,
+    }

@@ -1,8 +1,8 @@
-"""Whole training steps on a CUDA device that is not there, on one process and on layouts of many.
+"""Whole training steps on a fake CUDA device, on one process and on layouts of many.
 
-They fail where a CPU tensor meets a GPU tensor, where a kernel's rules about shapes, dtypes and strides are broken, and
-where something is not listed here: a place where the host waits for the GPU, a break in a compiled graph, a collective that
-`moelm plan` does not count. Nothing is computed, and nothing is measured.
+They fail where a CPU tensor meets a GPU tensor, where torch's checks of fake tensors' shapes, dtypes and strides fail, and
+where something is not listed here: a place where the host waits for the GPU, a break in a compiled graph, an operation
+without a deterministic kernel, a collective that `moelm plan` does not count. Nothing is computed, and nothing is measured.
 """
 
 import json
@@ -46,10 +46,10 @@ ALLOWED_SYNCS_WITH = {
 }
 """The same for cases with a setting."""
 ALLOWED_BREAKS = {
-    "Data dependent operator": "rows for each process",
-    "Attempted to call function marked as skipped": "FSDP's hooks on experts that are sharded over two dimensions",
+    "aten._local_scalar_dense": "rows for each process",
+    "the function `disable`": "FSDP's hooks on experts that are sharded over two dimensions",
 }
-"""Where compiled graphs end under expert parallelism, by the start of the explanation; elsewhere they may not."""
+"""Where compiled graphs end under expert parallelism, by words of the explanation; elsewhere they may not."""
 TOLERANCES = {
     "all_to_all": 0.01,  # gates are sent with the rows
     "optimizer": 0.2,  # the plan has the mean over processes
@@ -73,6 +73,11 @@ ONE_PROCESS = [
     *(f"{MOE}|{setting}" for setting in (FULL, SELECTIVE, "model.ffn.depth=2", "model.ffn.shared_experts=1")),
     *(f"{MOE}|{setting}" for setting in ("optim.kind=muon", "train.micro_batch_tokens=8192")),
 ]
+GRAPHS = {
+    f"parallel.ep=4|parallel.dp_shard=2|{FULL}": 1,  # the loss: a recomputed block must be one graph
+    "parallel.ep=2|parallel.dp_shard=2|optim.kind=muon": 8,
+}
+"""Compiled graphs under expert parallelism, by settings."""
 EIGHT_PROCESSES = [
     f"{TWO_LAYERS}|{FULL}",
     f"{TWO_LAYERS}|model.ffn.router={{kind: noisy_topk}}",
@@ -95,21 +100,21 @@ def rehearsed(
     return recorded
 
 
-def surprises(recorded: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+def unexpected(recorded: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """What is not listed above, of the cases that have something."""
-    found = {case: list(case_surprises(case, each)) for case, each in recorded.items()}
+    found = {case: list(unexpected_in(case, each)) for case, each in recorded.items()}
     return {case: each for case, each in found.items() if each}
 
 
-def case_surprises(case: str, recorded: dict[str, Any]) -> Iterator[str]:
+def unexpected_in(case: str, recorded: dict[str, Any]) -> Iterator[str]:
     """What is not listed above."""
     allowed = set(ALLOWED_SYNCS).union(*(syncs for word, syncs in ALLOWED_SYNCS_WITH.items() if word in case))
     yield from sorted(recorded["syncs"].keys() - allowed)
     yield from (f"{operation} has no deterministic kernel" for operation in recorded["nondeterministic"])
     for explanation in recorded["graph_breaks"]:
-        if "parallel.ep" not in case or not explanation.startswith(tuple(ALLOWED_BREAKS)):
+        if "parallel.ep" not in case or not any(words in explanation for words in ALLOWED_BREAKS):
             yield explanation.splitlines()[0]
-    if EAGER not in case and "parallel.ep" not in case and recorded["graphs"] != graphs_of(case):
+    if recorded["graphs"] != graphs_of(case):
         yield f"{recorded['graphs']} graphs"
     sent, planned = recorded["sent"], recorded["planned"]
     for kind in sorted(sent.keys() | planned.keys()):
@@ -120,7 +125,10 @@ def case_surprises(case: str, recorded: dict[str, Any]) -> Iterator[str]:
 
 def graphs_of(case: str) -> int:
     """The model, or any of its equal blocks, and the loss; if the batch is divided, the model without gradients too."""
-    return 2 + ("micro_batch_tokens=8192" in case)
+    if EAGER in case:
+        return 0
+    listed = [graphs for settings, graphs in GRAPHS.items() if settings in case]
+    return listed[0] if listed else 2 + ("micro_batch_tokens=8192" in case)
 
 
 def proposed_layouts(config_path: Path, gpus: int) -> list[str]:
@@ -139,26 +147,26 @@ def proposed_layouts(config_path: Path, gpus: int) -> list[str]:
 
 
 def test_every_shipped_config_is_trained(library: Path, tmp_path: Path) -> None:
-    # As few layers as have a sparse one; the pairs for CPUs differ from those for GPUs in sizes, and are not compiled.
+    # As few layers as have a sparse one; the pairs for CPUs differ from that for one GPU in sizes, and are not compiled.
     layers = {path: getattr(load_config(path).model.ffn, "every", 1) for path in CONFIGS}
-    pairs_for_cpus = ("bench-", "demo-", "small-")
+    pairs_for_cpus = ("bench-", "demo-")
     cases = [f"{path}|{SMALL}={layers[path]}" + f"|{EAGER}" * path.stem.startswith(pairs_for_cpus) for path in CONFIGS]
-    assert surprises(rehearsed(library, 1, cases, tmp_path)) == {}
+    assert unexpected(rehearsed(library, 1, cases, tmp_path)) == {}
 
 
-def test_every_router_and_setting_is_trained(library: Path, tmp_path: Path) -> None:
-    assert surprises(rehearsed(library, 1, ONE_PROCESS, tmp_path)) == {}
+def test_every_router_and_settings_of_the_layer_are_trained(library: Path, tmp_path: Path) -> None:
+    assert unexpected(rehearsed(library, 1, ONE_PROCESS, tmp_path)) == {}
 
 
 def test_layouts_of_eight_processes_are_trained(library: Path, tmp_path: Path) -> None:
-    assert surprises(rehearsed(library, 8, EIGHT_PROCESSES, tmp_path)) == {}
+    assert unexpected(rehearsed(library, 8, EIGHT_PROCESSES, tmp_path)) == {}
 
 
 @pytest.mark.parametrize("gpus", [64, 1024])
 def test_layouts_that_the_plan_proposes_are_trained(library: Path, tmp_path: Path, gpus: int) -> None:
     cases = proposed_layouts(ROOT / "configs" / "mixtral-8x7b.yaml", gpus)
     assert len(cases) > 2
-    assert surprises(rehearsed(library, gpus, cases, tmp_path)) == {}
+    assert unexpected(rehearsed(library, gpus, cases, tmp_path)) == {}
 
 
 def rehearse_on_blackwell() -> None:
@@ -173,15 +181,12 @@ def rehearse_on_blackwell() -> None:
     rehearse()
 
 
-def test_the_gradients_that_blackwell_needs_masked_break_no_graph(library: Path, tmp_path: Path) -> None:
-    assert surprises(rehearsed(library, 1, [MOE], tmp_path, rehearse_on_blackwell)) == {}
-
-
-def test_deterministic_kernels_are_asked_for(library: Path, tmp_path: Path) -> None:
-    case = f"{MOE}|{EAGER}|train.deterministic=true"
-    recorded = rehearsed(library, 1, [f"{MOE}|{EAGER}", case], tmp_path)
-    assert [each["asked_to_be_deterministic"] for each in recorded.values()] == [False, True]
-    assert surprises(recorded) == {}
+def test_blackwell_masks_gradients_without_a_graph_break(library: Path, tmp_path: Path) -> None:
+    hopper, blackwell = (
+        rehearsed(library, 1, [MOE], tmp_path, program)[MOE] for program in (rehearse, rehearse_on_blackwell)
+    )
+    assert list(unexpected_in(MOE, blackwell)) == []
+    assert blackwell["masks"] == hopper["masks"] + 3  # the three stacks of weights of the layer
 
 
 def rehearse_with_a_sync() -> None:
@@ -220,7 +225,7 @@ def rehearse_with_a_collective() -> None:
 def test_another_sync_is_found(library: Path, tmp_path: Path) -> None:
     case = f"{MOE}|{EAGER}"
     recorded = rehearsed(library, 1, [case], tmp_path, rehearse_with_a_sync)
-    assert surprises(recorded) == {case: ["item in model/moe/layer.py"]}
+    assert unexpected(recorded) == {case: ["item in model/moe/layer.py"]}
 
 
 def test_a_graph_break_is_found(library: Path, tmp_path: Path) -> None:
@@ -231,4 +236,4 @@ def test_a_graph_break_is_found(library: Path, tmp_path: Path) -> None:
 def test_another_collective_is_found(library: Path, tmp_path: Path) -> None:
     case = f"{MOE}|model.tie_embeddings=false"
     recorded = rehearsed(library, 8, [case], tmp_path, rehearse_with_a_collective)
-    assert [each.split(" instead")[0].split(" ", 1)[1] for each in surprises(recorded)[case]] == ["bytes of all_reduce"]
+    assert [each.split(" instead")[0].split(" ", 1)[1] for each in unexpected(recorded)[case]] == ["bytes of all_reduce"]

@@ -1,7 +1,6 @@
 """The experts' computation: every implementation against the reference loop, in values and gradients."""
 
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from moelm.model.moe.experts import Experts, check_grouped_kernel
 from moelm.model.swiglu import (
     BLOCK_SIZES,
     _block_layout,
-    _leaves_gradients_unwritten,
+    _leaves_gradients_unset,
     grouped_swiglu_cpu,
     grouped_swiglu_cuda,
     grouped_swiglu_loop,
@@ -72,7 +71,7 @@ def test_every_implementation_equals_the_loop(ends: list[int], gated: bool, acti
 
 
 class _GroupedMMOfBlackwell(torch.autograd.Function):
-    """`F.grouped_mm` whose backward pass leaves the gradients of experts without rows unwritten: here NaN."""
+    """`F.grouped_mm` whose backward pass gives experts without rows arbitrary gradients: here NaN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -93,14 +92,14 @@ original_grouped_mm = F.grouped_mm
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)], ids=["Hopper", "Blackwell"])
-def test_gradients_that_a_kernel_leaves_unwritten_are_zero(
+def test_gradients_of_experts_without_rows_are_zero_on_every_gpu(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = make_inputs(ENDS["experts without rows"], torch.float32, gated=True)
     expected = value_and_gradients(grouped_swiglu_loop, inputs, "silu")
     monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: _GroupedMMOfBlackwell.apply(x, w, offs))
-    leaves_unwritten = partial(_leaves_gradients_unwritten, torch.device("cuda"))
-    monkeypatch.setattr("moelm.model.swiglu._leaves_gradients_unwritten", lambda device: leaves_unwritten())
+    leaves_unset = partial(_leaves_gradients_unset, torch.device("cuda"))
+    monkeypatch.setattr("moelm.model.swiglu._leaves_gradients_unset", lambda device: leaves_unset())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     results = value_and_gradients(grouped_swiglu_cuda, inputs, "silu")
     if capability < (10, 0):
@@ -258,7 +257,7 @@ def test_shapes_that_the_grouped_kernel_does_not_take_are_refused(dim: int, ffn:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++, which is not installed")
+@pytest.mark.usefixtures("cpp_compiler")
 def test_no_rows_have_no_gradients_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a process whose experts no token has selected, by the implementation for GPUs."""
     monkeypatch.setattr("moelm.model.swiglu._has_grouped_kernel", lambda x: True)

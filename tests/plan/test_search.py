@@ -17,6 +17,7 @@ from moelm.plan.search import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, possible_dims
 from moelm.plan.strategy import Strategy
 from moelm.plan.traffic import Collective, Traffic, step_collectives, total_traffic
 from moelm.plan.update import update_flops
+from moelm.plan.weights import Weight
 from tests.conftest import Moelm
 from tests.distributed.launching import ROOT
 
@@ -68,6 +69,23 @@ def test_sharded_weights_are_divided_and_replicas_are_not() -> None:
     # Expert parallelism over eight processes; all other parameters are replicated.
     dense = parameters - 32 * 8 * 3 * 4096 * 14336
     assert weights(1, 1, 8) == pytest.approx(4 * (dense + (parameters - dense) / 8) / GB, rel=1e-6)
+
+
+def test_weights_are_gathered_with_their_padding() -> None:
+    """FSDP pads dimension 0 to a multiple of the shards, and of experts the first dimension that it can divide."""
+    dims = ParallelDims(1, 6, 1)
+    vocabulary, stack, row = (
+        Weight("root", "embedding", (258, 128)),
+        Weight("experts", "experts", (8, 256, 120)),
+        Weight("dense", "norm", (120,)),
+    )
+    assert vocabulary.gathered_size(dims) == vocabulary.size  # 258 = 6 x 43
+    assert vocabulary.gathered_size(ParallelDims(1, 4, 1)) == 260 * 128
+    assert stack.gathered_size(dims) == 12 * 256 * 120  # neither 8 nor 256
+    assert stack.gathered_size(ParallelDims(1, 16, 1)) == stack.size  # along dimension 1
+    assert stack.gathered_size(ParallelDims(1, 3, 2)) == stack.size  # not sharded by FSDP along dimension 0
+    assert row.gathered_size(ParallelDims(1, 7, 1)) == 126
+    assert Weight("routers", "router", (1024,)).gathered_size(dims) == 1024
 
 
 def test_traffic_of_two_processes_in_closed_form() -> None:

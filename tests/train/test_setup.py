@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 import moelm.cli.train
 import moelm.runs.lock
+import moelm.train.setup
 import moelm.train.trainer
 from moelm.cli.boundary import OutputClosed
 from moelm.errors import MoelmError
@@ -32,6 +34,25 @@ def test_losses_depend_on_the_seed_alone(trained: Path, workplace: Path, kind: s
     assert losses_by_step(run) == losses_by_step(trained / f"runs/tiny-{kind}")
     other = train_here(workplace, kind, "name=other", "seed=1")
     assert losses_by_step(other) != losses_by_step(run)
+
+
+def test_deterministic_kernels_are_chosen_before_the_processes_connect(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL reads the choice when it is initialized."""
+    calls: list[object] = []
+
+    def connect(timeout_s: float) -> None:
+        calls.append("connect")
+        raise MoelmError("enough")
+
+    monkeypatch.setattr(moelm.train.setup, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(moelm.train.setup, "use_deterministic_kernels", calls.append)
+    monkeypatch.setattr(moelm.train.setup, "distributed_context", connect)
+    for deterministic in ("false", "true"):
+        with pytest.raises(MoelmError, match="enough"):
+            train_here(workplace, "moe", f"train.deterministic={deterministic}")
+    assert calls == ["connect", torch.device("cuda"), "connect"]
 
 
 def test_a_dense_run_logs_no_routing_metrics(trained: Path) -> None:
