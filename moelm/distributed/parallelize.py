@@ -59,7 +59,7 @@ def parallelize(
     if dims.ep > 1:
         apply_expert_parallel(model, expert_mesh["ep"])
     replicate_routers(model, dense_mesh)
-    apply_activation_checkpointing(model, config.activation_checkpointing)
+    apply_activation_checkpointing(model, config.activation_checkpointing, by_halves=dims.ep > 1)
     if compiled:
         for block in model.blocks:
             block.compile()
@@ -103,8 +103,13 @@ def sum_router_gradients(model: Transformer) -> None:
             gradient.copy_(summed.view_as(gradient))
 
 
-def apply_activation_checkpointing(model: Transformer, mode: str) -> None:
-    """Recompute activations in the backward pass: `none`, `selective` (hidden activations), or `full` (whole blocks)."""
+def apply_activation_checkpointing(model: Transformer, mode: str, by_halves: bool = False) -> None:
+    """Recompute activations in the backward pass: `none`, `selective` (hidden activations), or `full` (whole blocks).
+
+    Args:
+        by_halves: with `full`, whether the halves of a block are recomputed apart, which stores one tensor more. What is
+            recomputed together is compiled if it is one graph; under expert parallelism the second half is not.
+    """
     model.set_recompute_hidden(mode == "selective")
     if mode != "full":
         return
@@ -125,7 +130,8 @@ def apply_activation_checkpointing(model: Transformer, mode: str) -> None:
     for block in model.blocks:
         # Set on the module itself, so that parameter names and the hooks of other wrappers are unchanged; a function of its
         # own, because the compiler does not look into a `partial` of `checkpoint`.
-        setattr(block, "forward", checkpointed(block.forward))  # noqa: B010
+        for name in ("add_attention", "add_ffn") if by_halves else ("forward",):
+            setattr(block, name, checkpointed(getattr(block, name)))
 
 
 def apply_fsdp(

@@ -4,7 +4,7 @@
 Shapes: B batch, T positions, D model width, V vocabulary, E experts.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,21 @@ class Block(nn.Module):
         cache: LayerCache | None,
         context: TokenContext,
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.attention_out_norm(self.attention(self.attention_norm(x_BTD), rope, mask, cache))
+        return self.add_ffn(self.add_attention(x_BTD, rope, mask, cache), context)
+
+    def add_attention(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | WindowBlocks | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """The first half of the block."""
+        y_BTD: Tensor = self.attention(self.attention_norm(x_BTD), rope, mask, cache)
+        return x_BTD + cast(Tensor, self.attention_out_norm(y_BTD))
+
+    def add_ffn(self, x_BTD: Tensor, context: TokenContext) -> tuple[Tensor, Routing | None]:
+        """The second half of the block, and the routing of a sparse one."""
         y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), context)
         return x_BTD + self.ffn_out_norm(y_BTD), routing
 

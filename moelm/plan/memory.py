@@ -92,7 +92,9 @@ def _activations(config: RunConfig, strategy: Strategy) -> int:
         hidden, other, decisions = _ffn_activations(ffn, model.dim, strategy)
         if strategy.checkpointing == "selective":
             hidden = 0
-        checkpoints.append(tokens * (FP32_BYTES * model.dim + decisions))
+        # Under expert parallelism the halves of a block are recomputed apart.
+        halves = 1 if strategy.dims.ep == 1 else 2
+        checkpoints.append(tokens * (halves * FP32_BYTES * model.dim + decisions))
         layers.append(tokens * (attention + FP32_BYTES * model.dim + hidden + other))
     stored = sum(checkpoints) + max(layers) if strategy.checkpointing == "full" else sum(layers)
     # The loss stores its gradients with respect to hidden states and head, not the logits.

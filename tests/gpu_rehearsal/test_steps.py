@@ -76,7 +76,7 @@ ONE_PROCESS = [
     f"{MOE}|train.micro_batch_tokens=8192",
 ]
 GRAPHS = {
-    f"parallel.ep=4|parallel.dp_shard=2|{FULL}": 1,  # the loss: a recomputed block must be one graph
+    f"parallel.ep=4|parallel.dp_shard=2|{FULL}": 2,  # attention and the loss: what is recomputed together must be one graph
     "parallel.ep=2|parallel.dp_shard=2|optim.kind=muon": 8,
 }
 """Compiled graphs under expert parallelism, by settings."""

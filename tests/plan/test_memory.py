@@ -26,6 +26,7 @@ CASES = {
     "looped": ("moe", 1, ("model.unique_layers=2",)),
     "replicas": ("moe", 2, ()),
     "ep": ("moe", 2, ("parallel.ep=2",)),
+    "ep-full": ("moe", 2, ("parallel.ep=2", "parallel.activation_checkpointing=full")),
     "sharded-ep": ("moe", 4, ("parallel.dp_shard=2", "parallel.ep=2")),
     "sharded-ep-bf16": ("moe", 4, ("parallel.dp_shard=2", "parallel.ep=2", "train.precision=bf16")),
     "muon-dense": ("dense", 1, MUON),
@@ -41,7 +42,17 @@ CASES = {
     "muon-replicas-ep": ("moe", 4, (*MUON, "parallel.ep=2")),
     "muon-sharded-ep": ("moe", 4, (*MUON, "parallel.dp_shard=2", "parallel.ep=2")),
 }
-COVERING = ("moe-bf16", "full", "replicas", "ep", "sharded-ep-bf16", "muon-shared", "muon-sharded-bf16", "muon-sharded-ep")
+COVERING = (
+    "moe-bf16",
+    "full",
+    "replicas",
+    "ep",
+    "ep-full",
+    "sharded-ep-bf16",
+    "muon-shared",
+    "muon-sharded-bf16",
+    "muon-sharded-ep",
+)
 """Cases that together have every kind of sharding, precision and optimizer."""
 
 
