@@ -77,7 +77,7 @@ ONE_PROCESS = [
 ]
 GRAPHS = {
     f"parallel.ep=4|parallel.dp_shard=2|{FULL}": 2,  # attention and the loss: what is recomputed together must be one graph
-    "parallel.ep=2|parallel.dp_shard=2|optim.kind=muon": 8,
+    "parallel.ep=2|parallel.dp_shard=2|optim.kind=muon": 9,
 }
 """Compiled graphs under expert parallelism, by settings."""
 EIGHT_PROCESSES = [
