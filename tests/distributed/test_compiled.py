@@ -1,6 +1,7 @@
 """Trajectories of compiled blocks on several processes, by the code for GPUs, where experts get no tokens.
 
-Under expert parallelism the second process gets none in every second layer."""
+Under expert parallelism the second process gets none in every second layer.
+"""
 
 import json
 from pathlib import Path

@@ -148,10 +148,8 @@ def proposed_layouts(config_path: Path, gpus: int) -> list[str]:
 
 
 def test_every_shipped_config_is_trained(library: Path, tmp_path: Path) -> None:
-    # As few layers as have a sparse one; the pairs for CPUs differ from that for one GPU in sizes, and are not compiled.
-    layers = {path: getattr(load_config(path).model.ffn, "every", 1) for path in CONFIGS}
-    pairs_for_cpus = ("bench-", "demo-")
-    cases = [f"{path}|{SMALL}={layers[path]}" + f"|{EAGER}" * path.stem.startswith(pairs_for_cpus) for path in CONFIGS]
+    # As few layers as have a sparse one.
+    cases = [f"{path}|{SMALL}={getattr(load_config(path).model.ffn, 'every', 1)}" for path in CONFIGS]
     assert unexpected(rehearsed(library, 1, cases, tmp_path)) == {}
 
 

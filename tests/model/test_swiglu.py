@@ -92,7 +92,7 @@ original_grouped_mm = F.grouped_mm
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)], ids=["Hopper", "Blackwell"])
-def test_gradients_of_experts_without_rows_are_zero_on_every_gpu(
+def test_arbitrary_gradients_of_experts_without_rows_are_masked_on_blackwell(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = make_inputs(ENDS["experts without rows"], torch.float32, gated=True)
