@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moelm.analyze.ablation.figures import draw_capacity, draw_effects, draw_routes
 from moelm.report.figures import COLORS, DASHED, MUTED, legend_label, render_light_and_dark
 from moelm.report.page import ReportFigure
 
@@ -25,6 +26,11 @@ def routing_figures(report: dict[str, Any]) -> list[ReportFigure]:
     ]
     if report["layers"][0]["saturation"]["checkpoints"]:
         figures.append(("saturation.png", "Agreement of other checkpoints' routing", _saturation))
+    if ablation := report["ablation"]:
+        figures.append(("routes.png", "Loss with other routes than the router's, by layer", draw_routes))
+        if "effects" in ablation:
+            figures.append(("ablation.png", "What experts see, and how much a domain loses without them", draw_effects))
+        figures.append(("capacity.png", "Loss with more, fewer and removed experts", draw_capacity))
     return [ReportFigure(name, caption, *render_light_and_dark(partial(draw, report))) for name, caption, draw in figures]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moelm import __version__
+from moelm.analyze.ablation.page import ablation_sentences, ablation_tables
 from moelm.analyze.passages import Passage
 from moelm.report.page import ReportFigure, figure_html, html_page, table_html
 from moelm.report.palette import expert_colors
@@ -34,6 +35,7 @@ def routing_page(report: Mapping[str, Any], passages: Sequence[Passage], figures
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="answer">{answer}</p>',
         *(f"<p>{sentence}</p>" for sentence in details),
+        *(f"<p>{html.escape(sentence)}</p>" for sentence in _causes(report)),
         *map(figure_html, figures),
         *_passages_html(report, passages, layer["layer"]),
         *_tables_html(report, layer),
@@ -41,6 +43,13 @@ def routing_page(report: Mapping[str, Any], passages: Sequence[Passage], figures
         f"<script>{_SCRIPT}</script>",
     ]
     return html_page(title, "\n".join(body), _CSS + _expert_css(report["num_experts"]))
+
+
+def _causes(report: Mapping[str, Any]) -> list[str]:
+    """What ablations say, or how to measure it."""
+    if report["ablation"]:
+        return ablation_sentences(report["ablation"])
+    return ["These are correlations: moelm analyze --ablate all measures what the loss is without each expert."]
 
 
 def most_specialized_layer(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +148,9 @@ def _tables_html(report: Mapping[str, Any], selected: Mapping[str, Any]) -> list
         for expert, tokens in enumerate(selected["vocabulary_specialization"]["by_input"])
     )
     title = f"Most specific input tokens, by expert of layer {selected['layer']}"
+    ablation = ablation_tables(report) if report["ablation"] else []
     return [
+        *(line for table in ablation for line in table_html(table)),
         *table_html(Table("Layers", head, tuple(map(_layer_row, layers)))),
         *table_html(Table("Adjacent tokens with the same first expert, by domain", ("layer", *domains), repetition)),
         '<div class="vocabulary">',

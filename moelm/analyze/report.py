@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moelm import __version__
+from moelm.analyze.ablation.run import Extent, measure_ablations
 from moelm.analyze.collect import collect_routing
 from moelm.analyze.figures import routing_figures
 from moelm.analyze.layers import sparse_ffn
@@ -23,7 +24,15 @@ from moelm.runs.load import open_run
 
 
 def analyze_run(
-    name: str, out: Path, split: str, checkpoint: str, tokens: int, permutations: int, seed: int
+    name: str,
+    out: Path,
+    split: str,
+    checkpoint: str,
+    tokens: int,
+    permutations: int,
+    seed: int,
+    ablate: Extent = "none",
+    ablate_tokens: int = 32_768,
 ) -> dict[str, Any] | None:
     """Analyze the routing of a run on a random sample of a split, and write the report.
 
@@ -35,6 +44,8 @@ def analyze_run(
         tokens: approximate number of tokens in the sample.
         permutations: random permutations behind each p.
         seed: of the sample and of the permutations.
+        ablate: what `moelm.analyze.ablation` measures.
+        ablate_tokens: approximate number of tokens that it measures on, and that it removes experts on.
 
     Returns:
         The contents of routing.json; None on all processes of a launch but the main one.
@@ -50,6 +61,7 @@ def analyze_run(
     mask = run.config.data.document_mask
     with distributed_context() as ranks:
         sample = collect_routing(run.model, run.rows, tokens, seed, run.dtype, mask, ranks)
+        ablation = None if ablate == "none" else measure_ablations(run, ablate, ablate_tokens, seed, ranks)
         agreements = compare_checkpoints(directory, run, step, tokens, seed, ranks)
         if not ranks.is_main:
             return None
@@ -63,6 +75,7 @@ def analyze_run(
         "split": split,
         "seed": seed,
         **summarize(sample, run.model, partial(token_name, run.tokenizer), permutations, seed),
+        "ablation": ablation,
     }
     for index, layer in enumerate(report["layers"]):
         layer["saturation"] = layer_saturation(agreements, index, ffn)

@@ -21,13 +21,20 @@ def analyze(
         int, typer.Option(min=1, max=MAX_INT, help="Permutations of the documents' domains for each p.")
     ] = 999,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    ablate: Annotated[
+        Literal["none", "layers", "all"],
+        typer.Option(help="Measure the loss with other routes and fewer experts; all: also without each expert."),
+    ] = "none",
+    ablate_tokens: Annotated[
+        int, typer.Option(min=1, max=2**53, help="Approximate number of tokens of each ablation.")
+    ] = 32_768,
     checkpoint: Checkpoint = "last",
     as_json: AsJson = False,
 ) -> None:
     """Report the routing of a run. Shows which experts serve which domains and tokens, compared with chance."""
     from moelm.analyze.report import analyze_run
 
-    report = analyze_run(run, out, split, checkpoint, tokens, permutations, seed)
+    report = analyze_run(run, out, split, checkpoint, tokens, permutations, seed, ablate, ablate_tokens)
     if report is None:
         return  # another process of this launch prints it
     if as_json:
@@ -39,7 +46,9 @@ def analyze(
 
 
 def _print_routing(console: Console, report: dict[str, Any]) -> None:
-    """Print a row for each sparse layer, and a line for each other checkpoint."""
+    """Print a row for each sparse layer, a line for each other checkpoint, and what ablations say."""
+    from moelm.analyze.ablation.page import ablation_sentences, routes_table
+
     console.print(f"{report['tokens']:,} tokens of {report['documents']:,} documents in {len(report['domains'])} domains")
     table = plain_table(
         "layer", "max/mean", "dead", "V", "p", "same first", "shuffled", "uniform", "entropy", "margin", "cosine"
@@ -61,6 +70,15 @@ def _print_routing(console: Console, report: dict[str, Any]) -> None:
     for layers in zip(*(layer["saturation"]["checkpoints"] for layer in report["layers"]), strict=True):
         shares = " ".join(f"{layer['experts']:.3f}" for layer in layers)
         console.print(f"experts in common with step {layers[0]['step']:,}, by layer: {shares} (uniform {uniform:.3f})")
+    if ablation := report["ablation"]:
+        routes = routes_table(ablation, intervals=False)
+        console.print(f"\n{routes.title}:")
+        table = plain_table(*routes.head)
+        for row in routes.rows:
+            table.add_row(*row)
+        console.print(table)
+        for sentence in ablation_sentences(ablation):
+            console.print(sentence)
 
 
 def _share(value: float | None) -> str:

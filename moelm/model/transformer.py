@@ -36,6 +36,14 @@ class ModelOutput(NamedTuple):
     """By layer, repeats counted; empty for a dense model."""
 
 
+class BlockInputs(NamedTuple):
+    """What all blocks read in addition to their input."""
+
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | WindowBlocks | None
+    context: TokenContext
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); with sandwich norms, the outputs are normalized before each sum."""
 
@@ -123,34 +131,62 @@ class Transformer(nn.Module):
             targets_BT: the next tokens, negative where there is none; requests losses instead of logits.
             last_only: whether only the logits of the last position are computed.
         """
-        config = self.config
+        inputs = self.block_inputs(tokens_BT, segments_BT, cache, valid_BT, rng_keys_B)
+        x_BTD = self.embed(tokens_BT)
+        routings: dict[int, Routing] = {}
+        for number, block in enumerate(self.repeated_blocks):
+            layer_cache = None if cache is None else LayerCache(cache, number)
+            x_BTD, routing = block(x_BTD, inputs.rope, inputs.mask, layer_cache, self.context_at(number, inputs))
+            if routing is not None:
+                routings[number] = routing
+        if cache is not None:
+            cache.advance(tokens_BT.shape[1])
+        if last_only:
+            x_BTD = x_BTD[:, -1:]
+        if targets_BT is not None:
+            return ModelOutput(None, self.losses(x_BTD.flatten(0, 1), targets_BT.flatten()), routings)
+        return ModelOutput(F.linear(self._head_input(x_BTD), self._head_weight), None, routings)
+
+    def block_inputs(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        valid_BT: Tensor | None = None,
+        rng_keys_B: Tensor | None = None,
+    ) -> BlockInputs:
+        """What all blocks read in addition to their input; arguments are those of `forward`."""
+        config, device = self.config, tokens_BT.device
         past = cache.length if cache is not None else 0
         queries = tokens_BT.shape[1]
         starts_B = cache.starts_B if cache is not None else None
-        device = tokens_BT.device
         if cache is None:
             rope = rope_tables(torch.arange(queries, device=device), config.size_per_head, config.rope_theta)
         else:
             rope = cache.rope[0][past : past + queries], cache.rope[1][past : past + queries]
         mask = build_mask(config, queries, past + queries, device, segments_BT, starts_B)
-        context = self._context(tokens_BT, past, starts_B, valid_BT, rng_keys_B)
-        x_BTD = self.embedding(tokens_BT) * config.embedding_multiplier
-        routings: dict[int, Routing] = {}
-        for number, block in enumerate(self.repeated_blocks):
-            layer_cache = None if cache is None else LayerCache(cache, number)
-            repeat = number // config.num_unique_layers
-            x_BTD, routing = block(x_BTD, rope, mask, layer_cache, context.at_repeat(repeat))
-            if routing is not None:
-                routings[number] = routing
-        if cache is not None:
-            cache.advance(queries)
-        head = self.embedding.weight if self.head is None else self.head.weight
-        if last_only:
-            x_BTD = x_BTD[:, -1:]
-        x_BTD = self.norm(x_BTD) * config.logit_multiplier
-        if targets_BT is not None:
-            return ModelOutput(None, next_token_losses(x_BTD.flatten(0, 1), head, targets_BT.flatten()), routings)
-        return ModelOutput(F.linear(x_BTD, head), None, routings)
+        return BlockInputs(rope, mask, self._context(tokens_BT, past, starts_B, valid_BT, rng_keys_B))
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """The input of the first block."""
+        x_BTD: Tensor = self.embedding(tokens_BT)
+        return x_BTD * self.config.embedding_multiplier
+
+    def context_at(self, number: int, inputs: BlockInputs) -> TokenContext:
+        """What the router of a layer reads, repeats counted."""
+        return inputs.context.at_repeat(number // self.config.num_unique_layers)
+
+    def losses(self, x_ND: Tensor, targets_N: Tensor) -> TokenLosses:
+        """Losses of tokens, given the output of the last block for them."""
+        return next_token_losses(self._head_input(x_ND), self._head_weight, targets_N)
+
+    def _head_input(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.norm(x_BTD)
+        return x_BTD * self.config.logit_multiplier
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def _context(
         self,

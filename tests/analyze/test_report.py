@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from moelm.analyze.ablation.run import measure_ablations
 from moelm.analyze.report import analyze_run
 from moelm.cli.app import main
 from moelm.errors import MoelmError
+from moelm.runs.load import open_run
 from tests.conftest import Moelm
 from tests.processes import run_ranks
 
@@ -60,6 +62,7 @@ def test_a_run_with_one_checkpoint_has_no_saturation(trained: Path, tmp_path: Pa
     report = analyze(trained, str(only), tmp_path / "out")
     assert [layer["saturation"]["checkpoints"] for layer in report["layers"]] == [[], []]
     assert not (tmp_path / "out/saturation.png").exists()
+    assert report["ablation"] is None
 
 
 def test_errors_are_sentences(trained: Path, tmp_path: Path) -> None:
@@ -71,9 +74,41 @@ def test_errors_are_sentences(trained: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_ablations_have_their_keys_figures_and_sentences(trained: Path, tmp_path: Path) -> None:
+    report = analyze(trained, "tiny-moe", tmp_path / "out", ablate="all", ablate_tokens=600)
+    ablation = report["ablation"]
+    assert ablation.keys() == {
+        "extent", "tokens", "documents", "held_out_tokens", "draws", "sampled_routes", "top_k", "removal", "layers",
+        "effects",
+    }  # fmt: skip
+    assert 300 < ablation["tokens"] < 800
+    assert [point["top_k"] for point in ablation["top_k"]] == [1, 2, 3, 4]
+    assert ablation["top_k"][1]["mean"] == 0
+    assert ablation["removal"].keys() == {"load", "ablation", "random"}
+    for curve in ablation["removal"].values():
+        assert [point["experts"] for point in curve] == [2, 3, 4]
+    assert ablation["effects"]["cells"] == 2 * 4
+    for layer in ablation["layers"]:
+        assert layer["experts"].keys() == {"mask", "zero", "serves", "agreement"}
+        assert layer["routes"].keys() == {"replaced", "better_than_random", "regret"}
+        assert 0 < layer["routes"]["better_than_random"]["mean"] < 1
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} > {"ablation.png", "routes.png", "capacity.png"}
+    page = (tmp_path / "out/routing.html").read_text()
+    assert "Without one expert" in page
+    assert "Domains that experts serve" in page
+    with contextlib.chdir(trained):
+        run = open_run("tiny-moe", "last", "val")
+        assert measure_ablations(run, "all", 600, 0) == ablation
+        layers_only = measure_ablations(run, "layers", 600, 0)
+    assert "effects" not in layers_only
+    assert layers_only["removal"].keys() == {"load", "random"}
+    assert layers_only["layers"] == [{k: v for k, v in layer.items() if k != "experts"} for layer in ablation["layers"]]
+
+
 @pytest.mark.slow
 def test_two_processes_count_what_one_counts(moelm: Moelm, trained: Path, tmp_path: Path) -> None:
     argv = ["analyze", "tiny-moe", "--split", "train", "--json", "--permutations", "9"]
+    argv += ["--ablate", "all", "--ablate-tokens", "1000"]
     alone = moelm(*argv, "--out", str(tmp_path / "one"), cwd=trained)
     assert alone.returncode == 0, alone.stderr
     both = run_ranks(main, ["moelm", *argv, "--out", str(tmp_path / "two")], trained, 2)

@@ -64,13 +64,17 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: TokenContext) -> tuple[Tensor, Routing]:
         """The gated sum of the selected experts' outputs plus the shared experts' output, and the routing."""
-        x_ND = x_BTD.flatten(0, 1)
-        routing: Routing = self.router(x_ND, context)
+        routing: Routing = self.router(x_BTD.flatten(0, 1), context)
         if self.capacity_factor is not None and self.training:
             routing = drop_over_capacity(routing, self.capacity_factor, context.valid_N)
+        return self.apply_experts(x_BTD, routing, context), routing
+
+    def apply_experts(self, x_BTD: Tensor, routing: Routing, context: TokenContext) -> Tensor:
+        """The output for a given routing, which need not be the router's own."""
+        x_ND = x_BTD.flatten(0, 1)
         rows = self.dispatcher.dispatch(x_ND.to(compute_dtype(x_ND)), routing)
         y_SD = self.experts(rows.x_SD, rows.gates_S, rows.ends_E)
         y_BTD = self.dispatcher.combine(y_SD, rows).view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD, context)[0]
-        return y_BTD, routing
+        return y_BTD

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moelm.config import HierarchicalRouterConfig
 from moelm.model import rng
-from moelm.model.moe.router import Router, Routing, SmoothLoad, TokenContext, router_logits
+from moelm.model.moe.router import UNAVAILABLE, Router, Routing, SmoothLoad, TokenContext, router_logits
 
 
 def noisy_logits(clean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
@@ -58,7 +58,7 @@ class NoisyTopKRouter(Router):
         clean_NE = router_logits(x_ND, self.weight)
         std_NE = F.softplus(router_logits(x_ND, self.noise_weight))
         noise_NE = rng.normal(context.rng_keys_N, self.num_experts, self.stream) if self.training else None
-        noisy_NE = noisy_logits(clean_NE, std_NE, noise_NE)
+        noisy_NE = context.available(noisy_logits(clean_NE, std_NE, noise_NE))
         top_NK, experts_NK = noisy_NE.topk(self.top_k, dim=-1)
         smooth = None
         if self.training:
@@ -97,6 +97,10 @@ class HierarchicalRouter(Router):
             noise_NA, noise_NAJ = noise[:, : self.groups], noise[:, self.groups :].view_as(clean_NAJ)
         noisy_NA = noisy_logits(clean_NA, std_NA, noise_NA)
         noisy_NAJ = noisy_logits(clean_NAJ, std_NAJ, noise_NAJ)
+        if context.available_NE is not None:
+            available_NAJ = context.available_NE.view_as(noisy_NAJ)
+            noisy_NAJ = noisy_NAJ.masked_fill(~available_NAJ, UNAVAILABLE)
+            noisy_NA = noisy_NA.masked_fill(~available_NAJ.any(dim=-1), UNAVAILABLE)
 
         top_NP, groups_NP = noisy_NA.topk(self.group_k, dim=-1)
         inner_NPJ = noisy_NAJ.gather(1, groups_NP[..., None].expand(-1, -1, noisy_NAJ.shape[-1]))

@@ -21,6 +21,9 @@ from moelm.model.dtensor import local
 MAX_SEARCHES = 8
 """Choices per token up to which successive searches for a maximum are faster than topk on a CPU."""
 
+UNAVAILABLE = -1e9
+"""Score of an expert that may not be selected; finite, so that a group without any available expert has a softmax."""
+
 MIN_VECTORIZED = 16
 """Experts from which a softmax over the last dimension is vectorized on a CPU."""
 
@@ -34,6 +37,21 @@ class TokenContext(NamedTuple):
     """Keys of the tokens' random numbers (`moelm.model.rng`); empty if no router needs them."""
     valid_N: Tensor | None = None
     """False for padding, which is not counted towards an expert's capacity; None if there is none."""
+    available_NE: Tensor | None = None
+    """False for experts that the token may not select, as if the router did not have them; None: it may select all."""
+
+    def available(self, scores_NE: Tensor) -> Tensor:
+        """Scores whose largest are selected, lowered where an expert is not available."""
+        return scores_NE if self.available_NE is None else scores_NE.masked_fill(~self.available_NE, UNAVAILABLE)
+
+    def subset(self, tokens_M: Tensor) -> "TokenContext":
+        """The context of some tokens, given their indices; none of them is padding."""
+        keys_N, available_NE = self.rng_keys_N, self.available_NE
+        return TokenContext(
+            self.tokens_N[tokens_M],
+            keys_N[tokens_M] if len(keys_N) else keys_N,
+            available_NE=None if available_NE is None else available_NE[tokens_M],
+        )
 
     def at_repeat(self, repeat: int) -> "TokenContext":
         """The context for the n-th repeat of a layer, offset so that random numbers and hashes differ between repeats."""
@@ -174,12 +192,12 @@ class TopKRouter(Router):
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select the k largest logits or, with a bias, the k largest of probability plus bias."""
-        logits_NE = router_logits(x_ND, self.weight)
+        logits_NE = context.available(router_logits(x_ND, self.weight))
         probs_NE = softmax_over_experts(logits_NE)
         scores_NE = logits_NE
         if self.bias is not None:
             # Different logits can have equal probabilities in float32; a bias of zero must not change the order.
-            scores_NE = torch.where(self.bias.any(), probs_NE + self.bias, logits_NE)
+            scores_NE = torch.where(self.bias.any(), context.available(probs_NE + self.bias), logits_NE)
         experts_NK = top_experts(scores_NE, self.top_k)
         selected_NK = (logits_NE if self.normalize else probs_NE).gather(-1, experts_NK)
         gates_NK = softmax_over_experts(selected_NK) if self.normalize else selected_NK
@@ -198,9 +216,9 @@ class SigmoidRouter(Router):
 
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select by score plus bias; gates are scores alone."""
-        logits_NE = router_logits(x_ND, self.weight)
+        logits_NE = context.available(router_logits(x_ND, self.weight))
         scores_NE = logits_NE.sigmoid()
-        experts_NK = top_experts(scores_NE + self.bias, self.top_k)
+        experts_NK = top_experts(context.available(scores_NE + self.bias), self.top_k)
         gates_NK = scores_NE.gather(-1, experts_NK)
         if self.normalize:
             gates_NK = gates_NK / gates_NK.sum(dim=-1, keepdim=True)
@@ -250,7 +268,8 @@ class FixedRouter(Router):
     def route(self, x_ND: Tensor, context: TokenContext) -> Routing:
         """Select k distinct experts; all sets are equally likely."""
         rng_keys_N = context.tokens_N if self.by_token else context.rng_keys_N
-        experts_NK = rng.uniform(rng_keys_N, self.num_experts, self.stream).topk(self.top_k, dim=-1).indices
+        scores_NE = context.available(rng.uniform(rng_keys_N, self.num_experts, self.stream))
+        experts_NK = scores_NE.topk(self.top_k, dim=-1).indices
         gates_NK = torch.full(experts_NK.shape, 1 / self.top_k, device=x_ND.device)
         probs_NE = torch.full((len(x_ND), self.num_experts), 1 / self.num_experts, device=x_ND.device)
         return Routing(gates_NK, experts_NK, probs_NE)
