@@ -1,12 +1,15 @@
-"""The search for the best learning rate in scripts/rate_study.py, on losses that are known."""
+"""The search for the best learning rate in scripts/rate_study.py, on losses that are known; and matched experts of
+scripts/routing_controls.py."""
 
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from rate_study import find_best, vertex
+from routing_controls import matched_share
 
 
 @pytest.mark.parametrize("best", [-5.3, 0.0, 1.4, 6.5])
@@ -21,3 +24,17 @@ def test_rates_are_added_until_the_best_has_two_on_each_side(best: float) -> Non
 
 def test_losses_that_are_not_convex_have_their_smallest() -> None:
     assert vertex({-2: 3.0, -1: 3.1, 0: 2.9, 1: 3.2, 2: 3.1, 3: 2.0}) == 3
+
+
+def test_matched_experts_are_found_behind_a_permutation() -> None:
+    """Of top-2 choices, one is the same expert under another number; the other is random."""
+    rng = np.random.default_rng(0)
+    counts, permutation = np.zeros((2, 1, 8, 8), dtype=np.int64), rng.permutation(8)
+    for half in (0, 1):
+        for _ in range(4000):
+            ours, theirs = rng.choice(8, 2, replace=False), rng.choice(8, 2, replace=False)
+            theirs[0] = permutation[ours[0]]
+            for a in ours:
+                for b in theirs:
+                    counts[half, 0, a, b] += 1
+    assert matched_share(counts, top_k=2) == pytest.approx(0.5 + 0.5 * 2 / 8, abs=0.02)

@@ -74,18 +74,19 @@ def draw_capacity(report: dict[str, Any]) -> Figure:
     """The loss by the number of experts per token, and by the number of experts left in each layer."""
     ablation = report["ablation"]
     figure = Figure(figsize=SIZE, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_curve(left, ablation["top_k"], "top_k", COLORS[1], None)
-    left.set_title("Experts per token")
-    left.set_xticks([point["top_k"] for point in ablation["top_k"]])
-    left.set_ylabel("nats per token, minus the model's loss")
+    *left, right = figure.subplots(1, 2 if ablation["top_k"] else 1, squeeze=False)[0]
+    for axes in left:
+        _draw_curve(axes, ablation["top_k"], "top_k", COLORS[1], None)
+        axes.set_title("Experts per token")
+        axes.set_xticks([point["top_k"] for point in ablation["top_k"]])
     labels = {"load": "lowest load first", "ablation": "lowest effect first", "random": "random order"}
     colors = {"load": COLORS[2], "ablation": COLORS[1], "random": MUTED}
     for order, curve in ablation["removal"].items():
         _draw_curve(right, curve, "experts", colors[order], labels[order])
     right.set_title("Experts left in each layer")
     right.legend()
-    for axes in (left, right):
+    figure.axes[0].set_ylabel("nats per token, minus the model's loss")
+    for axes in (*left, right):
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=DASHED)
     return figure
 
