@@ -54,6 +54,9 @@ DEVICES = {
 MIN_BF16_SPEEDUP = 1.25
 """Speed of a CPU's bfloat16 products relative to float32 that `auto` requires; with native support it is 2 or more."""
 
+LONG_PRODUCT_S = 0.02
+"""Seconds of a matrix product beyond which no larger one is timed."""
+
 Precision = Literal["fp32", "bf16"]
 
 
@@ -198,14 +201,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         known = device_named(torch.cuda.get_device_name(device))
         if known is not None:
             return known.peak_bf16
-    size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        (a @ b).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    peak = 0.0
+    for size in (256, 512, 1024) if device.type == "cpu" else (8192,):
+        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        fastest = float("inf")
+        for _ in range(8):
+            start = time.perf_counter()
+            (a @ b).sum().item()
+            fastest = min(fastest, time.perf_counter() - start)
+        peak = 2 * size**3 / fastest
+        if fastest > LONG_PRODUCT_S:  # bfloat16 without instructions for it: a larger product would take seconds
+            break
+    return peak
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """The choice of precision for a CPU, and GPUs by their names."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -131,3 +132,10 @@ def test_deterministic_kernels_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(1e-6, 1024), (0.01, 1024), (0.1, 256)])
+def test_no_larger_product_is_timed_after_a_long_one(monkeypatch: pytest.MonkeyPatch, seconds: float, size: int) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("moelm.hardware.time.perf_counter", lambda: next(clock) * seconds)
+    assert hardware.peak_flops.__wrapped__(CPU, torch.float32) == pytest.approx(2 * size**3 / seconds, rel=1e-6)
