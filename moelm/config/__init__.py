@@ -25,6 +25,7 @@ from moelm.config.model import (
     SigmoidRouterConfig,
     TopKRouterConfig,
 )
+from moelm.config.rope import LinearRopeConfig, Llama3RopeConfig, YarnRopeConfig
 from moelm.config.run import (
     DataConfig,
     InitFromConfig,
@@ -45,6 +46,8 @@ __all__ = [
     "HashRouterConfig",
     "HierarchicalRouterConfig",
     "InitFromConfig",
+    "LinearRopeConfig",
+    "Llama3RopeConfig",
     "MoEFFNConfig",
     "ModelConfig",
     "NoisyTopKRouterConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "TokenizerConfig",
     "TopKRouterConfig",
     "TrainConfig",
+    "YarnRopeConfig",
     "apply_overrides",
     "check_config",
     "check_section",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from moelm.config.base import Config, Size
+from moelm.config.rope import RopeScalingConfig
 
 
 class TopKRouterConfig(Config):
@@ -140,8 +141,14 @@ class MoEFFNConfig(Config):
     """Experts per token (on average, with expert choice)."""
     shared_experts: int = Field(default=0, ge=0, le=2**31 - 1)
     """Experts in addition to the routed ones that process every token (DeepSeekMoE)."""
+    shared_gate: bool = False
+    """Multiply the output of the shared experts by a sigmoid of a learned linear function of the token (Qwen1.5-MoE)."""
     every: Size = 1
     """Every n-th layer is sparse; the others are dense with equal active parameters (1: all layers are sparse)."""
+    first_dense: int = Field(default=0, ge=0, le=10_000)
+    """The first layers that are dense (DeepSeekMoE)."""
+    first_dense_dim: Size | None = None
+    """Hidden units of these layers (default: those with equal active parameters)."""
     capacity_factor: float | None = Field(default=None, gt=0)
     """Maximum load of an expert in one training forward pass, as a multiple of the mean; assignments beyond it are dropped
     (GShard; default: no limit)."""
@@ -225,6 +232,16 @@ class MoEFFNConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _parts_exist(self) -> "MoEFFNConfig":
+        if self.shared_gate and not self.shared_experts:
+            raise ValueError("shared_gate is true, but shared_experts is 0, so that there is no output to gate")
+        if self.first_dense_dim is not None and not self.first_dense:
+            raise ValueError(f"first_dense_dim is {self.first_dense_dim}, but first_dense is 0, so that it has no effect")
+        if self.first_dense and self.every > 1:
+            raise ValueError(f"first_dense is {self.first_dense} and every is {self.every}; only one of them can be given")
+        return self
+
     @property
     def dense_hidden_dim(self) -> int:
         """Width of a dense block with the same active parameters."""
@@ -253,9 +270,16 @@ class ModelConfig(Config):
     """Longest context in tokens (default: `data.seq_len`)."""
     window: Size | None = None
     """Sliding-window attention: a token attends to itself and the `window - 1` before it (default: all before it)."""
-    qk_norm: bool = False
-    """RMS-normalize queries and keys of each head; stabilizes training at high learning rates."""
+    qk_norm: bool | Literal["all_heads"] = False
+    """RMS-normalize queries and keys, of each head or of all heads together (OLMoE); stabilizes training at high learning
+    rates."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values (Qwen2)."""
     rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScalingConfig | None = None
+    """Lower frequencies of the rotary embeddings, for longer contexts than those of the pretraining."""
+    rotary_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Part of each head that is rotated (GLM-4.5: 0.5)."""
     norm_eps: float = Field(default=1e-5, gt=0)
     tie_embeddings: bool = True
     """Share the input embedding with the output head; in small models a separate head would dominate the parameters."""
@@ -265,6 +289,10 @@ class ModelConfig(Config):
     """Gate of the feed-forward blocks, dense and sparse alike: SwiGLU, or GeGLU in the tanh form (Grok-1)."""
     attention_logit_cap: float | None = Field(default=None, gt=0)
     """Limit attention logits to ±cap by cap * tanh(logit / cap) (Grok-1: 30; default: no limit)."""
+    attention_multiplier: float | None = Field(default=None, gt=0)
+    """Factor on attention logits (Granite; default: 1/sqrt(head_dim))."""
+    residual_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the outputs of attention and feed-forward blocks (Granite)."""
     embedding_multiplier: float = Field(default=1.0, gt=0)
     """Factor on the input embedding; gives input and output separate scales with tied weights (Grok-1: sqrt(dim))."""
     output_multiplier: float = Field(default=1.0, gt=0)
@@ -292,6 +320,11 @@ class ModelConfig(Config):
             raise ValueError(f"num_kv_heads is {self.kv_heads}, which does not divide num_heads = {self.num_heads}")
         if self.size_per_head % 2:
             raise ValueError(f"head_dim is {self.size_per_head}; rotary embeddings need an even number")
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            raise ValueError(
+                f"rotary_fraction is {self.rotary_fraction}, which gives {self.rotary_dim} of head_dim = "
+                f"{self.size_per_head}; rotary embeddings need an even number above 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -301,6 +334,11 @@ class ModelConfig(Config):
         every = self.ffn.every if isinstance(self.ffn, MoEFFNConfig) else 1
         if every > self.num_layers:
             raise ValueError(f"ffn.every is {every}, so that none of num_layers = {self.num_layers} would be sparse")
+        first_dense = self.ffn.first_dense if isinstance(self.ffn, MoEFFNConfig) else 0
+        if first_dense >= self.num_layers:
+            raise ValueError(f"ffn.first_dense is {first_dense}, so that none of num_layers = {self.num_layers} is sparse")
+        if first_dense and self.num_unique_layers < self.num_layers:
+            raise ValueError(f"ffn.first_dense is {first_dense}, but layers repeat (unique_layers = {self.unique_layers})")
         if self.num_unique_layers < self.num_layers and self.num_unique_layers % every:
             raise ValueError(
                 f"unique_layers is {self.unique_layers}, which ffn.every = {every} does not divide: "
@@ -342,12 +380,20 @@ class ModelConfig(Config):
         return self.head_dim or self.dim // self.num_heads
 
     @property
+    def rotary_dim(self) -> int:
+        """Elements of each head that are rotated."""
+        return int(self.size_per_head * self.rotary_fraction)
+
+    @property
     def sparse_layers(self) -> list[int]:
         """Indices of the layers with experts."""
         return [layer for layer in range(self.num_layers) if isinstance(self.ffn_at(layer), MoEFFNConfig)]
 
     def ffn_at(self, layer: int) -> DenseFFNConfig | MoEFFNConfig:
-        """The feed-forward config of one layer; with `ffn.every`, all but every n-th layer are dense."""
+        """The feed-forward config of one layer; `ffn.every` and `ffn.first_dense` make some of them dense."""
+        if isinstance(self.ffn, MoEFFNConfig) and layer < self.ffn.first_dense:
+            hidden_dim = self.ffn.first_dense_dim or self.ffn.dense_hidden_dim
+            return DenseFFNConfig(kind="dense", hidden_dim=hidden_dim, depth=self.ffn.depth)
         if isinstance(self.ffn, MoEFFNConfig) and (layer + 1) % self.ffn.every:
             return DenseFFNConfig(kind="dense", hidden_dim=self.ffn.dense_hidden_dim, depth=self.ffn.depth)
         return self.ffn

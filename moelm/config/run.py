@@ -335,7 +335,7 @@ class RunConfig(Config):
             "embedding": True,
             "head": not self.model.tie_embeddings,
             "attention": True,
-            "ffn": moe is None or moe.num_experts == 1 or moe.shared_experts > 0 or moe.every > 1,
+            "ffn": moe is None or moe.num_experts == 1 or moe.shared_experts > 0 or moe.every > 1 or moe.first_dense > 0,
             "experts": moe is not None and moe.num_experts > 1,
             "router": moe is not None and moe.router.kind not in ("hash", "random"),
             "norm": True,

@@ -39,6 +39,12 @@ class Architecture:
     """Whether the shared experts' output is multiplied by a sigmoid gate; gate weights of zero make it one half."""
     router_bias: bool = False
     """Whether routers have a selection bias."""
+    router: str = "gate"
+    """Module name of the router in a sparse block."""
+    stacked_experts: tuple[str, str] | None = None
+    """Names of the stacked w1 and w3, and of the stacked w2, if they are stored like that."""
+    multipliers: bool = False
+    """Whether settings multiply the embedding, the logits, the attention logits and the outputs of blocks."""
 
     @property
     def is_moe(self) -> bool:
@@ -47,7 +53,9 @@ class Architecture:
 
 
 _DENSE = {"intermediate_size": "hidden_dim"}
+_NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _MIXTRAL = {"intermediate_size": "hidden_dim", "num_local_experts": "num_experts", "num_experts_per_tok": "top_k"}
+_OLMOE = {"intermediate_size": "hidden_dim", "num_experts": "num_experts", "num_experts_per_tok": "top_k"}
 _FINE_GRAINED = {"moe_intermediate_size": "hidden_dim", "num_experts_per_tok": "top_k"}
 _QWEN_MOE = {**_FINE_GRAINED, "num_experts": "num_experts", "decoder_sparse_step": "every"}
 _GLM_MOE = {**_FINE_GRAINED, "n_routed_experts": "num_experts", "n_shared_experts": "shared_experts"}
@@ -55,8 +63,10 @@ _GLM_MOE = {**_FINE_GRAINED, "n_routed_experts": "num_experts", "n_shared_expert
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        Architecture("llama", "LlamaForCausalLM", _DENSE, {"attention_bias": False, "mlp_bias": False}),
+        Architecture("llama", "LlamaForCausalLM", _DENSE, _NO_BIAS),
         Architecture("mistral", "MistralForCausalLM", _DENSE, sliding_window=True),
+        Architecture("qwen2", "Qwen2ForCausalLM", _DENSE, sliding_window=True),
+        Architecture("granite", "GraniteForCausalLM", _DENSE, _NO_BIAS, multipliers=True),
         Architecture("qwen3", "Qwen3ForCausalLM", _DENSE, {"attention_bias": False}, sliding_window=True),
         Architecture(
             "mixtral",
@@ -66,6 +76,17 @@ ARCHITECTURES = {
             moe_block="block_sparse_moe",
             expert_weights=("w1", "w2", "w3"),
         ),
+        Architecture(
+            "granitemoe",
+            "GraniteMoeForCausalLM",
+            _MIXTRAL,
+            {"attention_bias": False},
+            moe_block="block_sparse_moe",
+            router="router.layer",
+            stacked_experts=("input_linear.weight", "output_linear.weight"),
+            multipliers=True,
+        ),
+        Architecture("olmoe", "OlmoeForCausalLM", _OLMOE, {"attention_bias": False, "clip_qkv": None}),
         Architecture(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
@@ -77,7 +98,7 @@ ARCHITECTURES = {
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
             _QWEN_MOE,
-            {"qkv_bias": False, "mlp_only_layers": []},
+            {"mlp_only_layers": []},
             sliding_window=True,
             shared="shared_expert",
             shared_gate=True,
@@ -86,18 +107,15 @@ ARCHITECTURES = {
             "glm4_moe",
             "Glm4MoeForCausalLM",
             _GLM_MOE,
-            {
-                "attention_bias": False,
-                "n_group": 1,
-                "topk_group": 1,
-                "first_k_dense_replace": 0,
-                "num_nextn_predict_layers": 0,
-            },
+            {"n_group": 1, "topk_group": 1},
             shared="shared_experts",
             router_bias=True,
         ),
     )
 }
+
+_QK_NORMS: dict[bool | str, tuple[str, ...]] = {True: ("qwen3", "qwen3_moe", "glm4_moe"), "all_heads": ("olmoe",)}
+"""Architectures that can have each form of `model.qk_norm`."""
 
 
 def architecture_for(model: ModelConfig) -> Architecture:
@@ -106,16 +124,48 @@ def architecture_for(model: ModelConfig) -> Architecture:
     Raises:
         MoelmError: there is none; the message names the setting.
     """
-    if model.sandwich_norm:
-        raise _not_expressible("model.sandwich_norm", True)
-    if model.num_unique_layers < model.num_layers:
-        raise _not_expressible("model.unique_layers", model.unique_layers)
+    for setting, supported in (
+        ("sandwich_norm", False),
+        ("unique_layers", model.num_layers),
+        ("attention_logit_cap", None),
+    ):
+        value = getattr(model, setting)
+        if value not in (supported, None):
+            raise _not_expressible(f"model.{setting}", value)
     if model.ffn.depth > 1:
         raise _not_expressible("model.ffn.depth", model.ffn.depth)
-    if model.attention_logit_cap is not None:
-        raise _not_expressible("model.attention_logit_cap", model.attention_logit_cap)
     model_type = _dense_type(model) if isinstance(model.ffn, DenseFFNConfig) else _moe_type(model, model.ffn)
+    _check_expressible(model, model_type)
     return ARCHITECTURES[model_type]
+
+
+def _check_expressible(model: ModelConfig, model_type: str) -> None:
+    """Refuse settings that the architecture does not have."""
+    ffn, architecture = model.ffn, ARCHITECTURES[model_type]
+    residual = model.residual_multiplier != 1 and model.residual_multiplier
+    present: dict[str, tuple[object, bool]] = {
+        "window": (model.window, architecture.sliding_window),
+        "qkv_bias": (model.qkv_bias, model_type in ("qwen2", "qwen2_moe", "glm4_moe")),
+        "qk_norm": (model.qk_norm, model_type in _QK_NORMS.get(model.qk_norm, ())),
+        "rotary_fraction": (model.rotary_fraction < 1 and model.rotary_fraction, model_type == "glm4_moe"),
+        "attention_multiplier": (model.attention_multiplier, architecture.multipliers),
+        "residual_multiplier": (residual, architecture.multipliers),
+    }
+    if isinstance(ffn, MoEFFNConfig):
+        present |= {
+            "ffn.every": (ffn.every > 1 and ffn.every, "every" in architecture.ffn_settings.values()),
+            "ffn.shared_experts": (ffn.shared_experts, architecture.shared is not None),
+            "ffn.shared_gate": (ffn.shared_gate, architecture.shared_gate),
+            "ffn.first_dense": (ffn.first_dense, model_type == "glm4_moe"),
+            "ffn.num_experts": (ffn.num_experts == 1 and 1, model_type != "glm4_moe"),
+            "ffn.router.normalize": (not gates_normalized(ffn) and "false", model_type not in ("mixtral", "granitemoe")),
+        }
+    for setting, (value, expressible) in present.items():
+        if value and not expressible:
+            raise MoelmError(
+                f"model.{setting} is {value}, which {model_type} does not have, the architecture of the other settings; "
+                "docs/interop.md lists the settings that can be exported."
+            )
 
 
 def gates_normalized(ffn: MoEFFNConfig) -> bool:
@@ -129,32 +179,33 @@ def shared_hidden_dim(ffn: MoEFFNConfig) -> int:
 
 
 def _dense_type(model: ModelConfig) -> str:
+    if _has_multipliers(model):
+        return "granite"
     if model.qk_norm:
         return "qwen3"
+    if model.qkv_bias:
+        return "qwen2"
     return "llama" if model.window is None else "mistral"
 
 
 def _moe_type(model: ModelConfig, ffn: MoEFFNConfig) -> str:
     match ffn.router:
         case SigmoidRouterConfig():
-            together_with = " with model.ffn.router.kind = sigmoid"
-            if model.window is not None:
-                raise _not_expressible("model.window", model.window, together_with)
-            if ffn.every > 1:
-                raise _not_expressible("model.ffn.every", ffn.every, together_with)
-            if ffn.num_experts == 1:
-                raise _not_expressible("model.ffn.num_experts", 1, together_with)
             return "glm4_moe"
         case TopKRouterConfig() | NoisyTopKRouterConfig():
             if ffn.balance.bias:
                 raise _not_expressible("model.ffn.balance.bias", ffn.balance.bias, " with model.ffn.router.kind = topk")
+            if _has_multipliers(model):
+                return "granitemoe"
             if model.qk_norm:
-                if ffn.shared_experts:
-                    raise _not_expressible("model.ffn.shared_experts", ffn.shared_experts, " with model.qk_norm = true")
-                return "qwen3_moe"
-            is_mixtral = gates_normalized(ffn) and not ffn.shared_experts and ffn.every == 1
+                return "olmoe" if model.qk_norm == "all_heads" else "qwen3_moe"
+            is_mixtral = gates_normalized(ffn) and not ffn.shared_experts and ffn.every == 1 and not model.qkv_bias
             return "mixtral" if is_mixtral else "qwen2_moe"
     raise _not_expressible("model.ffn.router.kind", ffn.router.kind)
+
+
+def _has_multipliers(model: ModelConfig) -> bool:
+    return model.attention_multiplier is not None or model.residual_multiplier != 1
 
 
 def _not_expressible(setting: str, value: object, together_with: str = "") -> MoelmError:

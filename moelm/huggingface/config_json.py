@@ -15,6 +15,8 @@ from moelm.huggingface.architectures import (
     gates_normalized,
     shared_hidden_dim,
 )
+from moelm.huggingface.hf_settings import HFSettings
+from moelm.huggingface.rope import from_hf_rope, rope_section, to_hf_rope
 
 SHARED_SETTINGS = {
     "vocab_size": "vocab_size",
@@ -31,21 +33,16 @@ SHARED_SETTINGS = {
 """Settings of every architecture, and the fields of `model` that they correspond to."""
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}
 """`model.activation` to `hidden_act`."""
-WINDOW_BY_LAYER = ("qwen3", "qwen2_moe", "qwen3_moe")
+WINDOW_BY_LAYER = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 """Architectures that set the sliding window for each layer."""
+
+ALWAYS_NORMALIZED = ("mixtral", "granitemoe")
+"""Architectures whose gates sum to 1 without a setting."""
 
 _SHARED_TYPES: dict[str, type] = {"rms_norm_eps": float, "initializer_range": float, "tie_word_embeddings": bool}
 """Types of the shared settings that are not whole numbers."""
 _OPTIONAL = {"head_dim", "initializer_range", "tie_word_embeddings"}
 """Shared settings whose default is the same everywhere: hidden size over heads, unset, false."""
-_TYPE_NAMES: dict[type, str] = {
-    int: "a whole number above 0",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list: "a list",
-    dict: "a section",
-}
 
 
 def to_hf_config(model: ModelConfig) -> dict[str, Any]:
@@ -55,7 +52,7 @@ def to_hf_config(model: ModelConfig) -> dict[str, Any]:
         MoelmError: no architecture expresses the model.
     """
     architecture, ffn = architecture_for(model), model.ffn
-    rope: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_type": "default"}
+    rope = to_hf_rope(model)
     settings: dict[str, Any] = {"architectures": [architecture.model_class], "model_type": architecture.model_type}
     settings |= {hf_key: getattr(model, key) for hf_key, key in SHARED_SETTINGS.items()}
     settings |= {"num_key_value_heads": model.kv_heads, "head_dim": model.size_per_head}
@@ -65,14 +62,24 @@ def to_hf_config(model: ModelConfig) -> dict[str, Any]:
     if isinstance(ffn, MoEFFNConfig):
         settings["output_router_logits"] = False
         settings.setdefault("intermediate_size", ffn.dense_hidden_dim)
-        if architecture.model_type != "mixtral":
+        if architecture.model_type not in ALWAYS_NORMALIZED:
             settings["norm_topk_prob"] = gates_normalized(ffn)
         if architecture.model_type == "qwen2_moe":
             settings["shared_expert_intermediate_size"] = shared_hidden_dim(ffn)
+            settings["qkv_bias"] = model.qkv_bias
         if isinstance(ffn.router, SigmoidRouterConfig):
             settings |= {"n_shared_experts": max(1, ffn.shared_experts), "routed_scaling_factor": ffn.router.scale}
-            settings["use_qk_norm"] = model.qk_norm
-            settings["partial_rotary_factor"] = rope["partial_rotary_factor"] = 1.0
+            settings |= {"use_qk_norm": model.qk_norm, "attention_bias": model.qkv_bias, "num_nextn_predict_layers": 0}
+            settings["first_k_dense_replace"] = ffn.first_dense
+            settings["intermediate_size"] = ffn.first_dense_dim or ffn.dense_hidden_dim
+            settings["partial_rotary_factor"] = rope["partial_rotary_factor"] = model.rotary_fraction
+    if architecture.multipliers:
+        settings |= {
+            "embedding_multiplier": model.embedding_multiplier,
+            "attention_multiplier": model.attention_multiplier or model.size_per_head**-0.5,
+            "residual_multiplier": model.residual_multiplier,
+            "logits_scaling": 1 / model.logit_multiplier,
+        }
     if architecture.model_type in WINDOW_BY_LAYER:
         layer_type = "full_attention" if model.window is None else "sliding_attention"
         settings |= {"use_sliding_window": model.window is not None, "max_window_layers": 0}
@@ -97,45 +104,19 @@ def from_hf_config(settings: dict[str, Any], origin: str) -> tuple[Architecture,
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None:
         raise MoelmError(f"{origin}: model_type is {model_type!r}; one of {', '.join(ARCHITECTURES)} can be imported.")
-    rope = _rope_settings(hf)
-    _check_fixed_settings(architecture, hf, rope)
+    rope = rope_section(hf)
+    _check_fixed_settings(architecture, hf)
     model = {key: _shared_setting(hf, model_type, hf_key) for hf_key, key in SHARED_SETTINGS.items()}
     model = {key: value for key, value in model.items() if value is not None}
     # The first Llama files have no rope_theta.
     model["rope_theta"] = rope.get("rope_theta", float, *([10_000.0] if model_type == "llama" else []))
+    model["rope_scaling"] = from_hf_rope(rope)
+    model["rotary_fraction"] = _rotary_fraction(model_type, hf, rope)
     model["activation"] = _activation(hf)
-    model["qk_norm"] = model_type in ("qwen3", "qwen3_moe") or hf.get("use_qk_norm", bool, False)
+    model |= _attention(architecture, hf)
     model["window"] = _window(architecture, hf, model["num_layers"])
     model["ffn"] = _ffn(architecture, hf)
     return architecture, model
-
-
-class HFSettings:
-    """The settings of a config.json, or of one of its sections, read by name and type; null counts as missing.
-
-    Args:
-        settings: names and values.
-        origin: start of the error messages.
-    """
-
-    def __init__(self, settings: dict[str, Any], origin: str) -> None:
-        self.settings, self.origin = settings, origin
-
-    def get(self, key: str, kind: type, *default: Any) -> Any:
-        """The value of a setting.
-
-        Raises:
-            MoelmError: it is missing and has no default, or has another type than `kind`.
-        """
-        value = self.settings.get(key)
-        if value is None:
-            if default:
-                return default[0]
-            raise MoelmError(f"{self.origin}: {key} is missing.")
-        fits = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-        if not fits or (kind is int and value < 1):
-            raise MoelmError(f"{self.origin}: {key} is {value!r}; {_TYPE_NAMES[kind]} is expected.")
-        return float(value) if kind is float else value
 
 
 def _shared_setting(hf: HFSettings, model_type: str, key: str) -> Any:
@@ -146,24 +127,44 @@ def _shared_setting(hf: HFSettings, model_type: str, key: str) -> Any:
     return hf.get(key, _SHARED_TYPES.get(key, int), *default)
 
 
-def _rope_settings(hf: HFSettings) -> HFSettings:
-    """Settings of the rotary embeddings; newer files have rope_theta in the section, older ones beside it."""
-    sections = (hf.get("rope_scaling", dict, {}), hf.get("rope_parameters", dict, {}))
-    return HFSettings({"rope_theta": hf.settings.get("rope_theta"), **sections[0], **sections[1]}, hf.origin)
-
-
-def _check_fixed_settings(architecture: Architecture, hf: HFSettings, rope: HFSettings) -> None:
+def _check_fixed_settings(architecture: Architecture, hf: HFSettings) -> None:
     """Refuse settings with another value than the only one that moelm's model supports."""
     pairs = {key: (hf.settings.get(key), supported) for key, supported in architecture.fixed_settings.items()}
-    pairs["rope_type"] = (rope.settings.get("rope_type") or rope.settings.get("type"), "default")
-    rotary_fraction = rope.get("partial_rotary_factor", float, hf.get("partial_rotary_factor", float, None))
-    if rotary_fraction is None and architecture.model_type == "glm4_moe":
-        rotary_fraction = 0.5  # the default of transformers
-    pairs["partial_rotary_factor"] = (rotary_fraction, 1.0)
     pairs["quantization_config"] = (hf.settings.get("quantization_config"), None)
     for key, (value, supported) in pairs.items():
         if value is not None and value != supported:
             raise MoelmError(f"{hf.origin}: {key} is {value!r}; moelm's model supports only {supported!r}.")
+
+
+def _rotary_fraction(model_type: str, hf: HFSettings, rope: HFSettings) -> float:
+    fraction = rope.get("partial_rotary_factor", float, hf.get("partial_rotary_factor", float, None))
+    if model_type == "glm4_moe":
+        return 0.5 if fraction is None else fraction  # the default of transformers
+    if fraction not in (None, 1.0):
+        raise MoelmError(f"{hf.origin}: partial_rotary_factor is {fraction}; a {model_type} has 1.0.")
+    return 1.0
+
+
+def _attention(architecture: Architecture, hf: HFSettings) -> dict[str, Any]:
+    """Norms and biases of queries and keys, and multipliers."""
+    model_type = architecture.model_type
+    model: dict[str, Any] = {"qk_norm": model_type in ("qwen3", "qwen3_moe"), "qkv_bias": model_type == "qwen2"}
+    match model_type:
+        case "olmoe":
+            model["qk_norm"] = "all_heads"
+        case "qwen2_moe":  # without the setting, in all releases
+            model["qkv_bias"] = hf.get("qkv_bias", bool, True)
+        case "glm4_moe":
+            model |= {
+                "qk_norm": hf.get("use_qk_norm", bool, False),
+                "qkv_bias": hf.get("attention_bias", bool, False),
+            }
+    if architecture.multipliers:
+        model |= {
+            key: hf.get(key, float) for key in ("embedding_multiplier", "attention_multiplier", "residual_multiplier")
+        }
+        model["output_multiplier"] = 1 / hf.get("logits_scaling", float)
+    return model
 
 
 def _activation(hf: HFSettings) -> str:
@@ -212,11 +213,15 @@ def _ffn(architecture: Architecture, hf: HFSettings) -> dict[str, Any]:
         # Some releases of transformers write num_local_experts instead.
         hf = HFSettings({**hf.settings, "num_experts": hf.settings.get("num_local_experts")}, hf.origin)
     ffn: dict[str, Any] = {key: hf.get(hf_key, int) for hf_key, key in architecture.ffn_settings.items()}
+    first_dense = hf.settings.get("first_k_dense_replace") or 0
+    if architecture.model_type == "glm4_moe" and first_dense != 0:
+        ffn |= {"first_dense": hf.get("first_k_dense_replace", int), "first_dense_dim": hf.get("intermediate_size", int)}
     if not architecture.is_moe:
         return {"kind": "dense", **ffn}
     if architecture.model_type == "qwen2_moe":
         ffn["shared_experts"] = _num_shared_experts(hf, ffn)
-    if architecture.model_type != "mixtral":
+        ffn["shared_gate"] = ffn["shared_experts"] > 0
+    if architecture.model_type not in ALWAYS_NORMALIZED:
         ffn["router"] = {"kind": "topk", "normalize": hf.get("norm_topk_prob", bool)}
     if architecture.model_type == "glm4_moe":
         ffn["router"] |= {"kind": "sigmoid", "scale": hf.get("routed_scaling_factor", float)}

@@ -53,7 +53,7 @@ def import_model(
     architecture, model = from_hf_config(_read_json(source / "config.json"), str(source / "config.json"))
     run_config = _run_config(run, model, config, overrides)
     loaded_tokenizer = _load_tokenizer(tokenizer or source / "tokenizer.json", source, run_config)
-    files = _find_tensors(source)
+    files = _without_further_layers(_find_tensors(source), architecture, run_config.model.num_layers)
     mappings = _match_tensors(files, run_config, architecture, source)
     weights = _read_weights(files, mappings, run_config)
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
@@ -62,6 +62,17 @@ def import_model(
     biases = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("router.bias")}
     create_run(run, run_config, loaded_tokenizer, biases | weights, origin)
     return run
+
+
+def _without_further_layers(files: TensorFiles, architecture: Architecture, num_layers: int) -> TensorFiles:
+    """The tensors without those of layers that predict further tokens, which generation does not use."""
+    if architecture.model_type != "glm4_moe":
+        return files
+    prefix = f"model.layers.{num_layers}."
+    kept = {name: path for name, path in files.items() if not name.startswith(prefix)}
+    if len(kept) < len(files):
+        warn(f"{len(files) - len(kept)} tensors of the layer that predicts the token after the next are left out.")
+    return kept
 
 
 def _run_config(run: RunDirectory, model: dict[str, Any], config: Path | None, overrides: Sequence[str]) -> RunConfig:

@@ -30,6 +30,9 @@ _LAYER_NAMES = {
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
     "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wq.bias": "self_attn.q_proj.bias",
+    "attention.wk.bias": "self_attn.k_proj.bias",
+    "attention.wv.bias": "self_attn.v_proj.bias",
     "attention.wo.weight": "self_attn.o_proj.weight",
     "attention.q_norm.weight": "self_attn.q_norm.weight",
     "attention.k_norm.weight": "self_attn.k_norm.weight",
@@ -39,8 +42,8 @@ _LAYER_NAMES = {
     "ffn.w3": "mlp.up_proj.weight",
     _BIAS: "mlp.gate.e_score_correction_bias",
 }
-_TRAINING_ONLY = "ffn.router.noise_weight"
-"""The scale of a noisy router's noise, which evaluation does not use."""
+_MAPPED_WITH_ROUTER = ("ffn.router.noise_weight", "ffn.shared_gate.weight")
+"""The scale of a noisy router's noise, which only training uses, and the gate of the shared experts."""
 
 
 class TensorMapping(NamedTuple):
@@ -94,23 +97,28 @@ def build_weight_map(model: ModelConfig, architecture: Architecture, fused: bool
     for name, shape in weight_shapes(model).items():
         layer, _, inner = name.removeprefix("layers.").partition(".")
         if name in _GLOBAL_NAMES:
-            mappings.append(TensorMapping(_GLOBAL_NAMES[name], shape, (name,), scale=_global_scale(model, name)))
+            mappings.append(
+                TensorMapping(_GLOBAL_NAMES[name], shape, (name,), scale=_global_scale(model, architecture, name))
+            )
         elif inner == _BIAS and not architecture.router_bias:
             continue  # imported softmax routers begin with a bias of zero
         elif inner in _LAYER_NAMES:
             mappings.append(TensorMapping(f"model.layers.{layer}.{_LAYER_NAMES[inner]}", shape, (name,)))
         elif inner == "ffn.router.weight":
-            hf_block = f"model.layers.{layer}.{'mlp' if fused else architecture.moe_block}"
-            mappings.append(TensorMapping(f"{hf_block}.gate.weight", shape, (name,)))
+            unnamed = fused and architecture.stacked_experts is None
+            hf_block = f"model.layers.{layer}.{'mlp' if unnamed else architecture.moe_block}"
+            mappings.append(TensorMapping(f"{hf_block}.{architecture.router}.weight", shape, (name,)))
             mappings += _expert_mappings(model, architecture, hf_block, name.removesuffix("router.weight"), fused)
         else:
-            known = inner == _TRAINING_ONLY or inner.startswith(("ffn.experts.", "ffn.shared."))
+            known = inner in _MAPPED_WITH_ROUTER or inner.startswith(("ffn.experts.", "ffn.shared."))
             assert known, f"{name} has no Hugging Face tensor"
     return mappings
 
 
-def _global_scale(model: ModelConfig, name: str) -> float:
-    """A multiplier of the model, which config.json cannot express; a tied head is scaled with the embedding."""
+def _global_scale(model: ModelConfig, architecture: Architecture, name: str) -> float:
+    """A multiplier of the model, if config.json cannot express it; a tied head is scaled with the embedding."""
+    if architecture.multipliers:
+        return 1.0
     if name == "embedding.weight":
         return model.embedding_multiplier
     if name == "norm.weight":
@@ -135,10 +143,11 @@ def _expert_mappings(
     ffn = model.ffn
     assert isinstance(ffn, MoEFFNConfig)
     experts, dim, hidden_dim = ffn.num_experts, model.dim, ffn.hidden_dim
-    if fused:
+    if fused or architecture.stacked_experts is not None:
+        hf_w1_w3, hf_w2 = architecture.stacked_experts or ("experts.gate_up_proj", "experts.down_proj")
         w1_w3 = (f"{block}experts.w1", f"{block}experts.w3")
-        yield TensorMapping(f"{hf_block}.experts.gate_up_proj", (experts, 2 * hidden_dim, dim), w1_w3)
-        yield TensorMapping(f"{hf_block}.experts.down_proj", (experts, dim, hidden_dim), (f"{block}experts.w2",))
+        yield TensorMapping(f"{hf_block}.{hf_w1_w3}", (experts, 2 * hidden_dim, dim), w1_w3)
+        yield TensorMapping(f"{hf_block}.{hf_w2}", (experts, dim, hidden_dim), (f"{block}experts.w2",))
     else:
         for expert in range(experts):
             for (weight, shape), hf_weight in zip(
@@ -150,7 +159,8 @@ def _expert_mappings(
         hf_weights = ("gate_proj", "down_proj", "up_proj")
         for (weight, shape), hf_weight in zip(_swiglu_shapes(dim, shared_hidden_dim(ffn)), hf_weights, strict=True):
             names = (f"{block}shared.{weight}",) if ffn.shared_experts else ()
-            scale = 2.0 if architecture.shared_gate and weight == "w2" else 1.0
+            scale = 2.0 if architecture.shared_gate and not ffn.shared_gate and weight == "w2" else 1.0
             yield TensorMapping(f"{hf_block}.{architecture.shared}.{hf_weight}.weight", shape, names, scale=scale)
     if architecture.shared_gate:
-        yield TensorMapping(f"{hf_block}.shared_expert_gate.weight", (1, dim), ())
+        names = (f"{block}shared_gate.weight",) if ffn.shared_gate else ()
+        yield TensorMapping(f"{hf_block}.shared_expert_gate.weight", (1, dim), names)

@@ -53,8 +53,10 @@ def build_decoder(model: Transformer, cache: KVCache) -> Step:
         x_BD = F.embedding(tokens_B, embedding) * config.embedding_multiplier
         context = _context(tokens_B, cache, model.needs_rng)
         for number, (attention_norm, attention, attention_out_norm, ffn_norm, ffn, ffn_out_norm) in enumerate(layers):
-            x_BD = x_BD + attention_out_norm(attention(attention_norm(x_BD), position, mask))
-            x_BD = x_BD + ffn_out_norm(ffn(ffn_norm(x_BD), context.at_repeat(number // config.num_unique_layers)))
+            y_BD = attention_out_norm(attention(attention_norm(x_BD), position, mask))
+            x_BD = torch.add(x_BD, y_BD, alpha=config.residual_multiplier)
+            y_BD = ffn_out_norm(ffn(ffn_norm(x_BD), context.at_repeat(number // config.num_unique_layers)))
+            x_BD = torch.add(x_BD, y_BD, alpha=config.residual_multiplier)
         cache.advance(1)
         return F.linear(norm(x_BD) * config.logit_multiplier, head)
 
@@ -83,21 +85,33 @@ def _norm(module: nn.Module) -> Step:
 def _attention(module: Attention, cache: KVCache, layer: int) -> Callable[[Tensor, int, Tensor | None], Tensor]:
     heads, kv_heads, width = module.heads, module.kv_heads, module.head_dim
     weight = torch.cat((module.wq.weight, module.wk.weight, module.wv.weight))  # one product is faster for one token
+    biases = module.wq.bias, module.wk.bias, module.wv.bias
+    bias = None if biases[0] is None else torch.cat(biases)
     out_weight, cap = module.wo.weight, module.logit_cap
     keys, values = cache.layers[layer]
     cos_TC, sin_TC = cache.rope
-    q_norm, k_norm = _norm(module.q_norm), _norm(module.k_norm)
+    q_norm, k_norm, query_factor = _norm(module.q_norm), _norm(module.k_norm), module.query_factor
+    all_heads, rotated = module.qk_norm == "all_heads", cos_TC.shape[-1]
 
     def attention(x_BD: Tensor, position: int, mask: Tensor | None) -> Tensor:
-        qkv_BJC = F.linear(x_BD, weight).view(len(x_BD), -1, width)
+        qkv_BJC = F.linear(x_BD, weight, bias).view(len(x_BD), -1, width)
         qk_BHC, v_BGC = qkv_BJC[:, :-kv_heads], qkv_BJC[:, -kv_heads:]
         if module.qk_norm:
-            qk_BHC = torch.cat((q_norm(qk_BHC[:, :heads]), k_norm(qk_BHC[:, heads:])), dim=1)
-        swapped_BHC = qk_BHC.roll(width // 2, dims=-1)
-        qk_BHC = torch.addcmul(qk_BHC * cos_TC[position], swapped_BHC, sin_TC[position])
+            q_BHC, k_BGC = qk_BHC[:, :heads], qk_BHC[:, heads:]
+            if all_heads:
+                q_BHC, k_BGC = q_norm(q_BHC.flatten(1)).view_as(q_BHC), k_norm(k_BGC.flatten(1)).view_as(k_BGC)
+            else:
+                q_BHC, k_BGC = q_norm(q_BHC), k_norm(k_BGC)
+            qk_BHC = torch.cat((q_BHC, k_BGC), dim=1)
+        first_BHR = qk_BHC[..., :rotated]
+        swapped_BHR = first_BHR.roll(rotated // 2, dims=-1)
+        first_BHR = torch.addcmul(first_BHR * cos_TC[position], swapped_BHR, sin_TC[position])
+        qk_BHC = first_BHR if rotated == width else torch.cat((first_BHR, qk_BHC[..., rotated:]), dim=-1)
         keys.select(2, position).copy_(qk_BHC[:, heads:])
         values.select(2, position).copy_(v_BGC)
         q_BHC = qk_BHC[:, :heads].to(x_BD.dtype)
+        if query_factor != 1:
+            q_BHC = q_BHC * query_factor
         k_BGSC, v_BGSC = (memory.narrow(2, 0, position + 1).to(x_BD.dtype) for memory in (keys, values))
         if cap is not None:
             output = capped_attention(q_BHC[:, :, None], k_BGSC, v_BGSC, mask, cap)
@@ -121,7 +135,7 @@ def _ffn(module: nn.Module) -> Callable[[Tensor, TokenContext], Tensor]:
 
 def _moe(module: MoELayer) -> Callable[[Tensor, TokenContext], Tensor]:
     experts = _experts(module.experts)
-    shared = None if module.shared is None else _ffn(module.shared)
+    shared = None if module.shared is None else _shared(module.shared, module.shared_gate)
 
     def moe(x_BD: Tensor, context: TokenContext) -> Tensor:
         routing: Routing = module.router(x_BD, context)
@@ -129,6 +143,13 @@ def _moe(module: MoELayer) -> Callable[[Tensor, TokenContext], Tensor]:
         return y_BD if shared is None else y_BD + shared(x_BD, context)
 
     return moe
+
+
+def _shared(module: FeedForward, gate: nn.Linear | None) -> Callable[[Tensor, TokenContext], Tensor]:
+    ffn = _ffn(module)
+    if gate is None:
+        return ffn
+    return lambda x_BD, context: gate(x_BD).sigmoid() * ffn(x_BD, context)
 
 
 def _experts(module: Experts) -> Callable[[Tensor, Routing], Tensor]:

@@ -108,19 +108,28 @@ def short_causal_attention(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Te
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) without biases."""
+    """Grouped-query attention (Ainslie et al. 2023)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.logit_cap = config.attention_logit_cap
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.size_per_head
-        self.wq = nn.Linear(config.dim, self.heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
+        self.wq = nn.Linear(config.dim, self.heads * self.head_dim, bias=config.qkv_bias)
+        self.wk = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.wv = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
         self.qk_norm = config.qk_norm
-        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (self._head_norm(config, heads) for heads in (self.heads, self.kv_heads))
+        # The kernels divide logits by sqrt(head_dim).
+        multiplier = config.attention_multiplier
+        self.query_factor = 1.0 if multiplier is None else multiplier * self.head_dim**0.5
+
+    @staticmethod
+    def _head_norm(config: ModelConfig, heads: int) -> nn.Module:
+        if not config.qk_norm:
+            return nn.Identity()
+        width = config.size_per_head * (heads if config.qk_norm == "all_heads" else 1)
+        return RMSNorm(width, eps=config.norm_eps)
 
     def forward(
         self,
@@ -141,8 +150,13 @@ class Attention(nn.Module):
         """Queries, keys and values; queries and keys are normalized and rotated."""
         x_BTD = x_BTD.to(compute_dtype(x_BTD))  # autocast would store a cast for each of the three products
         q_BTHC, k_BTGC, v_BTGC = (w(x_BTD).unflatten(2, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q_BHTC = rotate(self.q_norm(q_BTHC), *rope).transpose(1, 2)
-        k_BGTC = rotate(self.k_norm(k_BTGC), *rope).transpose(1, 2)
+        if self.qk_norm == "all_heads":
+            q_BTHC, k_BTGC = self.q_norm(q_BTHC.flatten(2)).view_as(q_BTHC), self.k_norm(k_BTGC.flatten(2)).view_as(k_BTGC)
+        else:
+            q_BTHC, k_BTGC = self.q_norm(q_BTHC), self.k_norm(k_BTGC)
+        if self.query_factor != 1:
+            q_BTHC = q_BTHC * self.query_factor
+        q_BHTC, k_BGTC = (rotate(x, *rope).transpose(1, 2) for x in (q_BTHC, k_BTGC))
         return q_BHTC, k_BGTC, v_BTGC.transpose(1, 2)
 
     def _attend(self, q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | WindowBlocks | None) -> Tensor:

@@ -55,12 +55,15 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     experts = 0
     for layer in range(config.num_unique_layers):
         shared = (4 if config.sandwich_norm else 2) * dim + _attention_weights(config)
+        heads = config.num_heads + config.kv_heads
         if config.qk_norm:
-            shared += 2 * config.size_per_head
+            shared += config.size_per_head * (heads if config.qk_norm == "all_heads" else 2)
+        if config.qkv_bias:
+            shared += config.size_per_head * (heads + config.kv_heads)
         ffn = config.ffn_at(layer)
         expert = 3 * dim * ffn.hidden_dim
         if isinstance(ffn, MoEFFNConfig):
-            shared += router_weights(dim, ffn) + ffn.shared_experts * expert
+            shared += router_weights(dim, ffn) + ffn.shared_experts * expert + ffn.shared_gate * dim
             total += shared + ffn.num_experts * expert
             experts += ffn.num_experts * expert
             active += shared + ffn.top_k * expert
@@ -81,6 +84,7 @@ def count_flops(config: ModelConfig, seq_len: int) -> FlopCount:
         weights += _attention_weights(config) + scores_and_mix
         if isinstance(ffn, MoEFFNConfig):
             weights += (ffn.top_k + ffn.shared_experts) * 3 * dim * ffn.hidden_dim + router_weights(dim, ffn)
+            weights += ffn.shared_gate * dim
         else:
             weights += 3 * dim * ffn.hidden_dim
     return FlopCount(forward=2 * weights, backward=4 * weights)

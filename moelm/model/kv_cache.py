@@ -27,7 +27,7 @@ class KVCache:
         self.layers = [
             (torch.empty(shape, device=device), torch.empty(shape, device=device)) for _ in range(config.num_layers)
         ]
-        self.rope = rope_tables(torch.arange(capacity, device=device), config.size_per_head, config.rope_theta)
+        self.rope = rope_tables(torch.arange(capacity, device=device), config)
         self.length = 0
         self.starts_B = starts_B
 

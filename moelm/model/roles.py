@@ -17,12 +17,13 @@ HIDDEN_ROLES: tuple[Role, ...] = ("attention", "ffn", "experts")
 
 
 def parameter_roles(model: Transformer) -> dict[nn.Parameter, Role]:
-    """The role of every parameter, in the order of the model.
+    """The role of every parameter, in the order of the model. Biases have that of norms, and the gate of shared experts has
+    that of routers.
 
     The expert of a mixture of one has the role of the dense block, which it is equal to.
     """
     return {
-        parameter: _role(name, module)
+        parameter: "norm" if parameter.dim() == 1 else _role(name, module)
         for name, module in model.named_modules()
         for parameter in module.parameters(recurse=False)
     }
@@ -40,6 +41,8 @@ def _role(name: str, module: nn.Module) -> Role:
             return "experts" if len(module.w1) > 1 else "ffn"
         case FeedForward():
             return "ffn"
+    if name.endswith("shared_gate"):
+        return "router"
     return "head" if name == "head" else "attention"
 
 

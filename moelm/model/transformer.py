@@ -4,7 +4,7 @@
 Shapes: B batch, T positions, D model width, V vocabulary, E experts.
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ class Block(nn.Module):
         def norm(wanted: bool = True) -> nn.Module:
             return RMSNorm(config.dim, eps=config.norm_eps) if wanted else nn.Identity()
 
+        self.residual_multiplier = config.residual_multiplier
         self.attention_norm = norm()
         self.attention = Attention(config)
         self.attention_out_norm = norm(config.sandwich_norm)
@@ -84,12 +85,19 @@ class Block(nn.Module):
     ) -> Tensor:
         """The first half of the block."""
         y_BTD: Tensor = self.attention(self.attention_norm(x_BTD), rope, mask, cache)
-        return x_BTD + cast(Tensor, self.attention_out_norm(y_BTD))
+        return x_BTD + self._scaled(self.attention_out_norm(y_BTD))
 
     def add_ffn(self, x_BTD: Tensor, context: TokenContext) -> tuple[Tensor, Routing | None]:
         """The second half of the block, and the routing of a sparse one."""
         y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), context)
-        return x_BTD + self.ffn_out_norm(y_BTD), routing
+        return x_BTD + self.scale_ffn(y_BTD), routing
+
+    def scale_ffn(self, y_BTD: Tensor) -> Tensor:
+        """The output of the feed-forward block as it is added to the residual stream."""
+        return self._scaled(self.ffn_out_norm(y_BTD))
+
+    def _scaled(self, y_BTD: Tensor) -> Tensor:
+        return y_BTD if self.residual_multiplier == 1 else y_BTD * self.residual_multiplier
 
 
 class Transformer(nn.Module):
@@ -161,7 +169,7 @@ class Transformer(nn.Module):
         queries = tokens_BT.shape[1]
         starts_B = cache.starts_B if cache is not None else None
         if cache is None:
-            rope = rope_tables(torch.arange(queries, device=device), config.size_per_head, config.rope_theta)
+            rope = rope_tables(torch.arange(queries, device=device), config)
         else:
             rope = cache.rope[0][past : past + queries], cache.rope[1][past : past + queries]
         mask = build_mask(config, queries, past + queries, device, segments_BT, starts_B)

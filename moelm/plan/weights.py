@@ -78,9 +78,12 @@ def model_weights(config: RunConfig) -> Counter[Weight]:
         weights[Weight("root", "head", embedding)] += 1
     for layer in range(model.num_unique_layers):
         weights[Weight("dense", "norm", (dim,))] += 4 if model.sandwich_norm else 2
-        weights[Weight("dense", "norm", (width,))] += 2 * model.qk_norm
+        for heads in (model.num_heads, model.kv_heads):
+            norm = width * heads if model.qk_norm == "all_heads" else width
+            weights[Weight("dense", "norm", (norm,))] += bool(model.qk_norm)
         for heads in (model.num_heads, model.kv_heads, model.kv_heads):
             weights[Weight("dense", "attention", (heads * width, dim), heads)] += 1
+            weights[Weight("dense", "norm", (heads * width,))] += model.qkv_bias
         weights[Weight("dense", "attention", (dim, model.num_heads * width))] += 1
         ffn = model.ffn_at(layer)
         hidden = ffn.hidden_dim
@@ -90,6 +93,7 @@ def model_weights(config: RunConfig) -> Counter[Weight]:
             weights[Weight("experts", role, (ffn.num_experts, hidden, dim))] += 2
             weights[Weight("experts", role, (ffn.num_experts, dim, hidden))] += 1
             hidden *= ffn.shared_experts  # one wide block
+            weights[Weight("dense", "router", (1, dim))] += ffn.shared_gate
         weights[Weight("dense", "ffn", (hidden, dim))] += 2
         weights[Weight("dense", "ffn", (dim, hidden))] += 1
     return Counter({weight: number for weight, number in weights.items() if number * weight.size})

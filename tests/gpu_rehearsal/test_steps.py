@@ -64,12 +64,17 @@ MOE = f"{ROOT}/configs/gpu-moe8.yaml|{SMALL}=1"
 TWO_LAYERS = f"{ROOT}/configs/gpu-moe8.yaml|{SMALL}=2"
 FULL, SELECTIVE = (f"parallel.activation_checkpointing={mode}" for mode in ("full", "selective"))
 EAGER = "parallel.compile=false"
+PUBLISHED = (
+    "model.qkv_bias=true|model.qk_norm=all_heads|model.rotary_fraction=0.5|model.residual_multiplier=0.5|"
+    "model.ffn.shared_experts=1|model.ffn.shared_gate=true"
+)
+"""Settings of imported models."""
 ONE_PROCESS = [
     f"{MOE}|model.ffn.router={{kind: sigmoid}}|model.ffn.depth=2|model.ffn.shared_experts=1",
     f"{MOE}|model.ffn.router={{kind: noisy_topk}}",
     f"{MOE}|model.ffn.router={{kind: hierarchical, groups: 2, group_k: 1}}|{SELECTIVE}",
     f"{MOE}|model.ffn.router={{kind: hash}}|data.document_mask=true",
-    f"{MOE}|model.ffn.router={{kind: random}}|model.window=64",
+    f"{MOE}|model.ffn.router={{kind: random}}|model.window=64|{PUBLISHED}",
     f"{MOE}|model.ffn.router={{kind: expert_choice}}|{EAGER}",
     f"{MOE}|model.ffn.capacity_factor=1.5|{EAGER}",
     f"{MOE}|optim.kind=muon|{FULL}",
@@ -82,7 +87,7 @@ GRAPHS = {
 """Compiled graphs under expert parallelism, by settings."""
 EIGHT_PROCESSES = [
     f"{TWO_LAYERS}|model.ffn.router={{kind: noisy_topk}}|{FULL}",
-    f"{TWO_LAYERS}|parallel.dp_shard=8|{SELECTIVE}",
+    f"{TWO_LAYERS}|parallel.dp_shard=8|{SELECTIVE}|{PUBLISHED}",
     f"{TWO_LAYERS}|parallel.dp_shard=8|train.batch_tokens=32768|train.micro_batch_tokens=16384",
     f"{TWO_LAYERS}|parallel.ep=8|{EAGER}",
     f"{TWO_LAYERS}|parallel.ep=4|parallel.dp_shard=2|{FULL}",

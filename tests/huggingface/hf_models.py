@@ -35,6 +35,7 @@ GLM = {
     "first_k_dense_replace": 0,
     "num_nextn_predict_layers": 0,
 }
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 0.4}
 FULL_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention"] * 2}
 
@@ -62,6 +63,41 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("mistral", {"sliding_window": 7, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", SLIDING),
+    "qwen3-yarn": (
+        "qwen3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 4.0,
+            },
+        },
+    ),
+    "granite": ("granite", {**GRANITE, "logits_scaling": 0.1}),
+    "granitemoe": (
+        "granitemoe",
+        {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False}),
     "qwen3": ("qwen3", {"head_dim": 8}),
     "qwen3-window": ("qwen3", {"head_dim": 6, **SLIDING}),
     "qwen3_moe": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}),
@@ -76,9 +112,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "qkv_bias": False,
         },
     ),
+    "qwen2_moe-published": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 48,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+        },
+    ),
     "glm4_moe": (
         "glm4_moe",
         {**GLM, **FULL_ROTARY, "n_shared_experts": 2, "routed_scaling_factor": 2.5, "use_qk_norm": True},
+    ),
+    "glm4_moe-published": (
+        "glm4_moe",
+        {
+            **GLM,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "head_dim": 12,
+            "num_nextn_predict_layers": 1,
+        },
     ),
     "glm4_moe-bare": ("glm4_moe", {**GLM, **FULL_ROTARY, "norm_topk_prob": False}),
 }
@@ -94,10 +151,8 @@ def build_hf_model(case: str) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith(("norm.weight", "e_score_correction_bias")):
+            if name.endswith(("norm.weight", "e_score_correction_bias", ".bias")):
                 tensor.uniform_(0.5, 1.5)
-            elif name.endswith("shared_expert_gate.weight"):
-                tensor.zero_()  # moelm's shared experts have no gate; zeros make it one half
     return model.eval()
 
 

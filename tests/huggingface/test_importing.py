@@ -108,8 +108,13 @@ def test_tensors_that_do_not_match_are_named(hf_dir: Path, change: Callable[[Ten
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; one of llama"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_type is 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_theta": 1e4, "rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "mscale": 0.7}},
+            "mscale of the rotary",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; a mixtral has 1.0"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"num_local_experts": None}, "num_local_experts is missing"),

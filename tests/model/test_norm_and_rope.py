@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moelm.config import DenseFFNConfig, ModelConfig
 from moelm.model.norm import RMSNorm
 from moelm.model.rope import rope_tables, rotate
 from tests.tolerance import assert_close
@@ -40,6 +41,7 @@ def test_rotate_equals_complex_multiplication(dtype: torch.dtype) -> None:
     angles = torch.arange(7).double()[:, None] * 10_000.0 ** -(torch.arange(0, 8, 2) / 8)
     pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
     rotated = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-    found = rotate(x, *rope_tables(torch.arange(7), 8, 10_000.0))
+    config = ModelConfig(dim=24, num_layers=1, num_heads=3, ffn=DenseFFNConfig(kind="dense", hidden_dim=8))
+    found = rotate(x, *rope_tables(torch.arange(7), config))
     assert found.dtype == dtype
     assert_close(found, torch.cat((rotated.real, rotated.imag), dim=-1), epsilons=4)

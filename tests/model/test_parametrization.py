@@ -108,7 +108,7 @@ def test_sizes_of_activations_do_not_depend_on_the_width(workplace: Path, optim:
         "model.init_std": 0.1,
         "model.init_embedding_mean": 0.3,
         "model.qk_norm": "true",
-        "model.ffn.num_experts": 16,
+        "model.ffn.num_experts": 8,
         "train.batch_tokens": 512,
         "optim.lr": 0.02,
     }

@@ -48,6 +48,16 @@ MODELS = [
     model_config(ffn={**MOE, "router": {"kind": "hash"}}),
     model_config(ffn={**MOE, "depth": 2, "shared_experts": 1}),
     model_config(num_layers=4, unique_layers=2, ffn={**MOE, "every": 2, "depth": 4}),
+    model_config(
+        num_kv_heads=2,
+        head_dim=8,
+        qk_norm="all_heads",
+        qkv_bias=True,
+        rotary_fraction=0.5,
+        attention_multiplier=0.4,
+        residual_multiplier=0.7,
+        ffn={**MOE, "shared_experts": 1, "shared_gate": True, "first_dense": 1, "first_dense_dim": 20},
+    ),
 ]
 
 

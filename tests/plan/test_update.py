@@ -25,6 +25,14 @@ MODELS = {
     "one-expert": ("moe", "model.ffn.num_experts=1", "model.ffn.top_k=1", "model.qk_norm=true"),
     "looped": ("moe", "model.unique_layers=2", "model.sandwich_norm=true", "model.ffn.router.kind=noisy_topk"),
     "hash": ("moe", "model.ffn.router.kind=hash", "optim.groups.attention.lr=0"),
+    "published": (
+        "moe",
+        "model.qk_norm=all_heads",
+        "model.qkv_bias=true",
+        "model.ffn.shared_experts=1",
+        "model.ffn.shared_gate=true",
+        "model.ffn.first_dense=1",
+    ),
     "frozen": ("moe", "optim.groups.experts.lr=0"),
 }
 

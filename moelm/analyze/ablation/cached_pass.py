@@ -107,12 +107,9 @@ class CachedPass:
         losses_CN = self.losses_N.repeat(copies)
         targets_CN = self.batch.targets_BT.flatten().repeat(copies)
         with self._autocast():
-            y_1MD = _sparse(block).apply_experts(
-                state.normed_ND[changed_M][None],
-                routing,
-                self.context(number).subset(changed_M),
-            )
-            x_MD = state.residual_ND[changed_M] + block.ffn_out_norm(y_1MD)[0]
+            context = self.context(number).subset(changed_M)
+            y_1MD, _ = _sparse(block)(state.normed_ND[changed_M][None], context, routing)
+            x_MD = state.residual_ND[changed_M] + block.scale_ffn(y_1MD)[0]
             if number + 1 == model.config.num_layers:  # no other token attends to them any more
                 return losses_CN.index_copy(0, index_M, model.losses(x_MD, targets_CN[index_M]).each_N).view(copies, -1)
             x_CND = state.output_ND.repeat(copies, 1).index_copy(0, index_M, x_MD.to(state.output_ND.dtype))

@@ -61,20 +61,25 @@ class MoELayer(nn.Module):
         self.experts = Experts(ffn.num_experts, config.dim, ffn.hidden_dim, ffn.depth, config.activation)
         shared_dim = ffn.shared_experts * ffn.hidden_dim
         self.shared = FeedForward(config.dim, shared_dim, ffn.depth, config.activation) if shared_dim else None
+        self.shared_gate = nn.Linear(config.dim, 1, bias=False) if ffn.shared_gate else None
 
-    def forward(self, x_BTD: Tensor, context: TokenContext) -> tuple[Tensor, Routing]:
-        """The gated sum of the selected experts' outputs plus the shared experts' output, and the routing."""
-        routing: Routing = self.router(x_BTD.flatten(0, 1), context)
+    def forward(self, x_BTD: Tensor, context: TokenContext, routing: Routing | None = None) -> tuple[Tensor, Routing]:
+        """The gated sum of the selected experts' outputs plus the shared experts' output, and the routing.
+
+        Args:
+            routing: of these tokens, instead of the router's.
+        """
+        x_ND = x_BTD.flatten(0, 1)
+        if routing is None:
+            routing = self.router(x_ND, context)
         if self.capacity_factor is not None and self.training:
             routing = drop_over_capacity(routing, self.capacity_factor, context.valid_N)
-        return self.apply_experts(x_BTD, routing, context), routing
-
-    def apply_experts(self, x_BTD: Tensor, routing: Routing, context: TokenContext) -> Tensor:
-        """The output for a given routing, which need not be the router's own."""
-        x_ND = x_BTD.flatten(0, 1)
         rows = self.dispatcher.dispatch(x_ND.to(compute_dtype(x_ND)), routing)
         y_SD = self.experts(rows.x_SD, rows.gates_S, rows.ends_E)
         y_BTD = self.dispatcher.combine(y_SD, rows).view_as(x_BTD)
         if self.shared is not None:
-            y_BTD = y_BTD + self.shared(x_BTD, context)[0]
-        return y_BTD
+            shared_BTD = self.shared(x_BTD, context)[0]
+            if self.shared_gate is not None:
+                shared_BTD = self.shared_gate(x_BTD).sigmoid() * shared_BTD
+            y_BTD = y_BTD + shared_BTD
+        return y_BTD, routing
