@@ -15,7 +15,7 @@ def import_(
     config: Annotated[Path | None, typer.Option(help="A YAML file with data and training settings for the run.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json, if the directory has none.")] = None,
 ) -> None:
-    """Turn a Hugging Face model into a run. Mixtral, Llama, Mistral and similar models can be imported."""
+    """Turn a Hugging Face model into a run: Mixtral, OLMoE, Qwen, GLM, Granite, Llama and similar models."""
     from moelm.huggingface.importing import import_model
 
     new = import_model(source, run, overrides or (), config, tokenizer)

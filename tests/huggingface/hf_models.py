@@ -143,15 +143,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build_hf_model(case: str) -> Any:
-    """A model whose weights are all random, those of norms and biases included."""
+    """The model of one of `CASES`."""
     model_type, changes = CASES[case]
-    torch.manual_seed(sum(map(ord, case)))
-    config = transformers.AutoConfig.for_model(model_type, **{**SHAPE, **changes})
+    return random_hf_model(model_type, {**SHAPE, **changes}, case)
+
+
+def random_hf_model(model_type: str, settings: dict[str, Any], name: str) -> Any:
+    """A model whose weights are all random, those of norms and biases included; they depend on the name."""
+    torch.manual_seed(sum(map(ord, name)))
+    config = transformers.AutoConfig.for_model(model_type, **settings)
     # A loop over the experts: the grouped matrix product of transformers refuses odd sizes.
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith(("norm.weight", "e_score_correction_bias", ".bias")):
+        for tensor_name, tensor in model.state_dict().items():
+            if tensor_name.endswith(("norm.weight", "e_score_correction_bias", ".bias")):
                 tensor.uniform_(0.5, 1.5)
     return model.eval()
 
