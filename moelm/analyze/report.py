@@ -18,9 +18,9 @@ from moelm.analyze.token_experts import token_name
 from moelm.atomic import atomic_directory, require_empty_directory
 from moelm.distributed.ranks import distributed_context
 from moelm.errors import MoelmError
+from moelm.huggingface.opening import is_hf_directory, open_model
 from moelm.runs.checkpoint import step_of
 from moelm.runs.directory import RunDirectory
-from moelm.runs.load import open_run
 
 
 def analyze_run(
@@ -33,11 +33,12 @@ def analyze_run(
     seed: int,
     ablate: Extent = "none",
     ablate_tokens: int = 32_768,
+    data: Path | None = None,
 ) -> dict[str, Any] | None:
     """Analyze the routing of a run on a random sample of a split, and write the report.
 
     Args:
-        name: the run's directory, or its name under `runs/`.
+        name: the run's directory, its name under `runs/`, or a directory in the Hugging Face format.
         out: a directory that does not exist yet, or is empty.
         split: `val` or `train`.
         checkpoint: `last`, `best` or a step number.
@@ -46,6 +47,7 @@ def analyze_run(
         seed: of the sample and of the permutations.
         ablate: what `moelm.analyze.ablation` measures.
         ablate_tokens: approximate number of tokens that it measures on, and that it removes experts on.
+        data: see `moelm.huggingface.opening.open_model`.
 
     Returns:
         The contents of routing.json; None on all processes of a launch but the main one.
@@ -54,15 +56,15 @@ def analyze_run(
         MoelmError: a dense run, expert-choice routing, or a directory that cannot be written.
     """
     target = require_empty_directory(out)
-    run = open_run(name, checkpoint, split)
+    run = open_model(name, checkpoint, split, data)
     ffn = sparse_ffn(run.config.model)
-    directory = RunDirectory.find(name)
-    step = step_of(directory.checkpoint(checkpoint))
+    directory = None if is_hf_directory(name) else RunDirectory.find(name)
+    step = step_of(directory.checkpoint(checkpoint)) if directory else 0
     mask = run.config.data.document_mask
     with distributed_context() as ranks:
         sample = collect_routing(run.model, run.rows, tokens, seed, run.dtype, mask, ranks)
         ablation = None if ablate == "none" else measure_ablations(run, ablate, ablate_tokens, seed, ranks)
-        agreements = compare_checkpoints(directory, run, step, tokens, seed, ranks)
+        agreements = compare_checkpoints(directory, run, step, tokens, seed, ranks) if directory else {}
         if not ranks.is_main:
             return None
     passages = sample_passages(run, tokens, seed)

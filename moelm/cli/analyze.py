@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from moelm.cli.options import MAX_INT, AsJson, Checkpoint, RunPath, plain_table, print_json, stdout_console
+from moelm.cli.options import MAX_INT, AsJson, Checkpoint, DataOfModel, RunOrModel, plain_table, print_json, stdout_console
 from moelm.report.table import NO_VALUE
 
 
 def analyze(
-    run: RunPath,
+    run: RunOrModel,
     out: Annotated[Path, typer.Option(help="A new or empty directory.")],
     split: Annotated[Literal["val", "train"], typer.Option(help="Which split of the data.")] = "val",
     tokens: Annotated[
@@ -29,12 +29,13 @@ def analyze(
         int, typer.Option(min=1, max=2**53, help="Approximate number of tokens of each ablation.")
     ] = 32_768,
     checkpoint: Checkpoint = "last",
+    data: DataOfModel = None,
     as_json: AsJson = False,
 ) -> None:
     """Report the routing of a run. Shows which experts serve which domains and tokens, compared with chance."""
     from moelm.analyze.report import analyze_run
 
-    report = analyze_run(run, out, split, checkpoint, tokens, permutations, seed, ablate, ablate_tokens)
+    report = analyze_run(run, out, split, checkpoint, tokens, permutations, seed, ablate, ablate_tokens, data)
     if report is None:
         return  # another process of this launch prints it
     if as_json:

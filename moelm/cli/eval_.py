@@ -4,23 +4,24 @@ from typing import Annotated, Literal
 
 import typer
 
-from moelm.cli.options import AsJson, Checkpoint, RunPath, print_json
+from moelm.cli.options import AsJson, Checkpoint, DataOfModel, RunOrModel, print_json
 from moelm.console import printable_line
 
 
 def evaluate(
-    run: RunPath,
+    run: RunOrModel,
     split: Annotated[Literal["val", "train"], typer.Option(help="Which split of the data.")] = "val",
     checkpoint: Checkpoint = "last",
+    data: DataOfModel = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a run on a whole split. Prints loss, perplexity and bits per byte, overall and by domain."""
     from moelm.distributed.ranks import distributed_context
     from moelm.evaluation.losses import evaluate as evaluate_split
-    from moelm.runs.load import open_run
+    from moelm.huggingface.opening import open_model
     from moelm.runs.record import LOSSY_NOTE
 
-    opened = open_run(run, checkpoint, split)
+    opened = open_model(run, checkpoint, split, data)
     with distributed_context() as ranks:
         evaluation = evaluate_split(opened.model, opened.rows, opened.dtype, opened.config.data.document_mask, ranks)
         if not ranks.is_main:

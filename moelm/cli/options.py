@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/demo-moe.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file's.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name under runs/.")]
+RunOrModel = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run directory, its name under runs/, or a directory in the Hugging Face format."),
+]
+DataOfModel = Annotated[
+    Path | None,
+    typer.Option(help="A config whose data a Hugging Face model reads.", show_default="the builtin corpus"),
+]
 Checkpoint = Annotated[str, typer.Option(help="last, best, or a step number.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 

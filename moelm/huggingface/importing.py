@@ -50,18 +50,36 @@ def import_model(
         MoelmError: another format or architecture; tensors that are unknown, missing or of another shape, with their names.
     """
     run = RunDirectory.new(name)
-    architecture, model = from_hf_config(_read_json(source / "config.json"), str(source / "config.json"))
+    architecture, model = read_config(source)
     run_config = _run_config(run, model, config, overrides)
-    loaded_tokenizer = _load_tokenizer(tokenizer or source / "tokenizer.json", source, run_config)
-    files = _without_further_layers(_find_tensors(source), architecture, run_config.model.num_layers)
-    mappings = _match_tensors(files, run_config, architecture, source)
-    weights = _read_weights(files, mappings, run_config)
+    loaded_tokenizer = load_tokenizer(tokenizer or source / "tokenizer.json", source, run_config)
+    weights = read_weights(source, run_config, architecture)
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
     origin = {"import of": str(source), "model_type": architecture.model_type, "dtype": ", ".join(dtypes)}
-    shapes = weight_shapes(run_config.model)
-    biases = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("router.bias")}
-    create_run(run, run_config, loaded_tokenizer, biases | weights, origin)
+    create_run(run, run_config, loaded_tokenizer, weights, origin)
     return run
+
+
+def read_weights(source: Path, config: RunConfig, architecture: Architecture) -> Weights:
+    """All weights of the model in the dtype of the tensors, and selection biases of zero where there are none.
+
+    Raises:
+        MoelmError: tensors that are unknown, missing or of another shape.
+    """
+    files = _without_further_layers(_find_tensors(source), architecture, config.model.num_layers)
+    mappings = _match_tensors(files, config, architecture, source)
+    weights = _read_tensors(files, mappings, config)
+    shapes = weight_shapes(config.model)
+    return {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("router.bias")} | weights
+
+
+def read_config(source: Path) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture of a directory, and the `model` section of a moelm config.
+
+    Raises:
+        MoelmError: no config.json, or one that moelm does not support.
+    """
+    return from_hf_config(_read_json(source / "config.json"), str(source / "config.json"))
 
 
 def _without_further_layers(files: TensorFiles, architecture: Architecture, num_layers: int) -> TensorFiles:
@@ -97,7 +115,7 @@ def _run_config(run: RunDirectory, model: dict[str, Any], config: Path | None, o
     return check_config(tree, f"{run.path}/config.yaml")
 
 
-def _load_tokenizer(path: Path, source: Path, config: RunConfig) -> Tokenizer:
+def load_tokenizer(path: Path, source: Path, config: RunConfig) -> Tokenizer:
     """The tokenizer; its start and end tokens must be among the model's tokens."""
     if not path.exists():
         raise MoelmError(
@@ -207,7 +225,7 @@ def _match_tensors(
     return mappings
 
 
-def _read_weights(files: TensorFiles, mappings: dict[str, TensorMapping], config: RunConfig) -> Weights:
+def _read_tensors(files: TensorFiles, mappings: dict[str, TensorMapping], config: RunConfig) -> Weights:
     """moelm's weights in the dtype of the tensors, read file by file."""
     shapes = weight_shapes(config.model)
     weights: Weights = {}

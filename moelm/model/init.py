@@ -60,6 +60,19 @@ def initialize(model: Transformer, seed: int) -> None:
         own.add_(mean_D[index[1]].to(own.device))
 
 
+def build_from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
+    """Build a model that uses these weights as they are, in their dtypes, without a copy."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(weights, assign=True)
+    for module in model.modules():  # buffers that are no part of a state
+        if isinstance(module, RMSNorm):
+            module.floor = torch.tensor(module.floor_value)
+        elif isinstance(module, Router):
+            module.stream = torch.tensor(module.layer)
+    return model
+
+
 def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:
     """Build and initialize a model; on the `meta` device it has shapes and no values."""
     with torch.device(device):

@@ -1,0 +1,73 @@
+"""A directory in the Hugging Face format opened as it is, without a run, in the dtype of its weights."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelm.config import apply_overrides, check_config, read_tree
+from moelm.data.loader import open_folder
+from moelm.data.prepare import prepare
+from moelm.errors import MoelmError
+from moelm.hardware import keep_memory, pick_device
+from moelm.huggingface.importing import load_tokenizer, read_config, read_weights
+from moelm.model.init import build_from_weights
+from moelm.runs.load import OpenedRun, open_run
+
+DEFAULT_SEQ_LEN = 1024
+"""Tokens of a row, unless the model's context is shorter or a config says otherwise."""
+
+
+def is_hf_directory(name: str) -> bool:
+    """Whether a name is that of a directory in the Hugging Face format, and not of a run."""
+    return (Path(name) / "config.json").is_file() and not (Path(name) / "config.yaml").exists()
+
+
+def open_model(name: str, checkpoint: str, split: str, data: Path | None = None) -> OpenedRun:
+    """Open a run, or a directory in the Hugging Face format, with a split of its data.
+
+    Args:
+        name: a run's directory, its name under `runs/`, or a directory in the Hugging Face format.
+        checkpoint: of a run.
+        split: `val` or `train`.
+        data: a config, whose data section a model in the Hugging Face format reads; default: moelm's builtin corpus. The
+            data is prepared with the model's tokenizer if it is not yet.
+
+    Raises:
+        MoelmError: what `open_run` and `import_model` raise, or a config for the data of a run.
+    """
+    if not is_hf_directory(name):
+        if data is not None:
+            raise MoelmError(f"--data is {data}, but {name} is not in the Hugging Face format; a run has its own data.")
+        return open_run(name, checkpoint, split)
+    return _open_hf_directory(Path(name), split, data)
+
+
+@torch.no_grad()
+def _open_hf_directory(source: Path, split: str, data: Path | None) -> OpenedRun:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MoelmError(f"{source} is in the Hugging Face format, which one process reads; moelm import makes it a run.")
+    keep_memory()
+    architecture, model_section = read_config(source)
+    seq_len = min(DEFAULT_SEQ_LEN, model_section["max_seq_len"])
+    tree: dict[str, Any] = {"data": {"sources": [{"name": "builtin"}], "seq_len": seq_len}}
+    if data is not None:
+        tree = read_tree(data)
+    tree |= {
+        "name": source.resolve().name,
+        "model": model_section,
+        "train": {"steps": 1, "batch_tokens": tree["data"].get("seq_len", seq_len)},
+        "optim": {"lr": 1e-4},
+    }
+    apply_overrides(tree, ["data.tokenizer={}"])
+    tree["data"]["tokenizer"] = {"kind": "file", "path": str(source / "tokenizer.json")}
+    config = check_config(tree, str(data or source))
+    tokenizer = load_tokenizer(source / "tokenizer.json", source, config)
+    model = build_from_weights(config.model, read_weights(source, config, architecture))
+    device = pick_device()
+    folder, _ = prepare(config.data)
+    opened = open_folder(config, folder)
+    dtype = torch.bfloat16 if model.embedding.weight.dtype == torch.bfloat16 else torch.float32
+    rows = opened.val if split == "val" else opened.train
+    return OpenedRun(model.to(device).eval(), tokenizer, config, rows, opened.lossy, device, dtype)
