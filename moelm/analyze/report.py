@@ -34,6 +34,7 @@ def analyze_run(
     ablate: Extent = "none",
     ablate_tokens: int = 32_768,
     data: Path | None = None,
+    stream_layers: bool = False,
 ) -> dict[str, Any] | None:
     """Analyze the routing of a run on a random sample of a split, and write the report.
 
@@ -47,7 +48,7 @@ def analyze_run(
         seed: of the sample and of the permutations.
         ablate: what `moelm.analyze.ablation` measures.
         ablate_tokens: approximate number of tokens that it measures on, and that it removes experts on.
-        data: see `moelm.huggingface.opening.open_model`.
+        data, stream_layers: see `moelm.huggingface.opening.open_model`.
 
     Returns:
         The contents of routing.json; None on all processes of a launch but the main one.
@@ -56,7 +57,9 @@ def analyze_run(
         MoelmError: a dense run, expert-choice routing, or a directory that cannot be written.
     """
     target = require_empty_directory(out)
-    run = open_model(name, checkpoint, split, data)
+    if stream_layers and ablate != "none":
+        raise MoelmError(f"--ablate {ablate} runs parts of the model again and again; --stream-layers needs --ablate none.")
+    run = open_model(name, checkpoint, split, data, stream_layers)
     ffn = sparse_ffn(run.config.model)
     directory = None if is_hf_directory(name) else RunDirectory.find(name)
     step = step_of(directory.checkpoint(checkpoint)) if directory else 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moelm.analyze.collect import RoutingSample
 from moelm.analyze.counts import UNIT, Ints, RoutingCounts
@@ -23,12 +24,15 @@ from moelm.analyze.statistics import (
     uniform_repetition,
 )
 from moelm.model import Transformer
-from moelm.model.moe.experts import expert_stacks
+from moelm.model.moe.experts import Experts
+from moelm.model.moe.layer import MoELayer
 from moelm.runs.record import SYNTHETIC
 
 SCHEMA = 2
 MIN_COUNT = 20
 """Occurrences that a token needs to be listed in an expert's vocabulary."""
+PART = 2**20
+"""Weights that are converted to float64 at a time."""
 LISTED_TOKENS = 10
 """Tokens listed in each expert's vocabulary."""
 
@@ -169,10 +173,11 @@ def _vocabulary(by_token_EV: Ints, top_k: int, token_text: TokenText) -> list[li
 def _weight_similarity(model: Transformer) -> list[dict[str, Any]]:
     """Cosine similarities of each sparse layer's experts, all weights of an expert as one vector."""
     results = []
-    for experts in expert_stacks(model):
-        flat = torch.cat([weight.flatten(1).double() for weight in (experts.w1, experts.w2, experts.w3)], dim=1)
-        unit = flat / flat.norm(dim=1, keepdim=True)
-        cosine_EE = (unit @ unit.T).cpu().numpy()
+    for block in model.blocks:
+        if not isinstance(block.ffn, MoELayer):
+            continue
+        with model.resident(block):
+            cosine_EE = _cosines(block.ffn.experts)
         pairs = cosine_EE[~np.eye(len(cosine_EE), dtype=bool)]
         results.append(
             {
@@ -183,6 +188,18 @@ def _weight_similarity(model: Transformer) -> list[dict[str, Any]]:
             }
         )
     return results * (len(model.config.sparse_layers) // max(1, len(results)))  # layers that repeat share weights
+
+
+def _cosines(experts: Experts) -> NDArray[np.float64]:
+    """Cosine similarities of experts, `(E, E)`; a part of their weights at a time is in float64."""
+    gram_EE = torch.zeros(len(experts.w1), len(experts.w1), dtype=torch.float64, device=experts.w1.device)
+    for weight in (experts.w1, experts.w2, experts.w3):
+        for part in torch.split(weight.flatten(1), max(1, PART // len(weight)), dim=1):
+            part_double = part.double()
+            gram_EE += part_double @ part_double.T
+    norm_E = gram_EE.diagonal().sqrt()
+    cosine_EE: NDArray[np.float64] = (gram_EE / norm_E[:, None] / norm_E).cpu().numpy()
+    return cosine_EE
 
 
 def _ratios(

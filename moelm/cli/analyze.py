@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from moelm.cli.options import MAX_INT, AsJson, Checkpoint, DataOfModel, RunOrModel, plain_table, print_json, stdout_console
+from moelm.cli.options import (
+    MAX_INT,
+    AsJson,
+    Checkpoint,
+    DataOfModel,
+    RunOrModel,
+    StreamLayers,
+    plain_table,
+    print_json,
+    stdout_console,
+)
 from moelm.report.table import NO_VALUE
 
 
@@ -30,12 +40,15 @@ def analyze(
     ] = 32_768,
     checkpoint: Checkpoint = "last",
     data: DataOfModel = None,
+    stream_layers: StreamLayers = False,
     as_json: AsJson = False,
 ) -> None:
     """Report the routing of a run. Shows which experts serve which domains and tokens, compared with chance."""
     from moelm.analyze.report import analyze_run
 
-    report = analyze_run(run, out, split, checkpoint, tokens, permutations, seed, ablate, ablate_tokens, data)
+    report = analyze_run(
+        run, out, split, checkpoint, tokens, permutations, seed, ablate, ablate_tokens, data, stream_layers
+    )
     if report is None:
         return  # another process of this launch prints it
     if as_json:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moelm.cli.options import AsJson, Checkpoint, DataOfModel, RunOrModel, print_json
+from moelm.cli.options import AsJson, Checkpoint, DataOfModel, RunOrModel, StreamLayers, print_json
 from moelm.console import printable_line
 
 
@@ -13,6 +13,7 @@ def evaluate(
     split: Annotated[Literal["val", "train"], typer.Option(help="Which split of the data.")] = "val",
     checkpoint: Checkpoint = "last",
     data: DataOfModel = None,
+    stream_layers: StreamLayers = False,
     as_json: AsJson = False,
 ) -> None:
     """Score a run on a whole split. Prints loss, perplexity and bits per byte, overall and by domain."""
@@ -21,7 +22,7 @@ def evaluate(
     from moelm.huggingface.opening import open_model
     from moelm.runs.record import LOSSY_NOTE
 
-    opened = open_model(run, checkpoint, split, data)
+    opened = open_model(run, checkpoint, split, data, stream_layers)
     with distributed_context() as ranks:
         evaluation = evaluate_split(opened.model, opened.rows, opened.dtype, opened.config.data.document_mask, ranks)
         if not ranks.is_main:

@@ -28,6 +28,9 @@ DataOfModel = Annotated[
     Path | None,
     typer.Option(help="A config whose data a Hugging Face model reads.", show_default="the builtin corpus"),
 ]
+StreamLayers = Annotated[
+    bool, typer.Option("--stream-layers", help="Read a Hugging Face model layer by layer, so that one layer is in memory.")
+]
 Checkpoint = Annotated[str, typer.Option(help="last, best, or a step number.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 

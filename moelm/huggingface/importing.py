@@ -53,24 +53,44 @@ def import_model(
     architecture, model = read_config(source)
     run_config = _run_config(run, model, config, overrides)
     loaded_tokenizer = load_tokenizer(tokenizer or source / "tokenizer.json", source, run_config)
-    weights = read_weights(source, run_config, architecture)
+    weights = WeightReader(source, run_config, architecture).read()
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
     origin = {"import of": str(source), "model_type": architecture.model_type, "dtype": ", ".join(dtypes)}
     create_run(run, run_config, loaded_tokenizer, weights, origin)
     return run
 
 
-def read_weights(source: Path, config: RunConfig, architecture: Architecture) -> Weights:
-    """All weights of the model in the dtype of the tensors, and selection biases of zero where there are none.
+class WeightReader:
+    """Reads the weights of a directory, all or those of one layer.
 
     Raises:
         MoelmError: tensors that are unknown, missing or of another shape.
     """
-    files = _without_further_layers(_find_tensors(source), architecture, config.model.num_layers)
-    mappings = _match_tensors(files, config, architecture, source)
-    weights = _read_tensors(files, mappings, config)
-    shapes = weight_shapes(config.model)
-    return {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("router.bias")} | weights
+
+    def __init__(self, source: Path, config: RunConfig, architecture: Architecture) -> None:
+        self._files = _without_further_layers(_find_tensors(source), architecture, config.model.num_layers)
+        self._mappings = _match_tensors(self._files, config, architecture, source)
+        self._shapes = weight_shapes(config.model)
+
+    def read(self) -> Weights:
+        """All weights, in the dtype of their tensors; selection biases of zero where there are none."""
+        return self._with_biases("", _read_tensors(self._files, self._mappings, self._shapes))
+
+    def read_layer(self, layer: int) -> Weights:
+        """Those of one layer, by their names within it."""
+        prefix = f"layers.{layer}."
+        files = {name: path for name, path in self._files.items() if name.startswith(f"model.{prefix}")}
+        weights = self._with_biases(prefix, _read_tensors(files, self._mappings, self._shapes))
+        return {name.removeprefix(prefix): weight for name, weight in weights.items()}
+
+    def read_root(self) -> Weights:
+        """Those outside of the layers."""
+        files = {name: path for name, path in self._files.items() if not name.startswith("model.layers.")}
+        return _read_tensors(files, self._mappings, self._shapes)
+
+    def _with_biases(self, prefix: str, weights: Weights) -> Weights:
+        biases = [name for name in self._shapes if name.startswith(prefix) and name.endswith("router.bias")]
+        return {name: torch.zeros(self._shapes[name]) for name in biases} | weights
 
 
 def read_config(source: Path) -> tuple[Architecture, dict[str, Any]]:
@@ -225,9 +245,8 @@ def _match_tensors(
     return mappings
 
 
-def _read_tensors(files: TensorFiles, mappings: dict[str, TensorMapping], config: RunConfig) -> Weights:
+def _read_tensors(files: TensorFiles, mappings: dict[str, TensorMapping], shapes: dict[str, tuple[int, ...]]) -> Weights:
     """moelm's weights in the dtype of the tensors, read file by file."""
-    shapes = weight_shapes(config.model)
     weights: Weights = {}
     for path in sorted(set(files.values())):
         with _open_safetensors(path) as file:

@@ -1,18 +1,23 @@
-"""A directory in the Hugging Face format opened as it is, without a run, in the dtype of its weights."""
+"""A directory in the Hugging Face format opened as it is, without a run, in the dtype of its weights; all of them, or those
+of one layer at a time."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moelm.config import apply_overrides, check_config, read_tree
 from moelm.data.loader import open_folder
 from moelm.data.prepare import prepare
 from moelm.errors import MoelmError
 from moelm.hardware import keep_memory, pick_device
-from moelm.huggingface.importing import load_tokenizer, read_config, read_weights
-from moelm.model.init import build_from_weights
+from moelm.huggingface.importing import WeightReader, load_tokenizer, read_config
+from moelm.model.init import assign_weights, build_from_weights
+from moelm.model.transformer import Block, Transformer
 from moelm.runs.load import OpenedRun, open_run
 
 DEFAULT_SEQ_LEN = 1024
@@ -24,7 +29,7 @@ def is_hf_directory(name: str) -> bool:
     return (Path(name) / "config.json").is_file() and not (Path(name) / "config.yaml").exists()
 
 
-def open_model(name: str, checkpoint: str, split: str, data: Path | None = None) -> OpenedRun:
+def open_model(name: str, checkpoint: str, split: str, data: Path | None = None, stream_layers: bool = False) -> OpenedRun:
     """Open a run, or a directory in the Hugging Face format, with a split of its data.
 
     Args:
@@ -33,6 +38,7 @@ def open_model(name: str, checkpoint: str, split: str, data: Path | None = None)
         split: `val` or `train`.
         data: a config, whose data section a model in the Hugging Face format reads; default: moelm's builtin corpus. The
             data is prepared with the model's tokenizer if it is not yet.
+        stream_layers: whether the weights of one layer at a time are in memory; each forward pass reads them anew.
 
     Raises:
         MoelmError: what `open_run` and `import_model` raise, or a config for the data of a run.
@@ -40,12 +46,14 @@ def open_model(name: str, checkpoint: str, split: str, data: Path | None = None)
     if not is_hf_directory(name):
         if data is not None:
             raise MoelmError(f"--data is {data}, but {name} is not in the Hugging Face format; a run has its own data.")
+        if stream_layers:
+            raise MoelmError(f"--stream-layers reads directories in the Hugging Face format, but {name} is none.")
         return open_run(name, checkpoint, split)
-    return _open_hf_directory(Path(name), split, data)
+    return _open_hf_directory(Path(name), split, data, stream_layers)
 
 
 @torch.no_grad()
-def _open_hf_directory(source: Path, split: str, data: Path | None) -> OpenedRun:
+def _open_hf_directory(source: Path, split: str, data: Path | None, stream_layers: bool) -> OpenedRun:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MoelmError(f"{source} is in the Hugging Face format, which one process reads; moelm import makes it a run.")
     keep_memory()
@@ -64,10 +72,45 @@ def _open_hf_directory(source: Path, split: str, data: Path | None) -> OpenedRun
     tree["data"]["tokenizer"] = {"kind": "file", "path": str(source / "tokenizer.json")}
     config = check_config(tree, str(data or source))
     tokenizer = load_tokenizer(source / "tokenizer.json", source, config)
-    model = build_from_weights(config.model, read_weights(source, config, architecture))
-    device = pick_device()
+    reader, device = WeightReader(source, config, architecture), pick_device()
+    if stream_layers:
+        model = build_from_weights(config.model, reader.read_root(), strict=False)
+        _stream_layers(model, reader, device)
+        for outer in (model.embedding, model.norm, model.head):
+            if outer is not None:
+                outer.to(device)
+    else:
+        model = build_from_weights(config.model, reader.read()).to(device)
     folder, _ = prepare(config.data)
     opened = open_folder(config, folder)
     dtype = torch.bfloat16 if model.embedding.weight.dtype == torch.bfloat16 else torch.float32
     rows = opened.val if split == "val" else opened.train
-    return OpenedRun(model.to(device).eval(), tokenizer, config, rows, opened.lossy, device, dtype)
+    return OpenedRun(model.eval(), tokenizer, config, rows, opened.lossy, device, dtype)
+
+
+def _stream_layers(model: Transformer, reader: WeightReader, device: torch.device) -> None:
+    """Let each block read its weights before a forward pass, and drop them afterwards."""
+    numbers = {block: layer for layer, block in enumerate(model.blocks)}
+    without_values = {block: block.state_dict() for block in numbers}
+
+    def read(block: nn.Module, *_: object) -> None:
+        assert isinstance(block, Block)
+        assign_weights(block, reader.read_layer(numbers[block]))
+        block.to(device)
+
+    def drop(block: nn.Module, *_: object) -> None:
+        assert isinstance(block, Block)
+        block.load_state_dict(without_values[block], assign=True)
+
+    @contextmanager
+    def resident(block: Block) -> Iterator[None]:
+        read(block)
+        try:
+            yield
+        finally:
+            drop(block)
+
+    for block in numbers:
+        block.register_forward_pre_hook(read)
+        block.register_forward_hook(drop)
+    model.resident = resident

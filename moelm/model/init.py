@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelm.config import ModelConfig
 from moelm.model import rng
@@ -60,17 +60,26 @@ def initialize(model: Transformer, seed: int) -> None:
         own.add_(mean_D[index[1]].to(own.device))
 
 
-def build_from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
-    """Build a model that uses these weights as they are, in their dtypes, without a copy."""
+def build_from_weights(config: ModelConfig, weights: dict[str, Tensor], strict: bool = True) -> Transformer:
+    """Build a model that uses these weights as they are, in their dtypes, without a copy.
+
+    Args:
+        strict: whether all weights are expected; otherwise the others are on the `meta` device, without values.
+    """
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(weights, assign=True)
-    for module in model.modules():  # buffers that are no part of a state
-        if isinstance(module, RMSNorm):
-            module.floor = torch.tensor(module.floor_value)
-        elif isinstance(module, Router):
-            module.stream = torch.tensor(module.layer)
+    assign_weights(model, weights, strict)
     return model
+
+
+def assign_weights(module: nn.Module, weights: dict[str, Tensor], strict: bool = True) -> None:
+    """Let a module on the `meta` device use these weights, and create its buffers that are no part of a state."""
+    module.load_state_dict(weights, strict=strict, assign=True)
+    for part in module.modules():
+        if isinstance(part, RMSNorm):
+            part.floor = torch.tensor(part.floor_value)
+        elif isinstance(part, Router):
+            part.stream = torch.tensor(part.layer)
 
 
 def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:

@@ -4,6 +4,8 @@
 Shapes: B batch, T positions, D model width, V vocabulary, E experts.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -106,6 +108,9 @@ class Transformer(nn.Module):
     Args:
         config: its shape, with `vocab_size` set.
     """
+
+    resident: Callable[[Block], AbstractContextManager[object]] = nullcontext
+    """A context in which a block has its weights in memory; another one where they are read when they are needed."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,6 +1,8 @@
 """Directories in the Hugging Face format, evaluated and analyzed without a run: the figures of their import."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from moelm.evaluation.losses import evaluate
 from moelm.huggingface.importing import import_model
 from moelm.huggingface.opening import open_model
 from tests.conftest import Moelm, fill
-from tests.huggingface.hf_models import build_hf_model, save_hf_model
+from tests.huggingface.hf_models import SHAPE, build_hf_model, random_hf_model, save_hf_model
 
 
 @pytest.fixture
@@ -60,9 +62,71 @@ def test_a_model_is_computed_in_the_dtype_of_its_weights(folder: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+def test_streamed_layers_give_the_same_figures(folder: Path) -> None:
+    settings: dict[str, Any] = {"split": "val", "checkpoint": "last", "tokens": 2000, "permutations": 9, "seed": 0}
+    settings["data"] = Path("data.yaml")
+    reports = [
+        analyze_run("qwen2_moe-published", Path(f"out-{stream}"), **settings, stream_layers=stream)
+        for stream in (False, True)
+    ]
+    assert reports[0] == reports[1]
+    streamed = open_model("qwen2_moe-published", "last", "val", Path("data.yaml"), stream_layers=True)
+    assert {str(weight.device) for weight in streamed.model.layers.parameters()} == {"meta"}
+    with pytest.raises(MoelmError, match="--stream-layers needs --ablate none"):
+        analyze_run("qwen2_moe-published", Path("new"), **settings, stream_layers=True, ablate="layers")
+
+
+PRINT_PEAK_MEMORY = """
+import threading, time
+from pathlib import Path
+import moelm.analyze.report, moelm.data.prepare
+
+def resident_mib():
+    with open("/proc/self/status") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon", "RssFile"))) / 1024
+
+def run(name):
+    moelm.analyze.report.analyze_run(
+        name, Path(f"out-{name}"), "val", "last", 600, 9, 0, data=Path("data.yaml"), stream_layers=True
+    )
+
+run("olmoe")  # libraries, figures and the text
+before, peak, done = resident_mib(), 0.0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident_mib())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+run("large")
+done = True
+watcher.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow(seconds=30)
+@pytest.mark.exhaustive
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_of_streamed_layers_is_near_that_of_one(folder: Path) -> None:
+    large = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8}
+    model = random_hf_model("olmoe", {**SHAPE, **large, "num_experts": 16, "num_experts_per_tok": 2}, "large").bfloat16()
+    size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+    save_hf_model(model, folder / "large", max_shard_size="60MB")
+    del model
+    done = subprocess.run([sys.executable, "-c", PRINT_PEAK_MEMORY], capture_output=True, text=True, check=True)
+    layer, peak = size / 24, float(done.stdout)
+    assert peak < 2 * layer + 100  # its tensors in the file, its stacked weights; activations and figures
+    assert size > 4 * peak
+
+
 def test_errors_are_sentences(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MoelmError, match="a run has its own data"):
         open_model("imported", "last", "val", Path("data.yaml"))
+    with pytest.raises(MoelmError, match="--stream-layers reads directories in the Hugging Face format"):
+        open_model("imported", "last", "val", stream_layers=True)
     with pytest.raises(MoelmError, match=r"missing\.yaml"):
         open_model("olmoe", "last", "val", Path("missing.yaml"))
     monkeypatch.setenv("WORLD_SIZE", "2")
