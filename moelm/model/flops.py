@@ -51,26 +51,29 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     dim = config.dim
     embedding = _vocab(config) * dim
     total = embedding * (1 if config.tie_embeddings else 2) + dim
-    active = total
-    experts = 0
-    for layer in range(config.num_unique_layers):
-        shared = (4 if config.sandwich_norm else 2) * dim + _attention_weights(config)
-        heads = config.num_heads + config.kv_heads
-        if config.qk_norm:
-            shared += config.size_per_head * (heads if config.qk_norm == "all_heads" else 2)
-        if config.qkv_bias:
-            shared += config.size_per_head * (heads + config.kv_heads)
-        ffn = config.ffn_at(layer)
-        expert = 3 * dim * ffn.hidden_dim
-        if isinstance(ffn, MoEFFNConfig):
-            shared += router_weights(dim, ffn) + ffn.shared_experts * expert + ffn.shared_gate * dim
-            total += shared + ffn.num_experts * expert
-            experts += ffn.num_experts * expert
-            active += shared + ffn.top_k * expert
-        else:
-            total += shared + expert
-            active += shared + expert
-    return ParameterCount(total, active, embedding, experts)
+    layers = [count_layer(config, layer) for layer in range(config.num_unique_layers)]
+    active = total + sum(layer.active for layer in layers)
+    return ParameterCount(
+        total + sum(layer.total for layer in layers), active, embedding, sum(layer.experts for layer in layers)
+    )
+
+
+def count_layer(config: ModelConfig, layer: int) -> ParameterCount:
+    """Parameters of one layer."""
+    dim = config.dim
+    heads = config.num_heads + config.kv_heads
+    shared = (4 if config.sandwich_norm else 2) * dim + _attention_weights(config)
+    if config.qk_norm:
+        shared += config.size_per_head * (heads if config.qk_norm == "all_heads" else 2)
+    if config.qkv_bias:
+        shared += config.size_per_head * (heads + config.kv_heads)
+    ffn = config.ffn_at(layer)
+    expert = 3 * dim * ffn.hidden_dim
+    if not isinstance(ffn, MoEFFNConfig):
+        return ParameterCount(shared + expert, shared + expert, 0, 0)
+    shared += router_weights(dim, ffn) + ffn.shared_experts * expert + ffn.shared_gate * dim
+    experts = ffn.num_experts * expert
+    return ParameterCount(shared + experts, shared + ffn.top_k * expert, 0, experts)
 
 
 def count_flops(config: ModelConfig, seq_len: int) -> FlopCount:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from moelm.config import RunConfig
-from moelm.model.flops import count_flops, count_parameters
+from moelm.model.flops import count_flops, count_layer, count_parameters
+from moelm.plan.strategy import BF16_BYTES
 from moelm.plan.update import update_flops
 
 BYTE_VOCABULARY = 258
@@ -31,6 +32,8 @@ def count_model(config: RunConfig) -> tuple[dict[str, Any], RunConfig]:
         "parameters_total": parameters.total,
         "parameters_active": parameters.active,
         "parameters_embedding": parameters.embedding,
+        "weight_bytes_bf16": BF16_BYTES * parameters.total,
+        "largest_layer_bytes_bf16": BF16_BYTES * max(count_layer(model, i).total for i in range(model.num_unique_layers)),
         "flops_per_token_forward": flops.forward,
         "flops_per_token_backward": flops.backward,
         "tokens": tokens,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moelm.config import load_config
-from moelm.plan.counts import BYTE_VOCABULARY, assumed_vocab_size
+from moelm.model import build_model
+from moelm.plan.counts import BYTE_VOCABULARY, assumed_vocab_size, count_model
 from tests.conftest import Moelm
 
 CONFIG = Path(__file__).parents[1] / "configs/moe.yaml"
@@ -34,3 +35,11 @@ def test_an_assumed_vocabulary_is_told(moelm: Moelm) -> None:
     done = moelm("plan", "moe.yaml", "data.tokenizer.kind=char", "--json")
     assert done.returncode == 0
     assert "Warning: the vocabulary of a tokenizer of kind char is not known from the config; 4,096 tokens" in done.stderr
+
+
+def test_bytes_are_those_of_the_model_in_bfloat16() -> None:
+    counts, config = count_model(load_config(CONFIG, ["model.ffn.first_dense=1", "model.ffn.first_dense_dim=9000"]))
+    model = build_model(config.model, 0, "meta")
+    layers = [2 * sum(weight.numel() for weight in block.parameters()) for block in model.blocks]
+    assert counts["largest_layer_bytes_bf16"] == max(layers) == layers[0]
+    assert counts["weight_bytes_bf16"] == 2 * sum(weight.numel() for weight in model.parameters())
