@@ -11,7 +11,7 @@ from moelm.analyze.collect import collect_routing
 from moelm.analyze.figures import routing_figures
 from moelm.analyze.layers import sparse_ffn
 from moelm.analyze.page import routing_page
-from moelm.analyze.passages import sample_passages
+from moelm.analyze.passages import Passage, sample_passages
 from moelm.analyze.saturation import compare_checkpoints, layer_saturation
 from moelm.analyze.summary import summarize
 from moelm.analyze.token_experts import token_name
@@ -86,13 +86,17 @@ def analyze_run(
         layer["saturation"] = layer_saturation(agreements, index, ffn)
     try:
         with atomic_directory(target) as work:
-            (work / "routing.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-            figures = routing_figures(report)
-            for figure in figures:
-                (work / figure.name).write_bytes(figure.light)
-            (work / "routing.html").write_text(
-                routing_page(report, passages, figures), encoding="utf-8", errors="backslashreplace"
-            )
+            _write(work, report, passages)
     except OSError as error:
         raise MoelmError(f"{out} cannot be written: {error.strerror}.") from error
     return report
+
+
+def _write(folder: Path, report: dict[str, Any], passages: list[Passage]) -> None:
+    """Write routing.json, the figures and routing.html."""
+    (folder / "routing.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    figures = routing_figures(report)
+    for figure in figures:
+        (folder / figure.name).write_bytes(figure.light)
+    page = routing_page(report, passages, figures)
+    (folder / "routing.html").write_text(page, encoding="utf-8", errors="backslashreplace")

@@ -9,7 +9,7 @@ import pytest
 from moelm.cli.eval_ import evaluate
 from moelm.evaluation import losses
 from moelm.evaluation.losses import Evaluation, Score
-from moelm.runs import load
+from moelm.huggingface import opening
 from moelm.runs.document_losses import DocumentLosses
 
 
@@ -19,7 +19,7 @@ def test_a_domain_with_the_name_of_the_first_row_has_its_own(
     none: Any = np.zeros(0)
     domains = {"all": Score(3.0, 1.0, 10, 30), "x": Score(1.0, 2.0, 10, 30)}
     evaluation = Evaluation(Score(2.0, 1.5, 20, 60), domains, DocumentLosses(*[none] * len(DocumentLosses._fields)))
-    monkeypatch.setattr(load, "open_run", MagicMock(return_value=MagicMock(lossy=False)))
+    monkeypatch.setattr(opening, "open_model", MagicMock(return_value=MagicMock(lossy=False)))
     monkeypatch.setattr(losses, "evaluate", MagicMock(return_value=evaluation))
     evaluate("run")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]

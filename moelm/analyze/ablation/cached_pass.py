@@ -1,7 +1,7 @@
 """The forward pass of one batch, kept by layer, so that it can be continued from a layer with another routing.
 
-Shapes: B rows, T positions, N = B*T tokens, M tokens of a subset, C copies of a batch,
-D model width, E experts, K experts per token.
+Shapes: B rows, T positions, N = B*T tokens, M tokens of a subset, C copies of a batch, D model width, E experts, K experts
+per token.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,6 +14,7 @@ from torch import Tensor
 from moelm.analyze.ablation.cached_pass import CachedPass, RouteChange, subset_of_routing
 from moelm.analyze.ablation.text import AblationText
 from moelm.analyze.counts import Ints
+from moelm.analyze.layers import sparse_ffn
 
 DRAWS = 20
 """Random draws that each expert is compared with, in the whole text: at least one in each batch."""
@@ -37,17 +38,15 @@ def ablate_experts(text: AblationText, seed: int, after_layer: Callable[[], None
         seed: of the random assignments.
         after_layer: called after each layer of a batch.
     """
-    layers, documents = text.model.config.sparse_layers, len(text.documents)
+    layers, num_experts = text.model.config.sparse_layers, sparse_ffn(text.model.config).num_experts
     draws = -(-DRAWS // len(text.batches))
-    sums: ExpertSums | None = None
+    shape = (len(KINDS), len(layers), num_experts, len(text.documents))
+    sums = ExpertSums(np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64))
     for batch, cached in text.passes():
         generator = torch.Generator().manual_seed(seed + batch)
         for index, layer in enumerate(layers):
             routing = cached.layers[layer].routing
-            if sums is None:
-                shape = (len(layers), routing.num_experts, documents)
-                sums = ExpertSums(*(np.zeros((len(KINDS), *shape), dtype=np.int64) for _ in range(2)))
-            for expert in range(routing.num_experts):
+            for expert in range(num_experts):
                 chosen_NK = (routing.experts_NK == expert) & cached.batch.valid_N[:, None]
                 removed = [chosen_NK, *_random_assignments(chosen_NK, cached.batch.valid_N, draws, generator)]
                 changes = [change for each_NK in removed for change in _changes(cached, layer, each_NK)]
@@ -59,7 +58,6 @@ def ablate_experts(text: AblationText, seed: int, after_layer: Callable[[], None
                     else:
                         sums.control[kind, index, expert] += difference_D // draws
             after_layer()
-    assert sums is not None
     return ExpertSums(*(text.ranks.all_reduce_array(each, text.device) for each in sums))
 
 
