@@ -209,7 +209,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             start = time.perf_counter()
             (a @ b).sum().item()
             fastest = min(fastest, time.perf_counter() - start)
-        peak = 2 * size**3 / fastest
+        peak = max(peak, 2 * size**3 / fastest)
         if fastest > LONG_PRODUCT_S:  # bfloat16 without instructions for it: a larger product would take seconds
             break
     return peak

@@ -148,7 +148,7 @@ def _tables_html(report: Mapping[str, Any], selected: Mapping[str, Any]) -> list
         for expert, tokens in enumerate(selected["vocabulary_specialization"]["by_input"])
     )
     title = f"Most specific input tokens, by expert of layer {selected['layer']}"
-    ablation = ablation_tables(report) if report["ablation"] else []
+    ablation = ablation_tables(report["ablation"]) if report["ablation"] else []
     return [
         *(line for table in ablation for line in table_html(table)),
         *table_html(Table("Layers", head, tuple(map(_layer_row, layers)))),

@@ -90,17 +90,19 @@ def test_ablations_have_their_keys_figures_and_sentences(trained: Path, tmp_path
     assert ablation["effects"]["cells"] == 2 * 4
     for layer in ablation["layers"]:
         assert layer["experts"].keys() == {"mask", "zero", "serves", "agreement"}
-        assert layer["routes"].keys() == {"replaced", "better_than_random", "regret"}
+        assert layer["routes"].keys() == {"replaced", "better_than_random", "regret", "shares"}
         assert 0 < layer["routes"]["better_than_random"]["mean"] < 1
     assert {path.name for path in (tmp_path / "out").glob("*.png")} > {"ablation.png", "routes.png", "capacity.png"}
     page = (tmp_path / "out/routing.html").read_text()
     assert "Without one expert" in page
     assert "Domains that experts serve" in page
+    few = analyze(trained, "tiny-moe", tmp_path / "few", tokens=33, ablate="all", ablate_tokens=600)
+    assert few["ablation"] == ablation
     with contextlib.chdir(trained):
         run = open_run("tiny-moe", "last", "val")
         assert measure_ablations(run, "all", 600, 0) == ablation
         layers_only = measure_ablations(run, "layers", 600, 0)
-    assert "effects" not in layers_only
+    assert {"effects", "draws"}.isdisjoint(layers_only)
     assert layers_only["removal"].keys() == {"load", "random"}
     assert layers_only["layers"] == [{k: v for k, v in layer.items() if k != "experts"} for layer in ablation["layers"]]
 

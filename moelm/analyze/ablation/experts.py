@@ -1,10 +1,10 @@
 """The loss without one expert: masked before the choice, or with an output of zero, by document; and the same done to as
-many random assignments.
+many random assignments of the other experts in the same domain.
 
 Shapes: N tokens, M tokens of a subset, E experts, K experts per token, L sparse layers, D documents.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from moelm.analyze.counts import Ints
 from moelm.analyze.layers import sparse_ffn
 
 DRAWS = 20
-"""Random draws that each expert is compared with, in the whole text: at least one in each batch."""
+"""Random draws that each expert is compared with, at least: one or more in each batch."""
 KINDS = ("mask", "zero")
 """Masked: the router selects without the expert, so that the next best takes its place. Zero: its output is zero."""
 
@@ -28,7 +28,9 @@ class ExpertSums(NamedTuple):
     ablated: Ints
     """`(kinds, L, E, D)`: without each expert, minus the unchanged model."""
     control: Ints
-    """`(kinds, L, E, D)`: without as many random assignments, minus the unchanged model; mean over the draws."""
+    """`(kinds, L, E, D)`: without as many random assignments to other experts, mean over draws."""
+    draws: int
+    """Random draws in the whole text."""
 
 
 def ablate_experts(text: AblationText, seed: int, after_layer: Callable[[], None]) -> ExpertSums:
@@ -41,24 +43,29 @@ def ablate_experts(text: AblationText, seed: int, after_layer: Callable[[], None
     layers, num_experts = text.model.config.sparse_layers, sparse_ffn(text.model.config).num_experts
     draws = -(-DRAWS // len(text.batches))
     shape = (len(KINDS), len(layers), num_experts, len(text.documents))
-    sums = ExpertSums(np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64))
+    ablated, control = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    domain_D = torch.from_numpy(text.domains).to(text.device)
     for batch, cached in text.passes():
         generator = torch.Generator().manual_seed(seed + batch)
+        domain_N = domain_D[text.document_of(cached)].masked_fill(~cached.batch.valid_N, -1)
         for index, layer in enumerate(layers):
-            routing = cached.layers[layer].routing
+            experts_NK = cached.layers[layer].routing.experts_NK
             for expert in range(num_experts):
-                chosen_NK = (routing.experts_NK == expert) & cached.batch.valid_N[:, None]
-                removed = [chosen_NK, *_random_assignments(chosen_NK, cached.batch.valid_N, draws, generator)]
+                chosen_NK = (experts_NK == expert) & cached.batch.valid_N[:, None]
+                others = [_random_others(chosen_NK, domain_N, generator) for _ in range(draws)]
+                removed = [chosen_NK, *(other_NK for other_NK, _ in others)]
                 changes = [change for each_NK in removed for change in _changes(cached, layer, each_NK)]
                 for number, losses_N in enumerate(cached.losses_with(layer, changes)):
                     draw, kind = divmod(number, len(KINDS))
-                    difference_D = text.by_document(losses_N - cached.losses_N, cached)
+                    difference_N = losses_N - cached.losses_N
                     if draw == 0:
-                        sums.ablated[kind, index, expert] += difference_D
+                        ablated[kind, index, expert] += text.by_document(difference_N, cached)
                     else:
-                        sums.control[kind, index, expert] += difference_D // draws
+                        scaled_N = difference_N * others[draw - 1][1] / draws
+                        control[kind, index, expert] += text.by_document(scaled_N, cached)
             after_layer()
-    return ExpertSums(*(text.ranks.all_reduce_array(each, text.device) for each in sums))
+    ablated, control = (text.ranks.all_reduce_array(each, text.device) for each in (ablated, control))
+    return ExpertSums(ablated, control, draws * len(text.batches))
 
 
 def _changes(cached: CachedPass, layer: int, removed_NK: Tensor) -> list[RouteChange]:
@@ -72,11 +79,24 @@ def _changes(cached: CachedPass, layer: int, removed_NK: Tensor) -> list[RouteCh
     return [RouteChange(tokens_M, masked), RouteChange(tokens_M, zeroed)]
 
 
-def _random_assignments(chosen_NK: Tensor, valid_N: Tensor, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """As many random assignments as the chosen ones, and as many first, second … choices among them."""
-    valid_M = valid_N.nonzero()[:, 0].cpu()
-    for _ in range(draws):
-        random_NK = torch.zeros(chosen_NK.shape, dtype=torch.bool)
-        for k, count in enumerate(chosen_NK.sum(dim=0).tolist()):
-            random_NK[valid_M[torch.randperm(len(valid_M), generator=generator)[:count]], k] = True
-        yield random_NK.to(chosen_NK.device)
+def _random_others(chosen_NK: Tensor, domain_N: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random assignments to other experts, in each domain as many first, second … choices as the chosen ones.
+
+    If an expert has more than half of a domain's assignments, all of the others are taken.
+
+    Args:
+        domain_N: the domain of each token; -1 for padding.
+
+    Returns:
+        The assignments, and for each token how many times more assignments of its domain are chosen ones.
+    """
+    chosen_NK, domains_N = chosen_NK.cpu(), domain_N.cpu()
+    random_NK, factor_N = torch.zeros_like(chosen_NK), torch.zeros(len(domains_N), dtype=torch.float64)
+    for domain in sorted(set(domains_N[chosen_NK.any(dim=1)].tolist())):
+        in_domain_N = domains_N == domain
+        for k, count in enumerate(chosen_NK[in_domain_N].sum(dim=0).tolist()):
+            others_M = (in_domain_N & ~chosen_NK[:, k]).nonzero()[:, 0]
+            random_NK[others_M[torch.randperm(len(others_M), generator=generator)[:count]], k] = True
+        wanted, found = (int(each_NK[in_domain_N].sum()) for each_NK in (chosen_NK, random_NK))
+        factor_N[in_domain_N] = wanted / max(1, found)
+    return random_NK.to(domain_N.device), factor_N.to(domain_N.device)

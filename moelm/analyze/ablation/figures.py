@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moelm.analyze.ablation.routes import REPLACEMENTS
 from moelm.report.figures import COLORS, DASHED, MUTED, legend_label
 
 SIZE = (10.5, 3.8)
@@ -22,20 +21,18 @@ REPLACEMENT_LABELS = {
 
 def draw_effects(report: dict[str, Any]) -> Figure:
     """What each expert sees, and how much a domain's loss rises without it, in the first, the middle and the last layer."""
-    ablated = {layer["layer"]: layer["experts"] for layer in report["ablation"]["layers"]}
-    numbers = sorted(ablated)
-    shown = [numbers[i] for i in dict.fromkeys((0, len(numbers) // 2, len(numbers) - 1))]
-    layers = {layer["layer"]: layer for layer in report["layers"]}
-    figure = Figure(figsize=(10.5, (0.6 + 0.24 * len(report["domains"])) * len(shown) + 0.9), layout="constrained")
+    layers = report["ablation"]["layers"]
+    shown = [layers[i] for i in dict.fromkeys((0, len(layers) // 2, len(layers) - 1))]
+    domains = list(layers[0]["routes"]["shares"])
+    figure = Figure(figsize=(10.5, (0.6 + 0.24 * len(domains)) * len(shown) + 0.9), layout="constrained")
     panels = figure.subplots(len(shown), 2, squeeze=False, sharex=True, sharey=True)
-    for row, number in zip(panels, shown, strict=True):
-        cells = ablated[number]["mask"]["domains"]
-        domains = list(cells)
-        shares = np.array([layers[number]["shares"][domain] for domain in domains])
+    for row, layer in zip(panels, shown, strict=True):
+        number, cells = layer["layer"], layer["experts"]["mask"]["domains"]
+        shares = np.array([layer["routes"]["shares"][domain] for domain in domains])
         excess = np.array([np.subtract(cells[domain]["loss"], cells[domain]["control"]) for domain in domains])
         _draw_cells(figure, row[0], shares, domains, f"Layer {number}: share of the domain's assignments")
         _draw_cells(figure, row[1], excess, domains, f"Layer {number}: loss without the expert, minus control", signed=True)
-        found = np.array([cells[domain]["effect"] for domain in domains]) & (excess > 0)
+        found = np.array([cells[domain]["effect"] for domain in domains])
         row[1].plot(*np.nonzero(found)[::-1], "o", color="black", markersize=3)
     for axes in panels[-1]:
         axes.set_xlabel("expert")
@@ -48,8 +45,8 @@ def draw_routes(report: dict[str, Any]) -> Figure:
     numbers = np.arange(len(layers))
     figure = Figure(figsize=SIZE, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    width = 0.82 / len(REPLACEMENTS)
-    for i, name in enumerate(REPLACEMENTS):
+    width = 0.82 / len(layers[0]["routes"]["replaced"])
+    for i, name in enumerate(layers[0]["routes"]["replaced"]):
         values = [layer["routes"]["replaced"][name] for layer in layers]
         centers = numbers - 0.41 + (i + 0.5) * width
         left.bar(

@@ -25,9 +25,9 @@ def ablation_sentences(ablation: Mapping[str, Any]) -> list[str]:
     most = max(uniform, key=lambda number: uniform[number])
     better = [layer["routes"]["better_than_random"]["mean"] for layer in layers]
     sentences.append(
-        f"With random routes in one layer the loss rises by {min(uniform.values()):.3f} to {uniform[most]:.3f}, most in "
-        f"layer {most}. A random route has a higher loss than a token's own in {min(better):.0%} to {max(better):.0%} of "
-        "cases, by layer; 50% would mean that the route makes no difference."
+        f"With random routes in one layer the loss changes by {min(uniform.values()):+.3f} to {uniform[most]:+.3f}, most "
+        f"in layer {most}. A random route has a higher loss than a token's own in {min(better):.0%} to {max(better):.0%} "
+        "of cases, by layer; 50% would mean that the route makes no difference."
     )
     half = {
         order: min(curve, key=lambda point: abs(point["experts"] - curve[-1]["experts"] / 2))
@@ -36,10 +36,11 @@ def ablation_sentences(ablation: Mapping[str, Any]) -> list[str]:
     best = min(half, key=lambda order: half[order]["mean"])
     total = ablation["removal"]["random"][-1]["experts"]
     names = {"load": "by load", "ablation": "by their effect", "random": "at random"}
+    selected = names[best] + ("" if best == "random" else " (measured on other rows)")
     others = ", ".join(f"{point['mean']:+.3f} {names[order]}" for order, point in half.items() if order != best)
     sentences.append(
         f"With {half[best]['experts']} of {total} experts in every layer the loss changes by {half[best]['mean']:+.3f} if "
-        f"they are selected {names[best]} (measured on other text), compared with {others}."
+        f"they are selected {selected}, compared with {others}."
     )
     return sentences
 
@@ -49,30 +50,28 @@ def _effects_sentence(ablation: Mapping[str, Any]) -> str:
     serving = sum(len(names) for layer in layers for names in layer["experts"]["serves"])
     agreement = [layer["experts"]["agreement"]["spearman"] for layer in layers if layer["experts"]["agreement"]]
     text = (
-        f"Without one expert, whose place the next best takes, the loss of a domain rises more than without as many random "
-        f"assignments in {serving} of {effects['cells']:,} cases of an expert and a domain (at a false-discovery rate of "
-        f"{effects['discovery_rate']:.0%})."
+        "Without one expert, whose place the next best takes, the loss of a domain rises more than without as many "
+        f"assignments of its other experts in {serving} of {effects['cells']:,} cases of an expert and a domain (at a "
+        f"false-discovery rate of {effects['discovery_rate']:.0%})."
     )
     if not agreement:
         return text
     return (
-        f"{text} The rank correlation of this effect with the share of the domain's tokens that the expert processes is "
+        f"{text} The rank correlation of this difference with the share of the domain's assignments that the expert has is "
         f"{min(agreement):.2f} to {max(agreement):.2f}, by layer."
     )
 
 
-def ablation_tables(report: Mapping[str, Any]) -> list[Table]:
+def ablation_tables(ablation: Mapping[str, Any]) -> list[Table]:
     """Loss by layer with other routes and, if they were ablated, the domains that each expert serves."""
-    ablation = report["ablation"]
     tables = [routes_table(ablation)]
     if "effects" in ablation:
-        shares = {layer["layer"]: layer["shares"] for layer in report["layers"]}
         rows = [
             (
                 f"{layer['layer']}",
                 f"{expert}",
                 ", ".join(names),
-                _most_seen(shares[layer["layer"]], expert),
+                _most_seen(layer["routes"]["shares"], expert),
                 f"{layer['experts']['mask']['loss'][expert]:.4f}",
                 f"{layer['experts']['mask']['control'][expert]:.4f}",
             )
@@ -88,11 +87,14 @@ def ablation_tables(report: Mapping[str, Any]) -> list[Table]:
 def routes_table(ablation: Mapping[str, Any], intervals: bool = True) -> Table:
     """Differences of the loss with other routes and without experts, by layer."""
     effects = "effects" in ablation
-    head = ["layer", *REPLACEMENT_NAMES.values(), "own better"] + (["ablated", "control", "rank r"] if effects else [])
+    names = list(ablation["layers"][0]["routes"]["replaced"])
+    head = ["layer", *(REPLACEMENT_NAMES[name] for name in names), "own better"] + (
+        ["ablated", "control", "rank r"] if effects else []
+    )
     rows = []
     for layer in ablation["layers"]:
         routes = layer["routes"]
-        row = [str(layer["layer"]), *(_signed(routes["replaced"][name], intervals) for name in REPLACEMENT_NAMES)]
+        row = [str(layer["layer"]), *(_signed(routes["replaced"][name], intervals) for name in names)]
         row.append(f"{routes['better_than_random']['mean']:.0%}")
         if effects:
             mask, agreement = layer["experts"]["mask"], layer["experts"]["agreement"]

@@ -17,16 +17,26 @@ from moelm.analyze.ablation.cached_pass import CachedPass, RouteChange, subset_o
 from moelm.analyze.ablation.text import AblationText
 from moelm.analyze.counts import Ints
 from moelm.analyze.layers import sparse_ffn
+from moelm.config import ModelConfig
 from moelm.model import Routing
 from moelm.model.moe.router import FixedRouter
 
 REPLACEMENTS = ("uniform", "hash", "shuffled", "shuffled_in_domain", "second_best")
 """Uniformly random experts; a fixed random table by token id; the route of a random other token, which has the same loads;
 that of a random token of the same domain; the next best experts after those of the route."""
+HASH_STREAM = 1 << 20
+"""Added to the layer, so that the table is not that of a model whose own router is a hash."""
 SAMPLED_ROUTES = 8
 """Random routes that a token's own is compared with."""
-EVERY = 8
+EVERY = 16
 """One token of so many gets a random route at a time, so that the others' routes are mostly as before."""
+
+
+def replacements(config: ModelConfig) -> tuple[str, ...]:
+    """Those of `REPLACEMENTS` that a model has: a token needs as many other experts for its next best ones."""
+    ffn = sparse_ffn(config)
+    has_next_best = ffn.router.kind != "hierarchical" and 2 * ffn.top_k <= ffn.num_experts
+    return REPLACEMENTS if has_next_best else REPLACEMENTS[:-1]
 
 
 class RouteSums(NamedTuple):
@@ -35,7 +45,8 @@ class RouteSums(NamedTuple):
     replaced: Ints
     """`(replacements, L, D)`: loss with each replacement minus that of the unchanged model."""
     better: Ints
-    """`(L, D)`: share of the sampled routes that have a higher loss than the token's own, over the sampled tokens."""
+    """`(L, D)`: share of the sampled routes that have a higher loss than the token's own, over the sampled tokens. In both
+    cases as many other tokens of the text have random routes."""
     regret: Ints
     """`(2, L, D)`: how far the best of the sampled routes is below the token's own, at least 0; and the same for a sampled
     route in place of its own, compared with the others."""
@@ -53,9 +64,9 @@ def replace_routes(text: AblationText, seed: int, after_layer: Callable[[], None
         after_layer: called after each layer of a batch.
     """
     layers, documents = text.model.config.sparse_layers, len(text.documents)
-    shape = (len(layers), documents)
+    shape, names = (len(layers), documents), replacements(text.model.config)
     sums = RouteSums(
-        np.zeros((len(REPLACEMENTS), *shape), dtype=np.int64),
+        np.zeros((len(names), *shape), dtype=np.int64),
         np.zeros(shape, dtype=np.int64),
         np.zeros((2, *shape), dtype=np.int64),
         np.zeros(documents, dtype=np.int64),
@@ -66,13 +77,13 @@ def replace_routes(text: AblationText, seed: int, after_layer: Callable[[], None
         generator = torch.Generator().manual_seed(seed + number)
         valid_M = cached.batch.valid_N.nonzero()[:, 0]
         domain_M = domain_D[text.document_of(cached)[valid_M]]
-        sampled_M = valid_M[
-            torch.randperm(len(valid_M), generator=generator)[: -(-len(valid_M) // EVERY)].to(valid_M.device)
-        ]
-        sums.sampled[:] += text.count_by_document(_indicator(sampled_M, cached), cached)
+        size = -(-len(valid_M) // EVERY)
+        order_M = torch.randperm(len(valid_M), generator=generator).to(valid_M.device)
+        groups = valid_M[order_M[:size]], valid_M[order_M[size : 2 * size]]
+        sums.sampled[:] += text.count_by_document(_indicator(torch.cat(groups), cached), cached)
         for index, layer in enumerate(layers):
             routing = subset_of_routing(cached.layers[layer].routing, valid_M)
-            others = [_other_experts(name, cached, layer, valid_M, routing, domain_M, generator) for name in REPLACEMENTS]
+            others = [_other_experts(name, cached, layer, valid_M, routing, domain_M, generator) for name in names]
             changes = [RouteChange(valid_M, routing._replace(experts_NK=experts_MK)) for experts_MK in others]
             for kind, losses_N in enumerate(cached.losses_with(layer, changes)):
                 sums.replaced[kind, index] += text.by_document(losses_N - cached.losses_N, cached)
@@ -80,7 +91,7 @@ def replace_routes(text: AblationText, seed: int, after_layer: Callable[[], None
                 counts_N = torch.zeros_like(cached.batch.valid_N, dtype=torch.int64)
                 counts_N[valid_M] = (routing.experts_NK == expert).sum(dim=1)
                 sums.load[index, expert] += text.count_by_document(counts_N, cached)
-            _add_sampled_routes(sums, index, text, cached, layer, sampled_M, generator)
+            _add_sampled_routes(sums, index, text, cached, layer, groups, generator)
             after_layer()
     return RouteSums(*(text.ranks.all_reduce_array(each, text.device) for each in sums))
 
@@ -101,7 +112,7 @@ def _other_experts(
         case "uniform":
             return _uniform_experts(routing, generator)
         case "hash":
-            fixed = FixedRouter(num_experts, experts_MK.shape[1], layer, by_token=True).to(experts_MK.device)
+            fixed = FixedRouter(num_experts, experts_MK.shape[1], HASH_STREAM + layer, by_token=True).to(experts_MK.device)
             hashed: Tensor = fixed(
                 cached.layers[layer].normed_ND[tokens_M], cached.context(layer).subset(tokens_M)
             ).experts_NK
@@ -132,22 +143,29 @@ def _add_sampled_routes(
     text: AblationText,
     cached: CachedPass,
     layer: int,
-    tokens_M: Tensor,
+    groups: tuple[Tensor, Tensor],
     generator: torch.Generator,
 ) -> None:
-    """Compare the routes of some tokens with random ones, in the layer of the given index."""
-    routing = subset_of_routing(cached.layers[layer].routing, tokens_M)
-    experts = [_uniform_experts(routing, generator) for _ in range(SAMPLED_ROUTES)]
-    changes = [RouteChange(tokens_M, routing._replace(experts_NK=experts_MK)) for experts_MK in experts]
-    sampled_MR, own_M = cached.losses_with(layer, changes)[:, tokens_M].t(), cached.losses_N[tokens_M]
-    higher_MR, equal_MR = sampled_MR > own_M[:, None], sampled_MR == own_M[:, None]
-    better_M = (higher_MR.double() + 0.5 * equal_MR.double()).mean(dim=1)
-    # The last of the sampled routes stands for the token's own, and both are compared with the same others.
-    best_M = sampled_MR[:, :-1].amin(dim=1)
-    own_regret_M, random_regret_M = ((each - best_M).clamp_min(0) for each in (own_M, sampled_MR[:, -1]))
-    for target, value_M in ((sums.better, better_M), (sums.regret[0], own_regret_M), (sums.regret[1], random_regret_M)):
-        value_N = torch.zeros(len(cached.losses_N), dtype=torch.float64, device=value_M.device)
-        target[index] += text.by_document(value_N.index_copy(0, tokens_M, value_M.double()), cached)
+    """Compare the routes of two groups of tokens with random ones, in the layer of the given index.
+
+    While one group has random routes, the losses of the other one are those of its own routes, with as many random routes
+    in the rest of the text.
+    """
+    losses = []
+    for tokens_M in groups:
+        routing = subset_of_routing(cached.layers[layer].routing, tokens_M)
+        experts = [_uniform_experts(routing, generator) for _ in range(SAMPLED_ROUTES)]
+        changes = [RouteChange(tokens_M, routing._replace(experts_NK=experts_MK)) for experts_MK in experts]
+        losses.append(cached.losses_with(layer, changes).t())
+    for tokens_M, random_NR, own_NR in zip(groups, losses, reversed(losses), strict=True):
+        random_MR, own_MR = random_NR[tokens_M], own_NR[tokens_M]
+        better_M = ((random_MR > own_MR).double() + 0.5 * (random_MR == own_MR).double()).mean(dim=1)
+        # The last random route stands for the token's own, and both are compared with the same others.
+        best_M = random_MR[:, :-1].amin(dim=1)
+        regrets = [(each_M - best_M).clamp_min(0) for each_M in (own_MR[:, -1], random_MR[:, -1])]
+        for target, value_M in zip((sums.better, *sums.regret), (better_M, *regrets), strict=True):
+            value_N = torch.zeros(len(cached.losses_N), dtype=torch.float64, device=value_M.device)
+            target[index] += text.by_document(value_N.index_copy(0, tokens_M, value_M.double()), cached)
 
 
 def _indicator(tokens_M: Tensor, cached: CachedPass) -> Tensor:

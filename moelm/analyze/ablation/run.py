@@ -93,14 +93,13 @@ def measure_ablations(
         "tokens": int(effects.tokens.sum()),
         "documents": len(effects.documents),
         "held_out_tokens": int(held_out.tokens.sum()),
-        "draws": DRAWS,
         "sampled_routes": SAMPLED_ROUTES,
         **capacity_summary(capacity, held_out),
         "layers": by_layer,
     }
     if experts is not None:
         summaries = experts_summary(experts, routes, effects, seed)
-        result["effects"] = count_effects(summaries)
+        result |= {"draws": experts.draws, "effects": count_effects(summaries)}
         for layer, summary in zip(by_layer, summaries, strict=True):
             layer["experts"] = summary
     return result

@@ -9,7 +9,7 @@ import numpy as np
 
 from moelm.analyze.ablation.capacity import CapacitySums
 from moelm.analyze.ablation.experts import KINDS, ExpertSums
-from moelm.analyze.ablation.routes import REPLACEMENTS, RouteSums
+from moelm.analyze.ablation.routes import RouteSums, replacements
 from moelm.analyze.ablation.statistics import (
     DISCOVERY_RATE,
     Floats,
@@ -17,9 +17,10 @@ from moelm.analyze.ablation.statistics import (
     discoveries,
     means_by_documents,
     rank_correlation,
+    sums_by_domain,
 )
 from moelm.analyze.ablation.text import AblationText
-from moelm.analyze.counts import UNIT
+from moelm.analyze.counts import UNIT, Ints
 
 
 class DomainMeans:
@@ -40,6 +41,11 @@ class DomainMeans:
         member_D = np.ones(len(self._text.tokens), dtype=bool) if domain is None else self._text.domains == domain
         return means_by_documents(sums_CD[:, member_D], self._text.tokens[member_D])
 
+    def shares(self, load_ED: Ints) -> dict[str, list[float]]:
+        """Share of each domain's assignments by expert."""
+        load_EG = sums_by_domain(load_ED, self._text.domains, self.present)
+        return {name: (load_E / load_E.sum()).tolist() for name, load_E in zip(self.names, load_EG.T, strict=True)}
+
     def as_dict(self, sums_D: Floats) -> dict[str, Any]:
         """The mean with its interval, over the whole text and by domain."""
         by_domain = {name: self.means(sums_D[None], g).as_dict(0) for g, name in zip(self.present, self.names, strict=True)}
@@ -51,14 +57,14 @@ def routes_summary(routes: RouteSums, text: AblationText) -> list[dict[str, Any]
     over_text = DomainMeans(text)
     layers = []
     for index in range(routes.replaced.shape[1]):
+        replaced = zip(replacements(text.model.config), routes.replaced[:, index] * UNIT, strict=True)
         own_better = means_by_documents(routes.better[[index]] * UNIT, routes.sampled)
         regret = means_by_documents(routes.regret[:, index] * UNIT, routes.sampled)
         layers.append(
             {
-                "replaced": {
-                    name: over_text.as_dict(routes.replaced[kind, index] * UNIT) for kind, name in enumerate(REPLACEMENTS)
-                },
+                "replaced": {name: over_text.as_dict(sums_D) for name, sums_D in replaced},
                 "better_than_random": own_better.as_dict(0),
+                "shares": over_text.shares(routes.load[index]),
                 "regret": {"own": regret.as_dict(0), "random": regret.as_dict(1)},
             }
         )
@@ -77,7 +83,9 @@ def experts_summary(experts: ExpertSums, routes: RouteSums, text: AblationText, 
     for kind, kind_name in enumerate(KINDS):
         ablated, control = (each[kind].reshape(-1, documents) * UNIT for each in (experts.ablated, experts.control))
         excess = [over_text.means(ablated - control, g) for g in over_text.present]
-        found = discoveries(np.stack([means.p for means in excess])).reshape(-1, layers, num_experts)
+        found = discoveries(np.stack([means.p for means in excess]))
+        found &= np.stack([means.mean > 0 for means in excess])
+        found = found.reshape(-1, layers, num_experts)
         parts = [
             (means, over_text.means(ablated, g), over_text.means(control, g))
             for means, g in zip(excess, over_text.present, strict=True)
@@ -99,18 +107,19 @@ def experts_summary(experts: ExpertSums, routes: RouteSums, text: AblationText, 
                     for g, (name, (means, own, random)) in enumerate(zip(over_text.names, parts, strict=True))
                 },
             }
+    masked = (experts.ablated - experts.control)[0] * UNIT
     for index, summary in enumerate(summaries):
         by_domain = summary["mask"]["domains"]
         summary["serves"] = [
-            [
-                name
-                for name, cells in by_domain.items()
-                if cells["effect"][expert] and cells["loss"][expert] > cells["control"][expert]
-            ]
-            for expert in range(num_experts)
+            [name for name, cells in by_domain.items() if cells["effect"][expert]] for expert in range(num_experts)
         ]
         summary["agreement"] = rank_correlation(
-            routes.load[index], experts.ablated[0, index] * UNIT, text.tokens, text.domains, over_text.present, rng
+            routes.load[index],
+            masked[index],
+            text.tokens,
+            text.domains,
+            over_text.present,
+            rng,
         )
     return summaries
 

@@ -89,7 +89,7 @@ class HierarchicalRouter(Router):
         """Select groups, then experts in them; gates are products."""
         clean_NA = router_logits(x_ND, self.group_weight)
         std_NA = F.softplus(router_logits(x_ND, self.group_noise_weight))
-        clean_NAJ = router_logits(x_ND, self.weight).view(len(x_ND), self.groups, -1)
+        clean_NAJ = router_logits(x_ND, self.weight).view(len(x_ND), self.groups, self.num_experts // self.groups)
         std_NAJ = F.softplus(router_logits(x_ND, self.noise_weight)).view_as(clean_NAJ)
         noise_NA = noise_NAJ = None
         if self.training:

@@ -42,7 +42,7 @@ def test_an_expert_that_computes_a_domains_rule_is_found(data: PreparedData) -> 
     mask = layer["experts"]["mask"]["domains"]
     assert mask["alpha"]["loss"][0] > 1
     assert mask["alpha"]["loss"][1] == pytest.approx(0, abs=1e-6)
-    assert layer["experts"]["agreement"]["spearman"] > 0.5
+    assert layer["experts"]["agreement"]["spearman"] > 0.3
     replaced = layer["routes"]["replaced"]
     assert replaced["uniform"]["low"] > 0.5
     assert replaced["shuffled_in_domain"]["mean"] < replaced["shuffled"]["mean"] / 2  # letters get a start token's at most
