@@ -17,7 +17,8 @@ from moelm.data.loader import PreparedData
 from moelm.errors import MoelmError
 from moelm.model import build_model
 from moelm.model.moe.experts import expert_stacks
-from tests.analyze.ablation.planted import config_of, opened, planted_data, planted_model
+from moelm.model.moe.router import TopKRouter
+from tests.analyze.ablation.planted import ALPHABETS, BYTES, config_of, opened, planted_data, planted_model
 from tests.analyze.test_collect import RandomRouter
 
 
@@ -102,3 +103,33 @@ def test_a_hierarchical_router_has_no_curve_over_top_k(data: PreparedData) -> No
     result = measure_ablations(opened(build_model(config.model, 0).eval(), data, config), "layers", 300, 0)
     assert result["top_k"] == []
     assert [point["experts"] for point in result["removal"]["load"]] == [2, 3, 4, 6]
+
+
+def test_a_domain_is_not_served_by_the_expert_that_it_merely_uses_more(data: PreparedData) -> None:
+    """Copies of all rules, of which a domain's letters prefer one. The gate of the next best is smaller, so that every
+    masked assignment costs the same, whichever expert it had."""
+    model = planted_model(data, copies=True)
+    (block,) = model.blocks
+    router, experts = block.ffn.get_submodule("router"), block.ffn.get_submodule("experts")
+    block.ffn.router = TopKRouter(BYTES, 4, 1, normalize=False)  # type: ignore[assignment]
+    router = block.ffn.get_submodule("router")
+    with torch.no_grad():
+        assert isinstance(experts.w2, torch.Tensor)
+        assert isinstance(router.weight, torch.Tensor)
+        experts.w2.mul_(0.16)
+        router.weight.zero_()
+        for letters, preferred in zip(ALPHABETS.values(), ([0, 0, 0, 0, 1, 2, 3], [1, 2, 3, 1, 2, 3, 0]), strict=True):
+            router.weight[preferred, data.tokenizer.encode_batch([letters])[0]] = 0.3
+    result = measure_ablations(opened(model, data), "all", 4000, 0)
+    (layer,) = result["layers"]
+    assert layer["routes"]["shares"]["alpha"][0] > 2 * layer["routes"]["shares"]["omega"][0]
+    assert layer["experts"]["mask"]["domains"]["alpha"]["loss"][0] > 1
+    assert layer["experts"]["serves"] == [[], [], [], []]
+
+
+def test_a_hierarchical_router_is_ablated_where_an_expert_has_no_token(data: PreparedData) -> None:
+    for group_k in (1, 2):
+        router = {"kind": "hierarchical", "groups": 3, "group_k": group_k}
+        config = config_of(num_experts=6, top_k=2, hidden_dim=8, router=router)
+        result = measure_ablations(opened(build_model(config.model, 0).eval(), data, config), "all", 200, 0)
+        assert "second_best" not in result["layers"][0]["routes"]["replaced"]
