@@ -275,7 +275,7 @@ class ModelConfig(Config):
     rates."""
     qkv_bias: bool = False
     """Biases of queries, keys and values (Qwen2)."""
-    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=1)
     rope_scaling: RopeScalingConfig | None = None
     """Lower frequencies of the rotary embeddings, for longer contexts than those of the pretraining."""
     rotary_fraction: float = Field(default=1.0, gt=0, le=1)

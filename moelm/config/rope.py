@@ -50,6 +50,12 @@ class YarnRopeConfig(Config):
     attention_factor: float | None = Field(default=None, gt=0)
     """Factor on queries and keys (default: 0.1 ln(factor) + 1)."""
 
+    @model_validator(mode="after")
+    def _in_order(self) -> "YarnRopeConfig":
+        if self.beta_slow >= self.beta_fast:
+            raise ValueError(f"beta_slow is {self.beta_slow}, which must be below beta_fast = {self.beta_fast}")
+        return self
+
     @property
     def scale(self) -> float:
         """Factor on queries and keys, with the default resolved (Peng et al. 2023, eq. 22)."""

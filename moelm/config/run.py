@@ -337,7 +337,7 @@ class RunConfig(Config):
             "attention": True,
             "ffn": moe is None or moe.num_experts == 1 or moe.shared_experts > 0 or moe.every > 1 or moe.first_dense > 0,
             "experts": moe is not None and moe.num_experts > 1,
-            "router": moe is not None and moe.router.kind not in ("hash", "random"),
+            "router": moe is not None and (moe.router.kind not in ("hash", "random") or moe.shared_gate),
             "norm": True,
         }
         if all(getattr(self.optim.groups, role).lr == 0 for role, present in roles.items() if present):

@@ -163,7 +163,10 @@ def _attention(architecture: Architecture, hf: HFSettings) -> dict[str, Any]:
         model |= {
             key: hf.get(key, float) for key in ("embedding_multiplier", "attention_multiplier", "residual_multiplier")
         }
-        model["output_multiplier"] = 1 / hf.get("logits_scaling", float)
+        scaling = hf.get("logits_scaling", float)
+        if scaling <= 0:
+            raise MoelmError(f"{hf.origin}: logits_scaling is {scaling}; a number above 0 is expected.")
+        model["output_multiplier"] = 1 / scaling
     return model
 
 
@@ -199,6 +202,8 @@ def _sliding_layers(architecture: Architecture, hf: HFSettings, num_layers: int)
         return [True]
     layer_types = hf.get("layer_types", list, None)
     if layer_types is not None:
+        if len(layer_types) != num_layers:
+            raise MoelmError(f"{hf.origin}: layer_types has {len(layer_types)} entries, but there are {num_layers} layers.")
         return [layer_type == "sliding_attention" for layer_type in layer_types]
     if architecture.model_type == "qwen2_moe":  # releases differ in the meaning of max_window_layers there
         raise MoelmError(f"{hf.origin}: layer_types is missing, which use_sliding_window requires.")
@@ -236,4 +241,10 @@ def _num_shared_experts(hf: HFSettings, ffn: dict[str, Any]) -> int:
     """
     if ffn["every"] > 1:
         return max(0, int(hf.get("intermediate_size", int)) // int(ffn["hidden_dim"]) - int(ffn["top_k"]))
-    return int(hf.get("shared_expert_intermediate_size", int)) // int(ffn["hidden_dim"])
+    shared_dim, hidden_dim = int(hf.get("shared_expert_intermediate_size", int)), int(ffn["hidden_dim"])
+    if shared_dim % hidden_dim:
+        raise MoelmError(
+            f"{hf.origin}: shared_expert_intermediate_size is {shared_dim}; a multiple of moe_intermediate_size = "
+            f"{hidden_dim} is expected."
+        )
+    return shared_dim // hidden_dim

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moelm.config import apply_overrides, check_config, read_tree
+from moelm.config import RunConfig, apply_overrides, check_config, read_tree
 from moelm.data.loader import open_folder
 from moelm.data.prepare import prepare
 from moelm.errors import MoelmError
@@ -49,6 +49,10 @@ def open_model(name: str, checkpoint: str, split: str, data: Path | None = None,
         if stream_layers:
             raise MoelmError(f"--stream-layers reads directories in the Hugging Face format, but {name} is none.")
         return open_run(name, checkpoint, split)
+    if checkpoint != "last":
+        raise MoelmError(
+            f"--checkpoint is {checkpoint}, but {name} is in the Hugging Face format and has one set of weights."
+        )
     return _open_hf_directory(Path(name), split, data, stream_layers)
 
 
@@ -57,35 +61,44 @@ def _open_hf_directory(source: Path, split: str, data: Path | None, stream_layer
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MoelmError(f"{source} is in the Hugging Face format, which one process reads; moelm import makes it a run.")
     keep_memory()
-    architecture, model_section = read_config(source)
-    seq_len = min(DEFAULT_SEQ_LEN, model_section["max_seq_len"])
-    tree: dict[str, Any] = {"data": {"sources": [{"name": "builtin"}], "seq_len": seq_len}}
-    if data is not None:
-        tree = read_tree(data)
-    tree |= {
-        "name": source.resolve().name,
-        "model": model_section,
-        "train": {"steps": 1, "batch_tokens": tree["data"].get("seq_len", seq_len)},
-        "optim": {"lr": 1e-4},
-    }
-    apply_overrides(tree, ["data.tokenizer={}"])
-    tree["data"]["tokenizer"] = {"kind": "file", "path": str(source / "tokenizer.json")}
-    config = check_config(tree, str(data or source))
+    architecture, model = read_config(source)
+    config = _config_of(source, model, data)
     tokenizer = load_tokenizer(source / "tokenizer.json", source, config)
+    # The data must begin with the token that the model's texts begin with, which may be its end token.
+    tokenizer_config = config.data.tokenizer.model_copy(update={"bos": tokenizer.bos_id})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": tokenizer_config})})
     reader, device = WeightReader(source, config, architecture), pick_device()
     if stream_layers:
-        model = build_from_weights(config.model, reader.read_root(), strict=False)
-        _stream_layers(model, reader, device)
-        for outer in (model.embedding, model.norm, model.head):
+        transformer = build_from_weights(config.model, reader.read_root(), strict=False)
+        _stream_layers(transformer, reader, device)
+        for outer in (transformer.embedding, transformer.norm, transformer.head):
             if outer is not None:
                 outer.to(device)
     else:
-        model = build_from_weights(config.model, reader.read()).to(device)
+        transformer = build_from_weights(config.model, reader.read()).to(device)
     folder, _ = prepare(config.data)
     opened = open_folder(config, folder)
-    dtype = torch.bfloat16 if model.embedding.weight.dtype == torch.bfloat16 else torch.float32
+    if opened.tokenizer.bos_id != tokenizer.bos_id or opened.tokenizer.vocab_size != tokenizer.vocab_size:
+        raise MoelmError(f"The data in {folder} was prepared with another tokenizer than {source / 'tokenizer.json'}.")
+    weight_dtype = transformer.embedding.weight.dtype
+    dtype = weight_dtype if weight_dtype in (torch.bfloat16, torch.float16) else torch.float32
     rows = opened.val if split == "val" else opened.train
-    return OpenedRun(model.eval(), tokenizer, config, rows, opened.lossy, device, dtype)
+    return OpenedRun(transformer.eval(), tokenizer, config, rows, opened.lossy, device, dtype)
+
+
+def _config_of(source: Path, model: dict[str, Any], data: Path | None) -> RunConfig:
+    """A config with this model and its tokenizer, and the data of another config."""
+    seq_len = min(DEFAULT_SEQ_LEN, model["max_seq_len"])
+    tree: dict[str, Any] = {"data": {"sources": [{"name": "builtin"}], "seq_len": seq_len}}
+    if data is not None:
+        tree = read_tree(data)
+    asked = tree["data"].get("tokenizer") if isinstance(tree.get("data"), dict) else None
+    special = {key: asked[key] for key in ("bos", "eos") if asked.get(key) is not None} if isinstance(asked, dict) else {}
+    apply_overrides(tree, ["data.tokenizer={}"])
+    tree["data"]["tokenizer"] = {"kind": "file", "path": str(source / "tokenizer.json"), **special}
+    batch_tokens = tree["data"].get("seq_len", seq_len)
+    tree |= {"name": "model", "model": model, "train": {"steps": 1, "batch_tokens": batch_tokens}, "optim": {"lr": 1e-4}}
+    return check_config(tree, str(data or source))
 
 
 def _stream_layers(model: Transformer, reader: WeightReader, device: torch.device) -> None:

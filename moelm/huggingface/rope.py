@@ -31,6 +31,10 @@ _UNSUPPORTED = {"mscale": None, "mscale_all_dim": None, "truncate": True}
 def rope_section(hf: HFSettings) -> HFSettings:
     """Settings of the rotary embeddings; newer files have rope_theta in the section, older ones beside it."""
     sections = (hf.get("rope_scaling", dict, {}), hf.get("rope_parameters", dict, {}))
+    for section in sections:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                raise MoelmError(f"{hf.origin}: {key} has rotary embeddings of its own; moelm has the same in all layers.")
     return HFSettings({"rope_theta": hf.settings.get("rope_theta"), **sections[0], **sections[1]}, hf.origin)
 
 
@@ -40,7 +44,7 @@ def from_hf_rope(rope: HFSettings) -> dict[str, Any] | None:
     Raises:
         MoelmError: another scaling, or one of its settings is missing or not supported.
     """
-    kind = rope.settings.get("rope_type") or rope.settings.get("type") or "default"
+    kind = rope.get("rope_type", str, rope.get("type", str, "default"))
     if kind == "default":
         return None
     if kind not in _FIELDS:

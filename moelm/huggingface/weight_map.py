@@ -74,7 +74,7 @@ class TensorMapping(NamedTuple):
         """
         if not self.names:
             if tensor.any():
-                raise MoelmError(f"{self.hf_name} is not zero; moelm's shared experts have no gate.")
+                raise MoelmError(f"{self.hf_name} is not zero; by its config.json the model has no shared experts.")
             return
         tensor = tensor if self.scale == 1 else tensor / self.scale
         parts = [tensor] if len(self.names) == 1 else tensor.chunk(len(self.names), dim=-2)

@@ -197,6 +197,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**PUBLISHED["Llama-3-8B"], "rope_scaling": {"type": "dynamic", "factor": 2.0}},
         "rope_type is 'dynamic'",
     ),
+    "a Granite without logits": (
+        {**PUBLISHED["Granite-3.1-2B"], "logits_scaling": 0},
+        "logits_scaling is 0.0; a number above",
+    ),
+    "a Qwen1.5-MoE with uneven shared experts": (
+        {**PUBLISHED["Qwen1.5-MoE-A2.7B"], "shared_expert_intermediate_size": 5000},
+        "shared_expert_intermediate_size is 5000; a multiple",
+    ),
     "a quantized Mixtral": (
         {**PUBLISHED["Mixtral-8x7B"], "quantization_config": {"quant_method": "awq"}},
         "quantization_config",

@@ -114,6 +114,9 @@ def test_tensors_that_do_not_match_are_named(hf_dir: Path, change: Callable[[Ten
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "mscale": 0.7}},
             "mscale of the rotary",
         ),
+        ({"rope_parameters": {"rope_type": ["yarn"], "rope_theta": 1e4}}, "rope_type is .* text is expected"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "rope_theta": 1e4}}, "full_attention has rotary"),
+        ({"rope_theta": 1.0, "rope_parameters": None}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; a mixtral has 1.0"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
@@ -165,6 +168,9 @@ def test_a_missing_setting_is_refused_or_gets_the_default_of_transformers(case: 
 def test_windows_set_by_layer(settings: dict[str, Any], window: int | None) -> None:
     base = {**SHAPE, "model_type": "qwen3", "head_dim": 6, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
     assert from_hf_config({**base, **settings}, "config.json")[1]["window"] == window
+    short = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"]}
+    with pytest.raises(MoelmError, match="layer_types has 1 entries, but there are 2 layers"):
+        from_hf_config({**base, **short}, "config.json")
     mixed = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     with pytest.raises(MoelmError, match="some layers have a sliding window and some do not"):
         from_hf_config({**base, **mixed}, "config.json")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -60,6 +61,24 @@ def test_a_model_is_computed_in_the_dtype_of_its_weights(folder: Path) -> None:
     assert half.dtype == torch.bfloat16
     losses = [evaluate(each.model, each.rows, each.dtype).overall.loss for each in (full, half)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_texts_begin_with_the_end_token_of_a_model_without_a_start_token(folder: Path) -> None:
+    """As Qwen's do; the tokenizer must not get a token that the model was not trained with."""
+    save_hf_model(build_hf_model("qwen2"), Path("a model"))
+    path = Path("a model/tokenizer.json")
+    path.write_text(path.read_text().replace("<|bos|>", "<|pad|>"))
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads(Path("a model", name).read_text())
+        Path("a model", name).write_text(json.dumps({**settings, "bos_token_id": None}))
+    opened = open_model("a model", "last", "val", Path("data.yaml"))
+    assert opened.tokenizer.bos_id == opened.tokenizer.eos_id == 1
+    batch = opened.rows.batch(np.arange(3))
+    assert set(batch.tokens_BT[:, 0].tolist()) == {1}
+    data = yaml.safe_load(Path("data.yaml").read_text())
+    data["data"]["tokenizer"] = {"kind": "byte", "bos": 7}
+    Path("other.yaml").write_text(yaml.safe_dump(data))
+    assert open_model("a model", "last", "val", Path("other.yaml")).tokenizer.bos_id == 7
 
 
 def test_streamed_layers_give_the_same_figures(folder: Path) -> None:
@@ -129,6 +148,12 @@ def test_errors_are_sentences(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         open_model("imported", "last", "val", stream_layers=True)
     with pytest.raises(MoelmError, match=r"missing\.yaml"):
         open_model("olmoe", "last", "val", Path("missing.yaml"))
+    with pytest.raises(MoelmError, match="--checkpoint is best"):
+        open_model("olmoe", "best", "val", Path("data.yaml"))
+    for content in ("{}", "data: 3", "data:", "data: {seq_len: 8}"):
+        Path("wrong.yaml").write_text(content)
+        with pytest.raises(MoelmError, match=r"data"):
+            open_model("olmoe", "last", "val", Path("wrong.yaml"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MoelmError, match="which one process reads"):
         open_model("olmoe", "last", "val", Path("data.yaml"))
