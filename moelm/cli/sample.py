@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from moelm.cli.options import AsJson, Checkpoint, RunPath, print_json
+from moelm.cli.options import AsJson, Checkpoint, RunOrModel, print_json
 from moelm.report.palette import expert_colors, text_color_on
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ ANSI_BACKGROUNDS = (11, 14, 10, 13, 9, 12, 7, 8, 3, 6, 2, 5, 1)
 
 
 def sample(
-    run: RunPath,
+    run: RunOrModel,
     prompt: Annotated[list[str] | None, typer.Option(help="May be repeated; `-` or none reads stdin.")] = None,
     max_new_tokens: Annotated[int, typer.Option()] = 128,
     temperature: Annotated[float, typer.Option(help="From 0, which takes the most likely token.")] = 0.8,
@@ -45,15 +45,15 @@ def sample(
     """Continue one or more prompts."""
     from moelm.data.tokenizer import check_unicode
     from moelm.hardware import pick_device
+    from moelm.huggingface.opening import load_model
     from moelm.inference.generate import Sampling, check_sampling, generate_text
-    from moelm.runs.load import load_run
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), seed)
     check_sampling(sampling)
     prompts = [_read_stdin() if text == "-" else text for text in prompt or ["-"]]
     for text in (*prompts, *sampling.stop):
         check_unicode(text)
-    model, tokenizer, config = load_run(run, checkpoint, pick_device())
+    model, tokenizer, config = load_model(run, checkpoint, pick_device())
     if show_experts is not None:
         from moelm.analyze.layers import sparse_ffn
         from moelm.analyze.token_experts import sample_with_experts

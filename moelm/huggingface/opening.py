@@ -13,12 +13,13 @@ from torch import nn
 from moelm.config import RunConfig, apply_overrides, check_config, read_tree
 from moelm.data.loader import open_folder
 from moelm.data.prepare import prepare
+from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.hardware import keep_memory, pick_device
 from moelm.huggingface.importing import WeightReader, load_tokenizer, read_config
 from moelm.model.init import assign_weights, build_from_weights
 from moelm.model.transformer import Block, Transformer
-from moelm.runs.load import OpenedRun, open_run
+from moelm.runs.load import OpenedRun, load_run, open_run
 
 DEFAULT_SEQ_LEN = 1024
 """Tokens of a row, unless the model's context is shorter or a config says otherwise."""
@@ -49,11 +50,38 @@ def open_model(name: str, checkpoint: str, split: str, data: Path | None = None,
         if stream_layers:
             raise MoelmError(f"--stream-layers reads directories in the Hugging Face format, but {name} is none.")
         return open_run(name, checkpoint, split)
-    if checkpoint != "last":
-        raise MoelmError(
-            f"--checkpoint is {checkpoint}, but {name} is in the Hugging Face format and has one set of weights."
-        )
+    _refuse_checkpoint(name, checkpoint)
     return _open_hf_directory(Path(name), split, data, stream_layers)
+
+
+def load_model(name: str, checkpoint: str, device: torch.device) -> tuple[Transformer, Tokenizer, RunConfig]:
+    """Load a run, or a directory in the Hugging Face format, with its tokenizer and config, without data.
+
+    Raises:
+        MoelmError: what `load_run` and `import_model` raise.
+    """
+    if not is_hf_directory(name):
+        return load_run(name, checkpoint, device)
+    _refuse_checkpoint(name, checkpoint)
+    source = Path(name)
+    config, tokenizer, reader = _read(source, None)
+    return build_from_weights(config.model, reader.read()).to(device).eval(), tokenizer, config
+
+
+def _refuse_checkpoint(name: str, checkpoint: str) -> None:
+    if checkpoint != "last":
+        raise MoelmError(f"--checkpoint is {checkpoint}, but {name} is in the Hugging Face format, without checkpoints.")
+
+
+def _read(source: Path, data: Path | None) -> tuple[RunConfig, Tokenizer, WeightReader]:
+    """The config of a directory with the data of another config, its tokenizer, and a reader of its weights."""
+    architecture, model = read_config(source)
+    config = _config_of(source, model, data)
+    tokenizer = load_tokenizer(source / "tokenizer.json", source, config)
+    # The data must begin with the token that the model's texts begin with, which may be its end token.
+    tokenizer_config = config.data.tokenizer.model_copy(update={"bos": tokenizer.bos_id})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": tokenizer_config})})
+    return config, tokenizer, WeightReader(source, config, architecture)
 
 
 @torch.no_grad()
@@ -61,29 +89,24 @@ def _open_hf_directory(source: Path, split: str, data: Path | None, stream_layer
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise MoelmError(f"{source} is in the Hugging Face format, which one process reads; moelm import makes it a run.")
     keep_memory()
-    architecture, model = read_config(source)
-    config = _config_of(source, model, data)
-    tokenizer = load_tokenizer(source / "tokenizer.json", source, config)
-    # The data must begin with the token that the model's texts begin with, which may be its end token.
-    tokenizer_config = config.data.tokenizer.model_copy(update={"bos": tokenizer.bos_id})
-    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": tokenizer_config})})
-    reader, device = WeightReader(source, config, architecture), pick_device()
+    config, tokenizer, reader = _read(source, data)
+    device = pick_device()
     if stream_layers:
-        transformer = build_from_weights(config.model, reader.read_root(), strict=False)
-        _stream_layers(transformer, reader, device)
-        for outer in (transformer.embedding, transformer.norm, transformer.head):
+        model = build_from_weights(config.model, reader.read_root(), strict=False)
+        _stream_layers(model, reader, device)
+        for outer in (model.embedding, model.norm, model.head):
             if outer is not None:
                 outer.to(device)
     else:
-        transformer = build_from_weights(config.model, reader.read()).to(device)
+        model = build_from_weights(config.model, reader.read()).to(device)
     folder, _ = prepare(config.data)
     opened = open_folder(config, folder)
     if opened.tokenizer.bos_id != tokenizer.bos_id or opened.tokenizer.vocab_size != tokenizer.vocab_size:
         raise MoelmError(f"The data in {folder} was prepared with another tokenizer than {source / 'tokenizer.json'}.")
-    weight_dtype = transformer.embedding.weight.dtype
+    weight_dtype = model.embedding.weight.dtype
     dtype = weight_dtype if weight_dtype in (torch.bfloat16, torch.float16) else torch.float32
     rows = opened.val if split == "val" else opened.train
-    return OpenedRun(transformer.eval(), tokenizer, config, rows, opened.lossy, device, dtype)
+    return OpenedRun(model.eval(), tokenizer, config, rows, opened.lossy, device, dtype)
 
 
 def _config_of(source: Path, model: dict[str, Any], data: Path | None) -> RunConfig:

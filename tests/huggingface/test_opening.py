@@ -17,7 +17,8 @@ from moelm.data.prepare import prepare
 from moelm.errors import MoelmError
 from moelm.evaluation.losses import evaluate
 from moelm.huggingface.importing import import_model
-from moelm.huggingface.opening import open_model
+from moelm.huggingface.opening import load_model, open_model
+from moelm.inference.generate import Sampling, generate_text, generate_tokens
 from tests.conftest import Moelm, fill
 from tests.huggingface.hf_models import SHAPE, build_hf_model, random_hf_model, save_hf_model
 
@@ -61,6 +62,22 @@ def test_a_model_is_computed_in_the_dtype_of_its_weights(folder: Path) -> None:
     assert half.dtype == torch.bfloat16
     losses = [evaluate(each.model, each.rows, each.dtype).overall.loss for each in (full, half)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_samples_are_those_of_the_import_and_in_the_dtype_of_the_weights(folder: Path) -> None:
+    cpu, greedy = torch.device("cpu"), Sampling(12, temperature=0)
+    import_model(Path("olmoe"), "imported", config=Path("data.yaml"))
+    texts = [generate_text(*load_model(name, "last", cpu)[:2], ["the red"], greedy) for name in ("olmoe", "imported")]
+    assert texts[0] == texts[1]
+    save_hf_model(build_hf_model("qwen2_moe-published").bfloat16(), folder / "half")
+    model, tokenizer, _ = load_model("half", "last", cpu)
+    tokens = tokenizer.encode_batch(["the red"])
+    with torch.no_grad():
+        first = int(model(torch.tensor([[tokenizer.bos_id, *tokens[0]]])).logits[0, -1].argmax())
+    sampled = list(generate_tokens(model, [[tokenizer.bos_id, *tokens[0]]], greedy, 1))
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert sampled[0] == [first]
+    assert len(sampled) == 12
 
 
 def test_texts_begin_with_the_end_token_of_a_model_without_a_start_token(folder: Path) -> None:
