@@ -77,7 +77,7 @@ def report_figures(name: str, reports: Path) -> dict[str, float]:
         "loss with random routes in one layer": [each["routes"]["replaced"]["uniform"]["mean"] for each in ablated],
         "random routes with a higher loss": [each["routes"]["better_than_random"]["mean"] for each in ablated],
         "loss without one expert": [np.mean(each["experts"]["mask"]["loss"]) for each in ablated],
-        "of as many random assignments": [np.mean(each["experts"]["mask"]["control"]) for each in ablated],
+        "the same, control": [np.mean(each["experts"]["mask"]["control"]) for each in ablated],
         "rank correlation of effect and share": [each["experts"]["agreement"]["spearman"] for each in ablated],
     }
     means = {key: float(np.mean(values)) for key, values in figures.items()}

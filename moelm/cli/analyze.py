@@ -43,7 +43,7 @@ def analyze(
     stream_layers: StreamLayers = False,
     as_json: AsJson = False,
 ) -> None:
-    """Report the routing of a run. Shows which experts serve which domains and tokens, compared with chance."""
+    """Report the routing of a run. Shows which experts process which domains and tokens, compared with chance."""
     from moelm.analyze.report import analyze_run
 
     report = analyze_run(

@@ -114,6 +114,8 @@ ARCHITECTURES = {
     )
 }
 
+ALWAYS_NORMALIZED = ("mixtral", "granitemoe")
+"""Architectures whose gates sum to 1 without a setting."""
 _QK_NORMS: dict[bool | str, tuple[str, ...]] = {True: ("qwen3", "qwen3_moe", "glm4_moe"), "all_heads": ("olmoe",)}
 """Architectures that can have each form of `model.qk_norm`."""
 
@@ -124,16 +126,11 @@ def architecture_for(model: ModelConfig) -> Architecture:
     Raises:
         MoelmError: there is none; the message names the setting.
     """
-    for setting, supported in (
-        ("sandwich_norm", False),
-        ("unique_layers", model.num_layers),
-        ("attention_logit_cap", None),
-    ):
-        value = getattr(model, setting)
-        if value not in (supported, None):
-            raise _not_expressible(f"model.{setting}", value)
-    if model.ffn.depth > 1:
-        raise _not_expressible("model.ffn.depth", model.ffn.depth)
+    if model.num_unique_layers < model.num_layers:
+        raise _not_expressible("model.unique_layers", model.unique_layers)
+    for config, key in ((model, "sandwich_norm"), (model, "attention_logit_cap"), (model.ffn, "depth")):
+        if not _is_default(config, key):
+            raise _not_expressible(f"model.{'' if config is model else 'ffn.'}{key}", getattr(config, key))
     model_type = _dense_type(model) if isinstance(model.ffn, DenseFFNConfig) else _moe_type(model, model.ffn)
     _check_expressible(model, model_type)
     return ARCHITECTURES[model_type]
@@ -142,30 +139,44 @@ def architecture_for(model: ModelConfig) -> Architecture:
 def _check_expressible(model: ModelConfig, model_type: str) -> None:
     """Refuse settings that the architecture does not have."""
     ffn, architecture = model.ffn, ARCHITECTURES[model_type]
-    residual = model.residual_multiplier != 1 and model.residual_multiplier
-    present: dict[str, tuple[object, bool]] = {
-        "window": (model.window, architecture.sliding_window),
-        "qkv_bias": (model.qkv_bias, model_type in ("qwen2", "qwen2_moe", "glm4_moe")),
-        "qk_norm": (model.qk_norm, model_type in _QK_NORMS.get(model.qk_norm, ())),
-        "rotary_fraction": (model.rotary_fraction < 1 and model.rotary_fraction, model_type == "glm4_moe"),
-        "attention_multiplier": (model.attention_multiplier, architecture.multipliers),
-        "residual_multiplier": (residual, architecture.multipliers),
+    expressible = {
+        "window": architecture.sliding_window,
+        "qkv_bias": model_type in ("qwen2", "qwen2_moe", "glm4_moe"),
+        "qk_norm": model_type in _QK_NORMS.get(model.qk_norm, ()),
+        "rotary_fraction": model_type == "glm4_moe",
+        "attention_multiplier": architecture.multipliers,
+        "residual_multiplier": architecture.multipliers,
     }
-    if isinstance(ffn, MoEFFNConfig):
-        present |= {
-            "ffn.every": (ffn.every > 1 and ffn.every, "every" in architecture.ffn_settings.values()),
-            "ffn.shared_experts": (ffn.shared_experts, architecture.shared is not None),
-            "ffn.shared_gate": (ffn.shared_gate, architecture.shared_gate),
-            "ffn.first_dense": (ffn.first_dense, model_type == "glm4_moe"),
-            "ffn.num_experts": (ffn.num_experts == 1 and 1, model_type != "glm4_moe"),
-            "ffn.router.normalize": (not gates_normalized(ffn) and "false", model_type not in ("mixtral", "granitemoe")),
-        }
-    for setting, (value, expressible) in present.items():
-        if value and not expressible:
-            raise MoelmError(
-                f"model.{setting} is {value}, which {model_type} does not have, the architecture of the other settings; "
-                "docs/interop.md lists the settings that can be exported."
-            )
+    for key, has_it in expressible.items():
+        if not (has_it or _is_default(model, key)):
+            raise _missing_in(model_type, f"model.{key}", getattr(model, key))
+    if not isinstance(ffn, MoEFFNConfig):
+        return
+    expressible = {
+        "every": "every" in architecture.ffn_settings.values(),
+        "shared_experts": architecture.shared is not None,
+        "shared_gate": architecture.shared_gate,
+        "first_dense": model_type == "glm4_moe",
+    }
+    for key, has_it in expressible.items():
+        if not (has_it or _is_default(ffn, key)):
+            raise _missing_in(model_type, f"model.ffn.{key}", getattr(ffn, key))
+    if ffn.num_experts == 1 and model_type == "glm4_moe":
+        raise _missing_in(model_type, "model.ffn.num_experts", 1)
+    if not gates_normalized(ffn) and model_type in ALWAYS_NORMALIZED:
+        raise _missing_in(model_type, "model.ffn.router.normalize", False)
+
+
+def _is_default(config: ModelConfig | DenseFFNConfig | MoEFFNConfig, key: str) -> bool:
+    """Whether a setting has its default, which all architectures have."""
+    return bool(getattr(config, key) == type(config).model_fields[key].default)
+
+
+def _missing_in(model_type: str, setting: str, value: object) -> MoelmError:
+    return MoelmError(
+        f"{setting} is {value}, which {model_type} does not have, the architecture of the other settings; "
+        "docs/interop.md lists the settings that can be exported."
+    )
 
 
 def gates_normalized(ffn: MoEFFNConfig) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from moelm.config import ModelConfig, MoEFFNConfig, SigmoidRouterConfig
 from moelm.errors import MoelmError
 from moelm.huggingface.architectures import (
+    ALWAYS_NORMALIZED,
     ARCHITECTURES,
     Architecture,
     architecture_for,
@@ -35,9 +36,6 @@ ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}
 """`model.activation` to `hidden_act`."""
 WINDOW_BY_LAYER = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 """Architectures that set the sliding window for each layer."""
-
-ALWAYS_NORMALIZED = ("mixtral", "granitemoe")
-"""Architectures whose gates sum to 1 without a setting."""
 
 _SHARED_TYPES: dict[str, type] = {"rms_norm_eps": float, "initializer_range": float, "tie_word_embeddings": bool}
 """Types of the shared settings that are not whole numbers."""

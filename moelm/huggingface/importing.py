@@ -113,6 +113,17 @@ def _without_further_layers(files: TensorFiles, architecture: Architecture, num_
     return kept
 
 
+def default_settings(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config other than its model, if no file gives them: moelm's builtin corpus, in rows of 1,024 tokens
+    at most."""
+    seq_len = min(1024, model["max_seq_len"])
+    return {
+        "data": {"sources": [{"name": "builtin"}], "seq_len": seq_len},
+        "train": {"steps": 1000, "batch_tokens": 8 * seq_len},
+        "optim": {"lr": 1e-4},
+    }
+
+
 def _run_config(run: RunDirectory, model: dict[str, Any], config: Path | None, overrides: Sequence[str]) -> RunConfig:
     """The config of the new run; `init_from` names the run itself, so that a copy trained under another name finds it."""
     refuse_overrides(
@@ -120,14 +131,7 @@ def _run_config(run: RunDirectory, model: dict[str, Any], config: Path | None, o
         allowed=("model.ffn.balance", "model.ffn.capacity_factor", "data.tokenizer.bos", "data.tokenizer.eos"),
         fixed=("name", "init_from", "model", "data.tokenizer"),
     )
-    seq_len = min(1024, model["max_seq_len"])
-    tree: dict[str, Any] = {
-        "data": {"sources": [{"name": "builtin"}], "seq_len": seq_len},
-        "train": {"steps": 1000, "batch_tokens": 8 * seq_len},
-        "optim": {"lr": 1e-4},
-    }
-    if config is not None:
-        tree = read_tree(config)
+    tree = read_tree(config) if config is not None else default_settings(model)
     tree["model"] = model
     apply_overrides(tree, ["data.tokenizer={}", *overrides])
     tree["data"]["tokenizer"] |= {"kind": "file", "path": str(run.tokenizer)}

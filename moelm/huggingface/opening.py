@@ -16,13 +16,10 @@ from moelm.data.prepare import prepare
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 from moelm.hardware import keep_memory, pick_device
-from moelm.huggingface.importing import WeightReader, load_tokenizer, read_config
+from moelm.huggingface.importing import WeightReader, default_settings, load_tokenizer, read_config
 from moelm.model.init import assign_weights, build_from_weights
 from moelm.model.transformer import Block, Transformer
 from moelm.runs.load import OpenedRun, load_run, open_run
-
-DEFAULT_SEQ_LEN = 1024
-"""Tokens of a row, unless the model's context is shorter or a config says otherwise."""
 
 
 def is_hf_directory(name: str) -> bool:
@@ -110,17 +107,16 @@ def _open_hf_directory(source: Path, split: str, data: Path | None, stream_layer
 
 
 def _config_of(source: Path, model: dict[str, Any], data: Path | None) -> RunConfig:
-    """A config with this model and its tokenizer, and the data of another config."""
-    seq_len = min(DEFAULT_SEQ_LEN, model["max_seq_len"])
-    tree: dict[str, Any] = {"data": {"sources": [{"name": "builtin"}], "seq_len": seq_len}}
+    """A config with this model and its tokenizer, and the data section of another config."""
+    tree = {**default_settings(model), "name": "model", "model": model}
+    seq_len = tree["data"]["seq_len"]
     if data is not None:
-        tree = read_tree(data)
-    asked = tree["data"].get("tokenizer") if isinstance(tree.get("data"), dict) else None
+        tree["data"] = read_tree(data).get("data")
+    asked = tree["data"].get("tokenizer") if isinstance(tree["data"], dict) else None
     special = {key: asked[key] for key in ("bos", "eos") if asked.get(key) is not None} if isinstance(asked, dict) else {}
     apply_overrides(tree, ["data.tokenizer={}"])
     tree["data"]["tokenizer"] = {"kind": "file", "path": str(source / "tokenizer.json"), **special}
-    batch_tokens = tree["data"].get("seq_len", seq_len)
-    tree |= {"name": "model", "model": model, "train": {"steps": 1, "batch_tokens": batch_tokens}, "optim": {"lr": 1e-4}}
+    tree["train"]["batch_tokens"] = tree["data"].setdefault("seq_len", seq_len)
     return check_config(tree, str(data or source))
 
 

@@ -19,7 +19,9 @@ def rope_tables(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tenso
     """
     frequencies_F, scale = _frequencies(config, positions_T.device)
     angles = positions_T.float()[:, None] * frequencies_F
-    cos, sin = angles.cos() * scale, angles.sin() * scale
+    cos, sin = angles.cos(), angles.sin()
+    if scale != 1:
+        cos, sin = cos * scale, sin * scale
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

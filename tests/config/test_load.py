@@ -53,6 +53,27 @@ def check_refused(override: str, message: str) -> None:
         ("model.ffn.router={kind: hierarchical, groups: 8, group_k: 1}", "at most 1"),
         (f"model.ffn={{{TINY}, router: {{kind: hash}}, balance: {{aux: 1}}}}", "kind hash"),
         (f"model.ffn={{{TINY}, capacity_factor: 1, router: {{kind: expert_choice}}}}", "exactly full"),
+        ("model.ffn.shared_gate=true", "shared_experts is 0, so that there is no output to gate"),
+        ("model.ffn.first_dense_dim=8", "but first_dense is 0, so that it has no effect"),
+        (f"model.ffn={{{TINY}, first_dense: 1, every: 2}}", "only one of them can be given"),
+        ("model.ffn.first_dense=4", "so that none of num_layers = 4 is sparse"),
+        (
+            f"model={{dim: 8, num_layers: 4, num_heads: 2, unique_layers: 2, ffn: {{{TINY}, first_dense: 1}}}}",
+            "layers repeat",
+        ),
+        ("model.rotary_fraction=0.1", "rotary embeddings need an even number above 0"),
+        ("model.qk_norm=heads", "model.qk_norm is 'heads', but it should be true or false or 'all_heads'"),
+        ("model.rope_scaling={kind: dynamic, factor: 2}", "expected one of 'linear', 'llama3', 'yarn'"),
+        ("model.rope_scaling={kind: yarn, factor: 2}", "original_max_seq_len is missing"),
+        (
+            "model.rope_scaling={kind: yarn, factor: 2, original_max_seq_len: 9, beta_fast: 1, beta_slow: 32}",
+            "beta_slow is 32.0, which must be below beta_fast = 1.0",
+        ),
+        (
+            "model.rope_scaling={kind: llama3, original_max_seq_len: 9, factor: 2, "
+            "low_freq_factor: 4, high_freq_factor: 4}",
+            "which must be below high_freq_factor = 4.0",
+        ),
         ("steps", "key.sub=value is expected"),
         ("start={run: other}", "start has been renamed; its name is now init_from"),
         ("train.compile=true", "train.compile has been renamed; its name is now parallel.compile"),

@@ -31,6 +31,7 @@ from moelm.train.setup import train
 from moelm.upcycle import upcycle_run
 from tests.conftest import Moelm, fill
 from tests.huggingface.hf_models import CASES, SHAPE, build_hf_model, save_hf_model, transformers
+from tests.huggingface.peak_memory import peak_memory
 
 Tensors = dict[str, Tensor]
 
@@ -452,32 +453,6 @@ def test_init_from_refuses_another_shape_or_tokenizer(hf_dir: Path) -> None:
     assert not Path("runs/new").exists()
 
 
-PRINT_PEAK_MEMORY = """
-import sys, threading, time
-from pathlib import Path
-import moelm.runs.checkpoint, moelm.model
-from moelm.huggingface.importing import import_model
-
-def resident_mib():
-    with open("/proc/self/status") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon", "RssFile"))) / 1024
-
-before, peak, done = resident_mib(), 0.0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident_mib())
-        time.sleep(0.002)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-import_model(Path("hf"), "run", ["data.seq_len=64"])
-done = True
-watcher.join()
-print(peak - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_that_of_the_model_and_one_file(tmp_path: Path) -> None:
@@ -487,6 +462,9 @@ def test_peak_memory_is_that_of_the_model_and_one_file(tmp_path: Path) -> None:
     save_hf_model(model, tmp_path / "hf", max_shard_size="60MB")
     size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     with contextlib.chdir(tmp_path):
-        done = subprocess.run([sys.executable, "-c", PRINT_PEAK_MEMORY], capture_output=True, text=True, check=True)
+        peak = peak_memory(
+            "import moelm.runs.checkpoint, moelm.model\nfrom moelm.huggingface.importing import import_model",
+            'import_model(Path("hf"), "run", ["data.seq_len=64"])',
+        )
     assert size > 300
-    assert float(done.stdout) < size + 60 + 40  # one file, and the libraries that are loaded meanwhile
+    assert peak < size + 60 + 40  # one file, and the libraries that are loaded meanwhile

@@ -1,7 +1,6 @@
 """Directories in the Hugging Face format, evaluated and analyzed without a run: the figures of their import."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from moelm.huggingface.opening import load_model, open_model
 from moelm.inference.generate import Sampling, generate_text, generate_tokens
 from tests.conftest import Moelm, fill
 from tests.huggingface.hf_models import SHAPE, build_hf_model, random_hf_model, save_hf_model
+from tests.huggingface.peak_memory import peak_memory
 
 
 @pytest.fixture
@@ -112,14 +112,8 @@ def test_streamed_layers_give_the_same_figures(folder: Path) -> None:
         analyze_run("qwen2_moe-published", Path("new"), **settings, stream_layers=True, ablate="layers")
 
 
-PRINT_PEAK_MEMORY = """
-import threading, time
-from pathlib import Path
+ANALYZE = """
 import moelm.analyze.report, moelm.data.prepare
-
-def resident_mib():
-    with open("/proc/self/status") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon", "RssFile"))) / 1024
 
 def run(name):
     moelm.analyze.report.analyze_run(
@@ -127,19 +121,6 @@ def run(name):
     )
 
 run("olmoe")  # libraries, figures and the text
-before, peak, done = resident_mib(), 0.0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident_mib())
-        time.sleep(0.002)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-run("large")
-done = True
-watcher.join()
-print(peak - before)
 """
 
 
@@ -152,8 +133,7 @@ def test_peak_memory_of_streamed_layers_is_near_that_of_one(folder: Path) -> Non
     size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     save_hf_model(model, folder / "large", max_shard_size="60MB")
     del model
-    done = subprocess.run([sys.executable, "-c", PRINT_PEAK_MEMORY], capture_output=True, text=True, check=True)
-    layer, peak = size / 24, float(done.stdout)
+    layer, peak = size / 24, peak_memory(ANALYZE, 'run("large")')
     assert peak < 2 * layer + 100  # its tensors in the file, its stacked weights; activations and figures
     assert size > 4 * peak
 

@@ -9,8 +9,10 @@ import torch
 
 from moelm.config import OptimConfig, load_config
 from moelm.errors import MoelmError
+from moelm.model import build_model
 from moelm.model.roles import HIDDEN_ROLES, parameter_roles
 from moelm.train.optimizer import build_optimizer
+from moelm.train.parameter_groups import build_groups
 from tests.train.test_optimizer import MOE, set_gradients, small_model, state_of, update
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +132,14 @@ def test_a_config_that_trains_none_of_its_parameters_is_refused(ffn: str, tied: 
     with pytest.raises(MoelmError, match="lr to 0 for all roles that this model has"):
         load_config(config, [*common, *present])
     load_config(config, [*common, *present[1:]])
+
+
+def test_the_gate_of_shared_experts_is_trained_with_a_router_that_learns_nothing() -> None:
+    frozen = [f"optim.groups.{role}.lr=0" for role in ROLES if role != "router"]
+    ffn = "model.ffn={kind: moe, hidden_dim: 8, num_experts: 4, top_k: 2, shared_experts: 1, router: {kind: hash}"
+    config = ROOT / "tests/configs/moe.yaml"
+    with pytest.raises(MoelmError, match="lr to 0 for all roles that this model has"):
+        load_config(config, [*frozen, f"{ffn}}}"])
+    trained = load_config(config, [*frozen, f"{ffn}, shared_gate: true}}", "model.vocab_size=50"])
+    (group,) = build_groups(build_model(trained.model, 0), trained.optim)
+    assert {tuple(parameter.shape) for parameter in group["params"]} == {(1, trained.model.dim)}

@@ -3,7 +3,7 @@
 Shapes: E experts, L sparse layers, D documents.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from moelm.analyze.ablation.statistics import Floats
 from moelm.analyze.ablation.text import AblationText
 from moelm.analyze.counts import Ints
 from moelm.analyze.layers import sparse_ffn
+from moelm.config import MoEFFNConfig
 from moelm.model import Transformer
 from moelm.model.moe.router import Router
 
@@ -34,7 +35,7 @@ class CapacitySums(NamedTuple):
 
 
 def vary_capacity(
-    text: AblationText, usefulness: Mapping[str, Sequence[Floats] | Floats], seed: int, after_batch: Callable[[], None]
+    text: AblationText, usefulness: Mapping[str, Floats], seed: int, after_batch: Callable[[], None]
 ) -> CapacitySums:
     """Change the number of experts per token, and remove experts from all layers at once.
 
@@ -45,16 +46,15 @@ def vary_capacity(
         after_batch: called after each batch of each change.
     """
     ffn, layers = sparse_ffn(text.model.config), text.model.config.sparse_layers
+    unchanged = _losses(text, None, after_batch)
     by_top_k = {}
-    if ffn.router.kind != "hierarchical":  # its k is a product of two
-        for top_k in range(1, min(2 * ffn.top_k, ffn.num_experts) + 1):
-            with _top_k(text.model, top_k):
-                by_top_k[top_k] = _losses(text, None, after_batch)
-    unchanged = by_top_k.get(ffn.top_k)
-    if unchanged is None:
-        unchanged = _losses(text, None, after_batch)
+    for top_k in _other_top_ks(ffn):
+        with _top_k(text.model, top_k):
+            by_top_k[top_k] = _losses(text, None, after_batch) - unchanged
+    if by_top_k:
+        by_top_k[ffn.top_k] = np.zeros_like(unchanged)
     rng = np.random.default_rng(seed)
-    orders = {name: [np.asarray(each)] for name, each in usefulness.items()}
+    orders = {name: [each] for name, each in usefulness.items()}
     orders["random"] = [rng.random((len(layers), ffn.num_experts)) for _ in range(RANDOM_ORDERS)]
     by_removal: dict[str, dict[int, Ints]] = {}
     for name, several in orders.items():
@@ -62,7 +62,7 @@ def vary_capacity(
         for left in experts_left(ffn.num_experts, ffn.top_k):
             sums = [_losses(text, _most_useful(each, left, layers, text.device), after_batch) for each in several]
             by_removal[name][left] = sum(sums) // len(sums) - unchanged
-    return CapacitySums({k: sums - unchanged for k, sums in by_top_k.items()}, by_removal)
+    return CapacitySums(by_top_k, by_removal)
 
 
 def experts_left(num_experts: int, top_k: int) -> list[int]:
@@ -71,9 +71,16 @@ def experts_left(num_experts: int, top_k: int) -> list[int]:
     return sorted(counts - {num_experts}, reverse=True)
 
 
-def num_passes(num_experts: int, top_k: int, orders: int) -> int:
-    """Passes over the text that `vary_capacity` makes at most; `orders` of removal are given."""
-    return 1 + min(2 * top_k, num_experts) + (orders + RANDOM_ORDERS) * len(experts_left(num_experts, top_k))
+def num_passes(ffn: MoEFFNConfig, orders: int) -> int:
+    """Passes over the text that `vary_capacity` makes if `orders` of removal are given."""
+    return 1 + len(_other_top_ks(ffn)) + (orders + RANDOM_ORDERS) * len(experts_left(ffn.num_experts, ffn.top_k))
+
+
+def _other_top_ks(ffn: MoEFFNConfig) -> list[int]:
+    """Numbers of experts per token up to twice the model's; none for hierarchical routers, whose number is a product."""
+    if ffn.router.kind == "hierarchical":
+        return []
+    return [top_k for top_k in range(1, min(2 * ffn.top_k, ffn.num_experts) + 1) if top_k != ffn.top_k]
 
 
 def _losses(text: AblationText, available: dict[int, Tensor] | None, after_batch: Callable[[], None]) -> Ints:

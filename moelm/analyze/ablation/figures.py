@@ -6,17 +6,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moelm.analyze.ablation.routes import REPLACEMENTS
 from moelm.report.figures import COLORS, DASHED, MUTED, legend_label
 
 SIZE = (10.5, 3.8)
 """Of a figure with two panels, in inches."""
-REPLACEMENT_LABELS = {
-    "uniform": "uniformly random",
-    "hash": "hash of the token",
-    "shuffled": "of another token",
-    "shuffled_in_domain": "of one in the same domain",
-    "second_best": "next best experts",
-}
 
 
 def draw_effects(report: dict[str, Any]) -> Figure:
@@ -50,7 +44,7 @@ def draw_routes(report: dict[str, Any]) -> Figure:
         values = [layer["routes"]["replaced"][name] for layer in layers]
         centers = numbers - 0.41 + (i + 0.5) * width
         left.bar(
-            centers, [v["mean"] for v in values], width, color=COLORS[i + 1], label=REPLACEMENT_LABELS[name],
+            centers, [v["mean"] for v in values], width, color=COLORS[i + 1], label=REPLACEMENTS[name],
             yerr=_half_widths(values), error_kw={"elinewidth": 1, "ecolor": MUTED},
         )  # fmt: skip
     left.set_title("Loss with other routes in one layer")

@@ -3,16 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moelm.analyze.ablation.routes import REPLACEMENTS
 from moelm.report.table import NO_VALUE, Table
-
-REPLACEMENT_NAMES = {
-    "uniform": "random",
-    "hash": "hash",
-    "shuffled": "shuffled",
-    "shuffled_in_domain": "in domain",
-    "second_best": "next best",
-}
-"""Short names of the replaced routes."""
 
 
 def ablation_sentences(ablation: Mapping[str, Any]) -> list[str]:
@@ -88,7 +80,7 @@ def routes_table(ablation: Mapping[str, Any], intervals: bool = True) -> Table:
     """Differences of the loss with other routes and without experts, by layer."""
     effects = "effects" in ablation
     names = list(ablation["layers"][0]["routes"]["replaced"])
-    head = ["layer", *(REPLACEMENT_NAMES[name] for name in names), "own better"] + (
+    head = ["layer", *(REPLACEMENTS[name] for name in names), "own better"] + (
         ["ablated", "control", "rank r"] if effects else []
     )
     rows = []

@@ -15,15 +15,22 @@ from torch import Tensor
 
 from moelm.analyze.ablation.cached_pass import CachedPass, RouteChange, subset_of_routing
 from moelm.analyze.ablation.text import AblationText
-from moelm.analyze.counts import Ints
+from moelm.analyze.counts import Ints, add_counts
 from moelm.analyze.layers import sparse_ffn
 from moelm.config import ModelConfig
 from moelm.model import Routing
 from moelm.model.moe.router import FixedRouter
 
-REPLACEMENTS = ("uniform", "hash", "shuffled", "shuffled_in_domain", "second_best")
-"""Uniformly random experts; a fixed random table by token id; the route of a random other token, which has the same loads;
-that of a random token of the same domain; the next best experts after those of the route."""
+REPLACEMENTS = {
+    "uniform": "random",
+    "hash": "hash",
+    "shuffled": "shuffled",
+    "shuffled_in_domain": "in domain",
+    "second_best": "next best",
+}
+"""Keys of routing.json and short names: uniformly random experts; a fixed random table by token id; the route of a random
+other token, which has the same loads; that of a random token of the same domain; the next best experts after those of the
+route."""
 HASH_STREAM = 1 << 20
 """Added to the layer, so that the table is not that of a model whose own router is a hash."""
 SAMPLED_ROUTES = 8
@@ -36,7 +43,7 @@ def replacements(config: ModelConfig) -> tuple[str, ...]:
     """Those of `REPLACEMENTS` that a model has: a token needs as many other experts for its next best ones."""
     ffn = sparse_ffn(config)
     has_next_best = ffn.router.kind != "hierarchical" and 2 * ffn.top_k <= ffn.num_experts
-    return REPLACEMENTS if has_next_best else REPLACEMENTS[:-1]
+    return tuple(name for name in REPLACEMENTS if has_next_best or name != "second_best")
 
 
 class RouteSums(NamedTuple):
@@ -76,21 +83,19 @@ def replace_routes(text: AblationText, seed: int, after_layer: Callable[[], None
     for number, cached in text.passes():
         generator = torch.Generator().manual_seed(seed + number)
         valid_M = cached.batch.valid_N.nonzero()[:, 0]
-        domain_M = domain_D[text.document_of(cached)[valid_M]]
+        document_M = text.document_of(cached)[valid_M]
+        domain_M = domain_D[document_M]
         size = -(-len(valid_M) // EVERY)
         order_M = torch.randperm(len(valid_M), generator=generator).to(valid_M.device)
         groups = valid_M[order_M[:size]], valid_M[order_M[size : 2 * size]]
-        sums.sampled[:] += text.count_by_document(_indicator(torch.cat(groups), cached), cached)
+        add_counts(sums.sampled, document_M[order_M[: 2 * size]])
         for index, layer in enumerate(layers):
             routing = subset_of_routing(cached.layers[layer].routing, valid_M)
             others = [_other_experts(name, cached, layer, valid_M, routing, domain_M, generator) for name in names]
             changes = [RouteChange(valid_M, routing._replace(experts_NK=experts_MK)) for experts_MK in others]
             for kind, losses_N in enumerate(cached.losses_with(layer, changes)):
                 sums.replaced[kind, index] += text.by_document(losses_N - cached.losses_N, cached)
-            for expert in range(routing.num_experts):
-                counts_N = torch.zeros_like(cached.batch.valid_N, dtype=torch.int64)
-                counts_N[valid_M] = (routing.experts_NK == expert).sum(dim=1)
-                sums.load[index, expert] += text.count_by_document(counts_N, cached)
+            add_counts(sums.load[index], routing.experts_NK, document_M[:, None])
             _add_sampled_routes(sums, index, text, cached, layer, groups, generator)
             after_layer()
     return RouteSums(*(text.ranks.all_reduce_array(each, text.device) for each in sums))
@@ -166,7 +171,3 @@ def _add_sampled_routes(
         for target, value_M in zip((sums.better, *sums.regret), (better_M, *regrets), strict=True):
             value_N = torch.zeros(len(cached.losses_N), dtype=torch.float64, device=value_M.device)
             target[index] += text.by_document(value_N.index_copy(0, tokens_M, value_M.double()), cached)
-
-
-def _indicator(tokens_M: Tensor, cached: CachedPass) -> Tensor:
-    return torch.zeros_like(cached.batch.valid_N, dtype=torch.int64).index_fill(0, tokens_M, 1)

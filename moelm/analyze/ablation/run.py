@@ -82,7 +82,7 @@ def measure_ablations(
             stage = f"Ablating {layers} x {ffn.num_experts} experts"
             experts = ablate_experts(effects, seed, _Progress(line, stage, per_rank * layers).advance)
             usefulness["ablation"] = experts.ablated[0].sum(axis=-1).astype(np.float64)
-        passes = num_passes(ffn.num_experts, ffn.top_k, len(usefulness))
+        passes = num_passes(ffn, len(usefulness))
         units = passes * math.ceil(len(held_out.batches) / ranks.size)
         capacity = vary_capacity(held_out, usefulness, seed, _Progress(line, "Removing experts", units).advance)
     by_layer: list[dict[str, Any]] = [{"layer": layer} for layer in run.config.model.sparse_layers]

@@ -68,10 +68,6 @@ class AblationText:
         units: Ints = (sums_D / UNIT).round().long().cpu().numpy()
         return units
 
-    def count_by_document(self, counts_N: Tensor, cached: CachedPass) -> Ints:
-        """Sums of an integer of each token by document, `(D,)`; padding is left out."""
-        return self.by_document(counts_N.double() * UNIT, cached)
-
     def document_of(self, cached: CachedPass) -> Tensor:
         """Index of each token's document, `(N,)`; that of padding has no meaning."""
         return self._document_of_fragment[cached.batch.fragments_BT.flatten()]

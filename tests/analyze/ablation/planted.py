@@ -1,4 +1,5 @@
-"""A text of two domains with a rule each, and models whose experts are known: one rule each, or copies of both."""
+"""A text of two domains with a rule each (a letter is followed by the next one of its alphabet, cyclically), and models
+whose experts are known: one rule each, or copies of both."""
 
 import contextlib
 import json
@@ -13,10 +14,9 @@ from moelm.data.loader import PreparedData
 from moelm.data.prepare import prepare
 from moelm.model import Transformer, build_model
 from moelm.runs.load import OpenedRun
+from tests.analyze.test_collect import ALPHABETS
 from tests.conftest import open_data
 
-ALPHABETS = {"alpha": "abcdefg", "omega": "tuvwxyz"}
-"""In each domain a letter is followed by the next one of its alphabet, cyclically."""
 BYTES = 258
 
 
