@@ -2,6 +2,18 @@
 
 from moelm.config.checks import describe_ineffective
 from moelm.config.diff import differing, flatten, trajectory_settings
+from moelm.config.ffn import (
+    BalanceConfig,
+    DenseFFNConfig,
+    ExpertChoiceRouterConfig,
+    HashRouterConfig,
+    HierarchicalRouterConfig,
+    MoEFFNConfig,
+    NoisyTopKRouterConfig,
+    RandomRouterConfig,
+    SigmoidRouterConfig,
+    TopKRouterConfig,
+)
 from moelm.config.load import (
     apply_overrides,
     check_config,
@@ -12,19 +24,7 @@ from moelm.config.load import (
     read_tree,
     refuse_overrides,
 )
-from moelm.config.model import (
-    BalanceConfig,
-    DenseFFNConfig,
-    ExpertChoiceRouterConfig,
-    HashRouterConfig,
-    HierarchicalRouterConfig,
-    ModelConfig,
-    MoEFFNConfig,
-    NoisyTopKRouterConfig,
-    RandomRouterConfig,
-    SigmoidRouterConfig,
-    TopKRouterConfig,
-)
+from moelm.config.model import ModelConfig
 from moelm.config.rope import LinearRopeConfig, Llama3RopeConfig, YarnRopeConfig
 from moelm.config.run import (
     DataConfig,

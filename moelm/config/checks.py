@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from moelm.config.model import MoEFFNConfig
+from moelm.config.ffn import MoEFFNConfig
 from moelm.config.run import OptimConfig, RunConfig
 
 

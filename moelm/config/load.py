@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from moelm.config.base import Config
 from moelm.config.errors import describe_error
+from moelm.config.ffn import TopKRouterConfig
 from moelm.config.fields import is_text
-from moelm.config.model import TopKRouterConfig
 from moelm.config.run import MUON_SETTINGS, RunConfig, TokenizerConfig
 from moelm.config.yaml_text import InvalidYaml, dump_yaml, has_comment, parse_yaml
 from moelm.errors import MoelmError

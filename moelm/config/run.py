@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from moelm.config.base import Auto, Config, Count, Seed, Size, UserPath
-from moelm.config.model import ModelConfig, MoEFFNConfig
+from moelm.config.ffn import MoEFFNConfig
+from moelm.config.model import ModelConfig
 
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 Dtype = Annotated[

@@ -43,6 +43,10 @@ class Architecture:
     """Module name of the router in a sparse block."""
     stacked_experts: tuple[str, str] | None = None
     """Names of the stacked w1 and w3, and of the stacked w2, if they are stored like that."""
+    biases: tuple[str, ...] = ()
+    """Settings of `model` for the biases of attention, which are all on or all off."""
+    bias_setting: str | None = None
+    """The setting that turns them on or off; None if they are always on."""
     multipliers: bool = False
     """Whether settings multiply the embedding, the logits, the attention logits and the outputs of blocks."""
 
@@ -53,7 +57,8 @@ class Architecture:
 
 
 _DENSE = {"intermediate_size": "hidden_dim"}
-_NO_BIAS = {"attention_bias": False, "mlp_bias": False}
+_NO_BIAS = {"mlp_bias": False}
+_BIASES = ("qkv_bias", "attention_output_bias")
 _MIXTRAL = {"intermediate_size": "hidden_dim", "num_local_experts": "num_experts", "num_experts_per_tok": "top_k"}
 _OLMOE = {"intermediate_size": "hidden_dim", "num_experts": "num_experts", "num_experts_per_tok": "top_k"}
 _FINE_GRAINED = {"moe_intermediate_size": "hidden_dim", "num_experts_per_tok": "top_k"}
@@ -63,11 +68,21 @@ _GLM_MOE = {**_FINE_GRAINED, "n_routed_experts": "num_experts", "n_shared_expert
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        Architecture("llama", "LlamaForCausalLM", _DENSE, _NO_BIAS),
+        Architecture("llama", "LlamaForCausalLM", _DENSE, _NO_BIAS, biases=_BIASES, bias_setting="attention_bias"),
         Architecture("mistral", "MistralForCausalLM", _DENSE, sliding_window=True),
-        Architecture("qwen2", "Qwen2ForCausalLM", _DENSE, sliding_window=True),
-        Architecture("granite", "GraniteForCausalLM", _DENSE, _NO_BIAS, multipliers=True),
-        Architecture("qwen3", "Qwen3ForCausalLM", _DENSE, {"attention_bias": False}, sliding_window=True),
+        Architecture("qwen2", "Qwen2ForCausalLM", _DENSE, sliding_window=True, biases=("qkv_bias",)),
+        Architecture(
+            "granite",
+            "GraniteForCausalLM",
+            _DENSE,
+            _NO_BIAS,
+            biases=_BIASES,
+            bias_setting="attention_bias",
+            multipliers=True,
+        ),
+        Architecture(
+            "qwen3", "Qwen3ForCausalLM", _DENSE, sliding_window=True, biases=_BIASES, bias_setting="attention_bias"
+        ),
         Architecture(
             "mixtral",
             "MixtralForCausalLM",
@@ -80,19 +95,24 @@ ARCHITECTURES = {
             "granitemoe",
             "GraniteMoeForCausalLM",
             _MIXTRAL,
-            {"attention_bias": False},
             moe_block="block_sparse_moe",
             router="router.layer",
             stacked_experts=("input_linear.weight", "output_linear.weight"),
+            biases=_BIASES,
+            bias_setting="attention_bias",
             multipliers=True,
         ),
-        Architecture("olmoe", "OlmoeForCausalLM", _OLMOE, {"attention_bias": False, "clip_qkv": None}),
+        Architecture(
+            "olmoe", "OlmoeForCausalLM", _OLMOE, {"clip_qkv": None}, biases=_BIASES, bias_setting="attention_bias"
+        ),
         Architecture(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
             _QWEN_MOE,
-            {"attention_bias": False, "mlp_only_layers": []},
+            {"mlp_only_layers": []},
             sliding_window=True,
+            biases=_BIASES,
+            bias_setting="attention_bias",
         ),
         Architecture(
             "qwen2_moe",
@@ -102,6 +122,8 @@ ARCHITECTURES = {
             sliding_window=True,
             shared="shared_expert",
             shared_gate=True,
+            biases=("qkv_bias",),
+            bias_setting="qkv_bias",
         ),
         Architecture(
             "glm4_moe",
@@ -110,6 +132,8 @@ ARCHITECTURES = {
             {"n_group": 1, "topk_group": 1},
             shared="shared_experts",
             router_bias=True,
+            biases=("qkv_bias",),
+            bias_setting="attention_bias",
         ),
     )
 }
@@ -141,7 +165,8 @@ def _check_expressible(model: ModelConfig, model_type: str) -> None:
     ffn, architecture = model.ffn, ARCHITECTURES[model_type]
     expressible = {
         "window": architecture.sliding_window,
-        "qkv_bias": model_type in ("qwen2", "qwen2_moe", "glm4_moe"),
+        "qkv_bias": "qkv_bias" in architecture.biases,
+        "attention_output_bias": "attention_output_bias" in architecture.biases,
         "qk_norm": model_type in _QK_NORMS.get(model.qk_norm, ()),
         "rotary_fraction": model_type == "glm4_moe",
         "attention_multiplier": architecture.multipliers,
@@ -150,6 +175,9 @@ def _check_expressible(model: ModelConfig, model_type: str) -> None:
     for key, has_it in expressible.items():
         if not (has_it or _is_default(model, key)):
             raise _missing_in(model_type, f"model.{key}", getattr(model, key))
+    if len(architecture.biases) > 1 and model.qkv_bias != model.attention_output_bias:
+        on, off = _BIASES if model.qkv_bias else reversed(_BIASES)
+        raise _missing_in(model_type, f"model.{on}", f"True without model.{off}")
     if not isinstance(ffn, MoEFFNConfig):
         return
     expressible = {
@@ -194,7 +222,7 @@ def _dense_type(model: ModelConfig) -> str:
         return "granite"
     if model.qk_norm:
         return "qwen3"
-    if model.qkv_bias:
+    if model.qkv_bias and not model.attention_output_bias:
         return "qwen2"
     return "llama" if model.window is None else "mistral"
 
@@ -206,10 +234,10 @@ def _moe_type(model: ModelConfig, ffn: MoEFFNConfig) -> str:
         case TopKRouterConfig() | NoisyTopKRouterConfig():
             if ffn.balance.bias:
                 raise _not_expressible("model.ffn.balance.bias", ffn.balance.bias, " with model.ffn.router.kind = topk")
-            if _has_multipliers(model):
-                return "granitemoe"
-            if model.qk_norm:
+            if model.qk_norm and not _has_multipliers(model):
                 return "olmoe" if model.qk_norm == "all_heads" else "qwen3_moe"
+            if _has_multipliers(model) or model.attention_output_bias:
+                return "granitemoe"
             is_mixtral = gates_normalized(ffn) and not ffn.shared_experts and ffn.every == 1 and not model.qkv_bias
             return "mixtral" if is_mixtral else "qwen2_moe"
     raise _not_expressible("model.ffn.router.kind", ffn.router.kind)

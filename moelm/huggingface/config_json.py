@@ -64,13 +64,14 @@ def to_hf_config(model: ModelConfig) -> dict[str, Any]:
             settings["norm_topk_prob"] = gates_normalized(ffn)
         if architecture.model_type == "qwen2_moe":
             settings["shared_expert_intermediate_size"] = shared_hidden_dim(ffn)
-            settings["qkv_bias"] = model.qkv_bias
         if isinstance(ffn.router, SigmoidRouterConfig):
             settings |= {"n_shared_experts": max(1, ffn.shared_experts), "routed_scaling_factor": ffn.router.scale}
-            settings |= {"use_qk_norm": model.qk_norm, "attention_bias": model.qkv_bias, "num_nextn_predict_layers": 0}
+            settings |= {"use_qk_norm": model.qk_norm, "num_nextn_predict_layers": 0}
             settings["first_k_dense_replace"] = ffn.first_dense
             settings["intermediate_size"] = ffn.first_dense_dim or ffn.dense_hidden_dim
             settings["partial_rotary_factor"] = rope["partial_rotary_factor"] = model.rotary_fraction
+    if architecture.bias_setting is not None:
+        settings[architecture.bias_setting] = model.qkv_bias
     if architecture.multipliers:
         settings |= {
             "embedding_multiplier": model.embedding_multiplier,
@@ -144,19 +145,16 @@ def _rotary_fraction(model_type: str, hf: HFSettings, rope: HFSettings) -> float
 
 
 def _attention(architecture: Architecture, hf: HFSettings) -> dict[str, Any]:
-    """Norms and biases of queries and keys, and multipliers."""
-    model_type = architecture.model_type
-    model: dict[str, Any] = {"qk_norm": model_type in ("qwen3", "qwen3_moe"), "qkv_bias": model_type == "qwen2"}
-    match model_type:
-        case "olmoe":
-            model["qk_norm"] = "all_heads"
-        case "qwen2_moe":  # without the setting, in all releases
-            model["qkv_bias"] = hf.get("qkv_bias", bool, True)
-        case "glm4_moe":
-            model |= {
-                "qk_norm": hf.get("use_qk_norm", bool, False),
-                "qkv_bias": hf.get("attention_bias", bool, False),
-            }
+    """Norms of queries and keys, biases, and multipliers."""
+    model_type, setting = architecture.model_type, architecture.bias_setting
+    model: dict[str, Any] = {"qk_norm": model_type in ("qwen3", "qwen3_moe")}
+    if model_type == "olmoe":
+        model["qk_norm"] = "all_heads"
+    elif model_type == "glm4_moe":
+        model["qk_norm"] = hf.get("use_qk_norm", bool, False)
+    # Without the setting, in all releases: qwen2_moe has biases, the others have none.
+    has_biases = setting is None or hf.get(setting, bool, model_type == "qwen2_moe")
+    model |= dict.fromkeys(architecture.biases, has_biases)
     if architecture.multipliers:
         model |= {
             key: hf.get(key, float) for key in ("embedding_multiplier", "attention_multiplier", "residual_multiplier")

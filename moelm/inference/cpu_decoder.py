@@ -87,7 +87,7 @@ def _attention(module: Attention, cache: KVCache, layer: int) -> Callable[[Tenso
     weight = torch.cat((module.wq.weight, module.wk.weight, module.wv.weight))  # one product is faster for one token
     biases = module.wq.bias, module.wk.bias, module.wv.bias
     bias = None if biases[0] is None else torch.cat(biases)
-    out_weight, cap = module.wo.weight, module.logit_cap
+    out_weight, out_bias, cap = module.wo.weight, module.wo.bias, module.logit_cap
     keys, values = cache.layers[layer]
     cos_TC, sin_TC = cache.rope
     q_norm, k_norm, query_factor = _norm(module.q_norm), _norm(module.k_norm), module.query_factor
@@ -120,7 +120,7 @@ def _attention(module: Attention, cache: KVCache, layer: int) -> Callable[[Tenso
             output = F.scaled_dot_product_attention(
                 q_BHC.view(len(x_BD), kv_heads, -1, width), k_BGSC, v_BGSC, attn_mask=mask
             )
-        return F.linear(output.reshape(len(x_BD), -1), out_weight)
+        return F.linear(output.reshape(len(x_BD), -1), out_weight, out_bias)
 
     return attention
 

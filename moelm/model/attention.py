@@ -117,7 +117,7 @@ class Attention(nn.Module):
         self.wq = nn.Linear(config.dim, self.heads * self.head_dim, bias=config.qkv_bias)
         self.wk = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.wv = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.wo = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.wo = nn.Linear(self.heads * self.head_dim, config.dim, bias=config.attention_output_bias)
         self.qk_norm = config.qk_norm
         self.q_norm, self.k_norm = (self._head_norm(config, heads) for heads in (self.heads, self.kv_heads))
         # The kernels divide logits by sqrt(head_dim).

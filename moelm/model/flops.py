@@ -67,6 +67,7 @@ def count_layer(config: ModelConfig, layer: int) -> ParameterCount:
         shared += config.size_per_head * (heads if config.qk_norm == "all_heads" else 2)
     if config.qkv_bias:
         shared += config.size_per_head * (heads + config.kv_heads)
+    shared += config.attention_output_bias * dim
     ffn = config.ffn_at(layer)
     expert = 3 * dim * ffn.hidden_dim
     if not isinstance(ffn, MoEFFNConfig):

@@ -77,7 +77,7 @@ def model_weights(config: RunConfig) -> Counter[Weight]:
     if not model.tie_embeddings:
         weights[Weight("root", "head", embedding)] += 1
     for layer in range(model.num_unique_layers):
-        weights[Weight("dense", "norm", (dim,))] += 4 if model.sandwich_norm else 2
+        weights[Weight("dense", "norm", (dim,))] += (4 if model.sandwich_norm else 2) + model.attention_output_bias
         for heads in (model.num_heads, model.kv_heads):
             norm = width * heads if model.qk_norm == "all_heads" else width
             weights[Weight("dense", "norm", (norm,))] += bool(model.qk_norm)

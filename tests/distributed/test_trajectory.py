@@ -124,7 +124,12 @@ def test_experts_without_tokens_agree_under_muon(workplace: Path) -> None:
 @pytest.mark.slow
 def test_frozen_and_faster_roles_agree_with_shards(workplace: Path) -> None:
     groups = "optim.groups={attention: {lr: 0}, router: {lr: 0.5}, experts: {lr: 2.0, weight_decay: 0}}"
-    published = ["model.qkv_bias=true", "model.ffn.shared_experts=1", "model.ffn.shared_gate=true"]
+    published = [
+        "model.qkv_bias=true",
+        "model.attention_output_bias=true",
+        "model.ffn.shared_experts=1",
+        "model.ffn.shared_gate=true",
+    ]
     common = [*NO_NEAR_TIES, *steps(8), groups, "model.init_embedding_mean=0.3", *published]
     runs = {kind: [*common, f"optim.kind={kind}"] for kind in KINDS}
     check_sharded(workplace, 2, runs, "parallel.dp_shard=2")

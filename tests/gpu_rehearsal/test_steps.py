@@ -65,7 +65,7 @@ TWO_LAYERS = f"{ROOT}/configs/gpu-moe8.yaml|{SMALL}=2"
 FULL, SELECTIVE = (f"parallel.activation_checkpointing={mode}" for mode in ("full", "selective"))
 EAGER = "parallel.compile=false"
 PUBLISHED = (
-    "model.qkv_bias=true|model.qk_norm=all_heads|model.rotary_fraction=0.5|model.residual_multiplier=0.5|"
+    "model.qkv_bias=true|model.attention_output_bias=true|model.qk_norm=all_heads|model.rotary_fraction=0.5|model.residual_multiplier=0.5|"
     "model.ffn.shared_experts=1|model.ffn.shared_gate=true"
 )
 """Settings of imported models."""

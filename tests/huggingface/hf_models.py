@@ -57,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    "llama-biases": ("llama", {"attention_bias": True}),
     "llama-odd": (
         "llama",
         {"num_attention_heads": 6, "num_key_value_heads": 1, "intermediate_size": 33, "vocab_size": 301},
@@ -97,10 +98,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoe",
         {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
     ),
+    "granitemoe-biases": (
+        "granitemoe",
+        {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True},
+    ),
+    "olmoe-biases": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "attention_bias": True}),
     "olmoe": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False}),
     "qwen3": ("qwen3", {"head_dim": 8}),
     "qwen3-window": ("qwen3", {"head_dim": 6, **SLIDING}),
     "qwen3_moe": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}),
+    "qwen3_moe-biases": ("qwen3_moe", {**QWEN, "norm_topk_prob": True, "attention_bias": True}),
     "qwen3_moe-every-2": ("qwen3_moe", {**QWEN, "decoder_sparse_step": 2, "intermediate_size": 24}),
     "qwen2_moe": (
         "qwen2_moe",

@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt-oss-20b": ({"model_type": "gpt_oss"}, "model_type is 'gpt_oss'"),
     "Gemma-2-2B": ({"model_type": "gemma2"}, "model_type is 'gemma2'"),
     "OLMo-2-7B": ({"model_type": "olmo2"}, "model_type is 'olmo2'"),
-    "a Llama with biases": ({**PUBLISHED["Llama-3-8B"], "attention_bias": True}, "attention_bias is True"),
+    "a Llama with other biases": ({**PUBLISHED["Llama-3-8B"], "mlp_bias": True}, "mlp_bias is True"),
     "an OLMoE with clipping": ({**PUBLISHED["OLMoE-1B-7B"], "clip_qkv": 8.0}, "clip_qkv is 8.0"),
     "a Qwen2.5 with mixed windows": (
         {**PUBLISHED["Qwen2.5-7B"], "use_sliding_window": True, "max_window_layers": 14},

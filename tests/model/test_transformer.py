@@ -53,6 +53,7 @@ MODELS = [
         head_dim=8,
         qk_norm="all_heads",
         qkv_bias=True,
+        attention_output_bias=True,
         rotary_fraction=0.5,
         attention_multiplier=0.4,
         residual_multiplier=0.7,

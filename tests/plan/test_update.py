@@ -29,6 +29,7 @@ MODELS = {
         "moe",
         "model.qk_norm=all_heads",
         "model.qkv_bias=true",
+        "model.attention_output_bias=true",
         "model.ffn.shared_experts=1",
         "model.ffn.shared_gate=true",
         "model.ffn.first_dense=1",
