@@ -71,17 +71,20 @@ class WeightReader:
         self._files = _without_further_layers(_find_tensors(source), architecture, config.model.num_layers)
         self._mappings = _match_tensors(self._files, config, architecture, source)
         self._shapes = weight_shapes(config.model)
+        self._layer_weights: Weights = {}
 
     def read(self) -> Weights:
         """All weights, in the dtype of their tensors; selection biases of zero where there are none."""
         return self._with_biases("", _read_tensors(self._files, self._mappings, self._shapes))
 
     def read_layer(self, layer: int) -> Weights:
-        """Those of one layer, by their names within it."""
+        """Those of one layer, by their names within it; the next call overwrites them."""
         prefix = f"layers.{layer}."
         files = {name: path for name, path in self._files.items() if name.startswith(f"model.{prefix}")}
-        weights = self._with_biases(prefix, _read_tensors(files, self._mappings, self._shapes))
-        return {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        memory = {prefix + name: weight for name, weight in self._layer_weights.items()}
+        weights = self._with_biases(prefix, _read_tensors(files, self._mappings, self._shapes, memory))
+        self._layer_weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        return dict(self._layer_weights)
 
     def read_root(self) -> Weights:
         """Those outside of the layers."""
@@ -249,8 +252,14 @@ def _match_tensors(
     return mappings
 
 
-def _read_tensors(files: TensorFiles, mappings: dict[str, TensorMapping], shapes: dict[str, tuple[int, ...]]) -> Weights:
-    """moelm's weights in the dtype of the tensors, read file by file."""
+def _read_tensors(
+    files: TensorFiles, mappings: dict[str, TensorMapping], shapes: dict[str, tuple[int, ...]], memory: Weights | None = None
+) -> Weights:
+    """moelm's weights in the dtype of the tensors, read file by file.
+
+    Args:
+        memory: weights that are overwritten where their shape and dtype fit.
+    """
     weights: Weights = {}
     for path in sorted(set(files.values())):
         with _open_safetensors(path) as file:
@@ -260,7 +269,10 @@ def _read_tensors(files: TensorFiles, mappings: dict[str, TensorMapping], shapes
                     raise MoelmError(f"{path}: {hf_name} is {tensor.dtype}; floating-point weights are expected.")
                 for name in mapping.names:
                     if name not in weights:
-                        weights[name] = torch.empty(shapes.get(name, mapping.hf_shape), dtype=tensor.dtype)
+                        shape, weight = shapes.get(name, mapping.hf_shape), (memory or {}).get(name)
+                        if weight is None or (weight.shape, weight.dtype) != (shape, tensor.dtype):
+                            weight = torch.empty(shape, dtype=tensor.dtype)
+                        weights[name] = weight
                     if weights[name].dtype != tensor.dtype:
                         raise MoelmError(
                             f"{path}: {hf_name} is {tensor.dtype}, but other experts are {weights[name].dtype}."

@@ -128,14 +128,14 @@ run("olmoe")  # libraries, figures and the text
 @pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_of_streamed_layers_is_near_that_of_one(folder: Path) -> None:
-    large = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8}
+    large = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 60, "num_attention_heads": 8}
     model = random_hf_model("olmoe", {**SHAPE, **large, "num_experts": 16, "num_experts_per_tok": 2}, "large").bfloat16()
     size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     save_hf_model(model, folder / "large", max_shard_size="60MB")
     del model
-    layer, peak = size / 24, peak_memory(ANALYZE, 'run("large")')
+    layer, peak = size / 60, peak_memory(ANALYZE, 'run("large")')
     assert peak < 2 * layer + 100  # its tensors in the file, its stacked weights; activations and figures
-    assert size > 4 * peak
+    assert size > 10 * peak
 
 
 def test_errors_are_sentences(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
