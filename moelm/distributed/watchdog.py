@@ -1,8 +1,11 @@
 """Detection of dead and hanging processes, and of which one it is.
 
-Each process has a thread that answers roll calls through the launcher's store, whatever its main thread is doing.
+Each process has a thread that answers roll calls through the launcher's store, whatever its main thread is doing. Processes
+that need a roll call at the same time share one, and count the answers, so that a process makes a few requests however many
+processes there are.
 """
 
+import math
 import os
 import sys
 import threading
@@ -18,8 +21,14 @@ from moelm.distributed.ranks import LostRank, Ranks
 POLL_INTERVAL_S = 0.5
 """Seconds between reads of the store."""
 
+WAIT_INTERVAL_S = 0.2
+"""Seconds between reads of the number of answers."""
+
 ANSWER_TIMEOUT_S = 5.0
 """Seconds within which a living process answers a roll call."""
+
+MAX_NAMED = 8
+"""Maximum number of ranks that a message lists."""
 
 PACKAGE = str(Path(__file__).parents[1])
 
@@ -37,7 +46,8 @@ class Watchdog:
         self._store = None if ranks.store is None else PrefixStore("watch", ranks.store.clone())  # type: ignore[attr-defined]
         self._main_thread = threading.get_ident()
         self._last_heartbeat: float | None = None
-        self._step = self._answered = 0
+        self._step = 0
+        self._answered = "", -math.inf  # the last roll call, and when
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -63,10 +73,10 @@ class Watchdog:
         try:
             if self._store.check(["verdict"]):
                 return LostRank(self._store.get("verdict").decode())
-            missing = [rank for rank, answer in self._roll_call().items() if answer is None]
+            answers = self._roll_call()
         except dist.DistError:
             return LostRank(f"Lost contact with the launcher after step {self._step:,}.")
-        return LostRank(self._describe_missing(missing)) if missing else None
+        return LostRank(self._describe_missing(answers)) if len(answers) < self.ranks.size else None
 
     def _run(self) -> None:
         try:
@@ -78,27 +88,33 @@ class Watchdog:
             return  # the store is gone with the launcher, and the main thread's collectives fail too
 
     def _answer(self) -> None:
+        """Answer the newest roll call, if there is one that this process has not answered."""
         assert self._store is not None
-        calls = self._store.add("calls", 0)
-        for number in range(self._answered + 1, calls + 1):  # several processes may call at once
-            self._store.set(f"{number}/{self.ranks.rank}", f"is in {self._current_function()}")
-        self._answered = calls
+        if not self._store.check(["call"]):
+            return
+        call = self._store.get("call").decode()
+        if call != self._answered[0]:
+            answer = f"{self.ranks.rank} {self._current_function()}\n"
+            self._store.append(f"{call}/answers", answer)  # type: ignore[attr-defined]
+            self._store.add(f"{call}/count", 1)
+            self._answered = call, time.monotonic()
 
-    def _roll_call(self) -> dict[int, str | None]:
-        """Each process's answer by rank; None if there was none in time."""
+    def _roll_call(self) -> dict[int, str]:
+        """The function that each process is in, by rank, of those that answer in time."""
         assert self._store is not None
-        number = self._store.add("calls", 1)
+        call, answered_at = self._answered
+        if time.monotonic() - answered_at > ANSWER_TIMEOUT_S:
+            # Of several processes that know the same last call, the first opens the next, and the others join it.
+            call = self._store.compare_set("call", call, str(int(call or "0") + 1)).decode()
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        silent: set[int] = set(range(self.ranks.size))
-        while silent and time.monotonic() < deadline:
+        while time.monotonic() < deadline and self._store.add(f"{call}/count", 0) < self.ranks.size:
             if threading.current_thread() is self._thread:
                 self._answer()
-            silent = {rank for rank in silent if not self._store.check([f"{number}/{rank}"])}
-            time.sleep(0.05)
-        return {
-            rank: None if rank in silent else self._store.get(f"{number}/{rank}").decode()
-            for rank in range(self.ranks.size)
-        }
+            time.sleep(WAIT_INTERVAL_S)
+        if not self._store.check([f"{call}/answers"]):
+            return {}
+        lines = self._store.get(f"{call}/answers").decode().splitlines()
+        return {int(rank): function for rank, _, function in (line.partition(" ") for line in lines)}
 
     def _exit(self) -> None:
         """Report which processes are missing, or where each one is, and exit; the blocked main thread can do neither."""
@@ -106,21 +122,26 @@ class Watchdog:
         if self._store.check(["verdict"]):
             os._exit(LostRank.exit_code)  # another process has reported it
         answers = self._roll_call()
-        missing = [rank for rank, answer in answers.items() if answer is None]
-        where = "; ".join(f"rank {rank} {answer}" for rank, answer in answers.items())
-        message = f"No step finished within {self.timeout_s:g} s, but all processes respond: {where}."
-        message = self._describe_missing(missing) if missing else message
+        if len(answers) < self.ranks.size:
+            message = self._describe_missing(answers)
+        else:
+            functions = {function: [rank for rank in answers if answers[rank] == function] for function in answers.values()}
+            where = "; ".join(
+                f"{_name_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} in {function}"
+                for function, ranks in sorted(functions.items(), key=lambda item: len(item[1]))
+            )
+            message = f"No step finished within {self.timeout_s:g} s, but all processes respond: {where}."
         self._store.set("verdict", message)
         if self.ranks.first_to_report(message):
             print(f"moelm: {message}", file=sys.stderr, flush=True)
         os._exit(LostRank.exit_code)
 
-    def _describe_missing(self, missing: list[int]) -> str:
-        names = ", ".join(map(str, missing))
-        one = len(missing) == 1
+    def _describe_missing(self, answers: dict[int, str]) -> str:
+        missing = [rank for rank in range(self.ranks.size) if rank not in answers]
+        names = _name_ranks(missing)
         return (
-            f"Rank{'' if one else 's'} {names} of {self.ranks.size} {'does' if one else 'do'} not respond after step "
-            f"{self._step:,}; run the same command again to continue from the newest checkpoint."
+            f"{names[0].upper()}{names[1:]} of {self.ranks.size} {'does' if len(missing) == 1 else 'do'} not respond after "
+            f"step {self._step:,}; run the same command again to continue from the newest checkpoint."
         )
 
     def _current_function(self) -> str:
@@ -129,3 +150,11 @@ class Watchdog:
         while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
             frame = frame.f_back
         return "Python itself" if frame is None else f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
+
+
+def _name_ranks(ranks: list[int]) -> str:
+    """`rank 3`, or `ranks 1, 2, 3 and 9 more`."""
+    ranks = sorted(ranks)
+    names = ", ".join(map(str, ranks[:MAX_NAMED]))
+    more = f" and {len(ranks) - MAX_NAMED:,} more" if len(ranks) > MAX_NAMED else ""
+    return f"rank{'' if len(ranks) == 1 else 's'} {names}{more}"

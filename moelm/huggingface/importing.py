@@ -253,7 +253,10 @@ def _match_tensors(
 
 
 def _read_tensors(
-    files: TensorFiles, mappings: dict[str, TensorMapping], shapes: dict[str, tuple[int, ...]], memory: Weights | None = None
+    files: TensorFiles,
+    mappings: dict[str, TensorMapping],
+    shapes: dict[str, tuple[int, ...]],
+    memory: Weights | None = None,
 ) -> Weights:
     """moelm's weights in the dtype of the tensors, read file by file.
 
