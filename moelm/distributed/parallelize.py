@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import (
@@ -39,6 +39,9 @@ PROFILER_OPS = {
 }
 """Operations without results."""
 
+Groups = dict[tuple[int, ...], dist.ProcessGroup]
+"""Process groups of this process by their ranks."""
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -54,8 +57,11 @@ def parallelize(
     if dims.size == 1:
         apply_activation_checkpointing(model, config.activation_checkpointing)
         return
-    expert_mesh = init_device_mesh(device.type, dims, mesh_dim_names=("dp_replicate", "dp_shard", "ep"))
-    dense_mesh = init_device_mesh(device.type, dims.dense_mesh, mesh_dim_names=("replicate", "shard"))
+    groups: Groups = {}
+    expert_mesh = build_mesh(
+        device.type, {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "ep": dims.ep}, groups
+    )
+    dense_mesh = build_mesh(device.type, dict(zip(("replicate", "shard"), dims.dense_mesh, strict=True)), groups)
     if dims.ep > 1:
         apply_expert_parallel(model, expert_mesh["ep"])
     replicate_routers(model, dense_mesh)
@@ -64,6 +70,28 @@ def parallelize(
         for block in model.blocks:
             block.compile()
     apply_fsdp(model, dims, config, expert_mesh, dense_mesh, dtype)
+
+
+def build_mesh(device_type: str, sizes: dict[str, int], groups: Groups) -> DeviceMesh:
+    """A mesh of all processes.
+
+    `init_device_mesh` creates the groups of all processes on each of them, also those of one process, which are as many as
+    there are processes. Here a process creates only its own, one for each dimension, and each set of ranks once.
+
+    Args:
+        sizes: of the dimensions, by name.
+        groups: those that exist; new ones are added.
+    """
+    ranks = torch.arange(dist.get_world_size()).view(*sizes.values())
+    own = (ranks == dist.get_rank()).nonzero()[0].tolist()
+    dim_groups = []
+    for dim in range(ranks.dim()):
+        members = tuple(ranks[(*own[:dim], slice(None), *own[dim + 1 :])].tolist())
+        if members not in groups:
+            world = dist.group.WORLD if len(members) == dist.get_world_size() else None
+            groups[members] = world or dist.new_group(members, use_local_synchronization=True)
+        dim_groups.append(groups[members])
+    return DeviceMesh.from_group(dim_groups, device_type, ranks, mesh_dim_names=tuple(sizes))
 
 
 def apply_expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moelm.errors import MoelmError, first_line
+from moelm.hardware import pick_device
 
 T = TypeVar("T")
 Number = TypeVar("Number", bound=np.generic)
@@ -129,12 +130,16 @@ def distributed_context(timeout_s: float = 600.0) -> Iterator[Ranks]:
 
 
 def _initialize(timeout: timedelta) -> Ranks:
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    device = pick_device()
+    on_gpu = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
         shared, rank, size = next(rendezvous("env://", timeout=timeout))
         store = _attempt_store(shared, rank, size, timeout)
         own = PrefixStore("collectives", store)
-        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
+        # With a device, groups are made from the first one's connections, and at once.
+        device_id = device if on_gpu else None
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
         return Ranks(rank, size, store, dist.new_group(backend="gloo", timeout=timeout))
     except (RuntimeError, ValueError) as error:
         raise LostRank(f"The processes of this launch cannot reach each other ({first_line(error)}).") from error

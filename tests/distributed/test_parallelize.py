@@ -1,17 +1,68 @@
-"""Wrapping of a model, in one process."""
+"""Wrapping of a model and meshes of processes, in one process."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moelm.config import ModelConfig
-from moelm.distributed.parallelize import apply_activation_checkpointing
+from moelm.distributed.parallel_dims import ParallelDims
+from moelm.distributed.parallelize import Groups, apply_activation_checkpointing, build_mesh
 from moelm.model import build_model
 from tests.tolerance import relative_error
+
+SIZES = {"dp_replicate": 8, "dp_shard": 2, "ep": 4}
+
+
+@pytest.fixture
+def fake_processes() -> Iterator[Callable[[int, int], None]]:
+    """A function that makes this process a rank of so many, which do not exist."""
+    yield lambda rank, size: dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    dist.destroy_process_group()
+
+
+def test_a_mesh_has_the_ranks_of_torch_s(fake_processes: Callable[[int, int], None]) -> None:
+    fake_processes(37, 64)
+    mesh = build_mesh("cpu", SIZES, {})
+    expected = init_device_mesh("cpu", tuple(SIZES.values()), mesh_dim_names=tuple(SIZES))
+    for names in ("dp_replicate", "dp_shard", "ep"):
+        assert dist.get_process_group_ranks(mesh[names].get_group()) == dist.get_process_group_ranks(
+            expected[names].get_group()
+        )
+    assert torch.equal(mesh.mesh, expected.mesh)
+    assert mesh.get_coordinate() == expected.get_coordinate()
+    assert mesh["dp_replicate", "dp_shard"].mesh.tolist() == expected["dp_replicate", "dp_shard"].mesh.tolist()
+
+
+@pytest.mark.parametrize("size", [64, 1024])
+@pytest.mark.parametrize("dp_shard", [1, 2])
+def test_the_number_of_groups_does_not_grow_with_the_processes(
+    size: int, dp_shard: int, fake_processes: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_processes(0, size)
+    created: list[tuple[int, ...]] = []
+    new_group = dist.new_group
+
+    def count(ranks: tuple[int, ...], **options: Any) -> Any:
+        created.append(ranks)
+        return new_group(ranks, **options)
+
+    monkeypatch.setattr(dist, "new_group", count)
+    dims = ParallelDims(size // 8 // dp_shard, dp_shard, 8)
+    groups: Groups = {}
+    build_mesh("cpu", dims._asdict(), groups)
+    build_mesh("cpu", dict(zip("rs", dims.dense_mesh, strict=True)), groups)
+    replicas = tuple(range(0, size, 8 * dp_shard))
+    expected = {replicas, (0,), tuple(range(8))} if dp_shard == 1 else {replicas, (0, 8), tuple(range(8)), tuple(range(16))}
+    assert sorted(created) == sorted(expected)
+
 
 FFN: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense", "hidden_dim": 32},

@@ -78,7 +78,7 @@ def keep_ranks_real() -> None:
 
     items = matrix_exchange._items
     matrix_exchange._items = without_modes(lambda *args: list(items(*args)))
-    parallelize_module.init_device_mesh = without_modes(parallelize_module.init_device_mesh)
+    parallelize_module.build_mesh = without_modes(parallelize_module.build_mesh)
     for name in ("__init__", "__getitem__", "_flatten", "get_coordinate", "get_group", "get_local_rank", "size"):
         setattr(DeviceMesh, name, without_modes(getattr(DeviceMesh, name)))
     DeviceMesh.mesh = property(without_modes(DeviceMesh.mesh.fget))
