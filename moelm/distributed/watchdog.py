@@ -25,7 +25,7 @@ WAIT_INTERVAL_S = 0.2
 """Seconds between reads of the number of answers."""
 
 ANSWER_TIMEOUT_S = 5.0
-"""Seconds within which a living process answers a roll call."""
+"""Seconds without another answer after which a roll call ends; a living process answers within them."""
 
 MAX_NAMED = 8
 """Maximum number of ranks that a message lists."""
@@ -47,7 +47,7 @@ class Watchdog:
         self._main_thread = threading.get_ident()
         self._last_heartbeat: float | None = None
         self._step = 0
-        self._answered = "", -math.inf  # the last roll call, and when
+        self._answered = 0, -math.inf  # the last roll call, and when
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -88,12 +88,12 @@ class Watchdog:
             return  # the store is gone with the launcher, and the main thread's collectives fail too
 
     def _answer(self) -> None:
-        """Answer the newest roll call, if there is one that this process has not answered."""
+        """Answer the roll calls that this process has not answered."""
         assert self._store is not None
         if not self._store.check(["call"]):
             return
-        call = self._store.get("call").decode()
-        if call != self._answered[0]:
+        last = int(self._store.get("call"))
+        for call in range(self._answered[0] + 1, last + 1):
             answer = f"{self.ranks.rank} {self._current_function()}\n"
             self._store.append(f"{call}/answers", answer)  # type: ignore[attr-defined]
             self._store.add(f"{call}/count", 1)
@@ -105,12 +105,14 @@ class Watchdog:
         call, answered_at = self._answered
         if time.monotonic() - answered_at > ANSWER_TIMEOUT_S:
             # Of several processes that know the same last call, the first opens the next, and the others join it.
-            call = self._store.compare_set("call", call, str(int(call or "0") + 1)).decode()
-        deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        while time.monotonic() < deadline and self._store.add(f"{call}/count", 0) < self.ranks.size:
+            call = int(self._store.compare_set("call", str(call or ""), str(call + 1)))
+        count, changed_at = 0, time.monotonic()
+        while count < self.ranks.size and time.monotonic() - changed_at < ANSWER_TIMEOUT_S:
             if threading.current_thread() is self._thread:
                 self._answer()
             time.sleep(WAIT_INTERVAL_S)
+            if (now := self._store.add(f"{call}/count", 0)) > count:
+                count, changed_at = now, time.monotonic()
         if not self._store.check([f"{call}/answers"]):
             return {}
         lines = self._store.get(f"{call}/answers").decode().splitlines()

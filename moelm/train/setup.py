@@ -30,7 +30,7 @@ from moelm.errors import MoelmError
 from moelm.evaluation.losses import Evaluation
 from moelm.hardware import dtype_of, keep_memory, pick_device, pick_precision, should_compile, use_deterministic_kernels
 from moelm.model import Transformer, build_model
-from moelm.model.init import initialize
+from moelm.model.init import initialize, reset_norms_and_buffers
 from moelm.model.moe.experts import check_grouped_kernel
 from moelm.runs.checkpoint import (
     Progress,
@@ -152,7 +152,8 @@ def build_trainer(
     if source is not None:
         check_branch_settings(config, source)
     dtype = dtype_of(config.train.precision, device)
-    model = build_parallel_model(config, device, dtype, dims)
+    loaded = source is not None or config.init_from is not None or bool(ranks.broadcast(list_checkpoints(run.checkpoints)))
+    model = build_parallel_model(config, device, dtype, dims, initial_weights=not loaded)
     optimizer = build_optimizer(model, config.optim, dtype)
     _warn_of_future_tokens(config)
     environment = describe_environment(config, data, device, dtype, dims)
@@ -184,18 +185,24 @@ def _warn_of_future_tokens(config: RunConfig) -> None:
         )
 
 
-def build_parallel_model(config: RunConfig, device: torch.device, dtype: torch.dtype, dims: ParallelDims) -> Transformer:
-    """The initialized model; each process only ever holds its shard."""
+def build_parallel_model(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, dims: ParallelDims, initial_weights: bool = True
+) -> Transformer:
+    """The model; each process only ever holds its shard.
+
+    Args:
+        initial_weights: whether to draw them; otherwise they are yet to be loaded.
+    """
     torch.manual_seed(config.seed)
     if device.type == "cuda" and dtype == torch.bfloat16:
         check_grouped_kernel(config.model, dims.ep)
-    single = dims.size == 1
-    model = build_model(config.model, config.seed, "cpu" if single else "meta")
+    model = build_model(config.model, config.seed, "meta")
     parallelize(model, dims, config.parallel, device, dtype, should_compile(config.parallel.compile, device))
-    if single:
-        return model.to(device)
     model.to_empty(device=device)
-    initialize(model, config.seed)
+    if initial_weights:
+        initialize(model, config.seed)
+    else:
+        reset_norms_and_buffers(model)
     return model
 
 
