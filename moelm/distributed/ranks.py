@@ -53,10 +53,9 @@ class Ranks(NamedTuple):
         """Sums over all processes, float64, of tensors with the same shapes on each; one collective."""
         if self.size == 1:
             return list(values)
-        packed = torch.cat([value.detach().flatten().double() for value in values])
+        packed = _pack(values)
         dist.all_reduce(packed)
-        parts = torch.split(packed, [value.numel() for value in values])
-        return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+        return _unpack(packed, values)
 
     def all_reduce_array(self, values: NDArray[Number], device: torch.device) -> NDArray[Number]:
         """The sum over all processes of an array, in its own dtype."""
@@ -102,6 +101,21 @@ class Ranks(NamedTuple):
             return self.store is None or self.store.add(f"said/{message}", 1) == 1
         except dist.DistError:
             return True  # the store is gone, and with it the other processes
+
+
+def copy_to_host(values: Sequence[Tensor]) -> list[Tensor]:
+    """Small tensors as float64 on the host, in one copy, for which the host waits."""
+    return _unpack(_pack(values).cpu(), values)
+
+
+def _pack(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.detach().flatten().double() for value in values])
+
+
+def _unpack(packed: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of a packed tensor with the shapes of the values."""
+    parts = torch.split(packed, [value.numel() for value in values])
+    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
 
 SINGLE_PROCESS = Ranks()

@@ -2,33 +2,26 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from moelm.model.moe import balance
-from moelm.model.moe.balance import LayerSums, Sums, add_sums, map_layer_sums
+from moelm.model.moe.balance import LayerSums, Sums, add_sums
 
 
-class RoutingStatistics:
-    """Routing sums and balance losses, accumulated over micro-batches."""
+def add_statistics(layers: LayerSums, sums: LayerSums, losses: LayerSums) -> LayerSums:
+    """The routing sums and balance losses of earlier micro-batches, and of one more."""
+    return {
+        layer: add_sums([*([layers[layer]] if layer in layers else []), {**own, **losses.get(layer, {})}])
+        for layer, own in sums.items()
+    }
 
-    def __init__(self) -> None:
-        self.layers: LayerSums = {}
 
-    def add(self, sums: LayerSums, losses: LayerSums) -> None:
-        """Add one micro-batch."""
-        for layer, own in sums.items():
-            previous = [self.layers[layer]] if layer in self.layers else []
-            self.layers[layer] = add_sums([*previous, {**own, **losses.get(layer, {})}])
-
-    def as_metrics(self) -> dict[str, Any]:
-        """Means over layers under `moe/...`, and each layer's values under `moe/layers`."""
-        if not self.layers:
-            return {}
-        rows = [_layer_metrics(layer, sums) for layer, sums in map_layer_sums(self.layers, _to_host).items()]
-        names = [name for name in rows[0] if name not in ("layer", "load")]
-        means = {f"moe/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
-        return means | {"moe/layers": rows}
+def routing_metrics(layers: LayerSums) -> dict[str, Any]:
+    """Means over layers under `moe/...`, and each layer's values under `moe/layers`, of statistics on the host."""
+    if not layers:
+        return {}
+    rows = [_layer_metrics(layer, sums) for layer, sums in layers.items()]
+    names = [name for name in rows[0] if name not in ("layer", "load")]
+    means = {f"moe/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
+    return means | {"moe/layers": rows}
 
 
 def _layer_metrics(layer: int, sums: Sums) -> dict[str, Any]:
@@ -50,9 +43,3 @@ def _layer_metrics(layer: int, sums: Sums) -> dict[str, Any]:
     if "dropped" in sums:
         row["dropped"] = float(sums["dropped"] / sums["counts"].sum())
     return row
-
-
-def _to_host(values: list[Tensor]) -> list[Tensor]:
-    packed = torch.cat([value.flatten().double() for value in values]).cpu()
-    parts = torch.split(packed, [value.numel() for value in values])
-    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]

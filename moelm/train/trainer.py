@@ -20,7 +20,7 @@ from moelm.data.loader import Batch, PreparedData, TrainOrder
 from moelm.distributed.launcher import STOP_SIGNALS, stop_signals
 from moelm.distributed.parallel_dims import ParallelDims
 from moelm.distributed.parallelize import set_gradient_sync, sum_router_gradients
-from moelm.distributed.ranks import Ranks
+from moelm.distributed.ranks import Ranks, copy_to_host
 from moelm.distributed.watchdog import Watchdog
 from moelm.errors import MoelmError
 from moelm.evaluation.losses import Evaluation, evaluate
@@ -39,8 +39,11 @@ from moelm.train.metrics import MetricsLogger
 from moelm.train.objective import layer_sums, micro_batch_loss
 from moelm.train.optimizer import Optimizer, gradient_norm
 from moelm.train.profiler import profile_steps
-from moelm.train.routing_metrics import RoutingStatistics
+from moelm.train.routing_metrics import add_statistics, routing_metrics
 from moelm.train.schedule import learning_rate
+
+WHOLE_STEP = -1
+"""In the place of a layer's number: sums that belong to no layer."""
 
 
 class Stopped(MoelmError):
@@ -85,6 +88,19 @@ class MicroBatch(NamedTuple):
     batch: Batch
     rng_keys_B: torch.Tensor
     """Keys of the rows' random numbers, for routers that need them."""
+
+
+class ReducedStep(NamedTuple):
+    """What the processes computed in a step, summed; on the host, except for the counts."""
+
+    loss: float
+    squares: list[float]
+    """`Optimizer.gradient_squares`."""
+    stop: signal.Signals | None
+    """The signal by which any process was asked to stop."""
+    counts: dict[int, torch.Tensor]
+    """Assignments to each expert, by layer."""
+    statistics: LayerSums
 
 
 class Trainer:
@@ -174,12 +190,12 @@ class Trainer:
         own_loss, statistics = self._accumulate_gradients(
             micro_batches, self.data.train.count_tokens(self.order.rows(index))
         )
-        loss, squares, stop = self._reduce_step(own_loss, statistics)
-        norm = gradient_norm(squares)
+        reduced = self._reduce_step(own_loss, statistics)
+        loss, norm = reduced.loss, gradient_norm(reduced.squares)
         self._check_loss(index, loss, norm)
-        self.optimizer.step(squares=squares)
+        self.optimizer.step(squares=reduced.squares)
         self.optimizer.zero_grad()
-        self.model.update_expert_bias({layer: sums["counts"] for layer, sums in statistics.layers.items()})
+        self.model.update_expert_bias(reduced.counts)
         seconds = time.perf_counter() - started
         tokens = config.train.batch_tokens
         flops = tokens * self.flops_per_token
@@ -199,9 +215,9 @@ class Trainer:
             "perf/tokens_per_s": tokens / seconds,
             "perf/mfu": flops / seconds / peak_flops(self.device, self.dtype) / self.ranks.size,
             "perf/memory_peak_bytes": peak_memory(self.device),
-            **statistics.as_metrics(),
+            **routing_metrics(reduced.statistics),
         }
-        return line, stop
+        return line, reduced.stop
 
     def _own_rows(self, index: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         """This process's rows of a step, by micro-batch."""
@@ -214,7 +230,7 @@ class Trainer:
 
     def _accumulate_gradients(
         self, micro_batches: list[MicroBatch], num_valid_tokens: int
-    ) -> tuple[torch.Tensor, RoutingStatistics]:
+    ) -> tuple[torch.Tensor, LayerSums]:
         """Accumulate this process's gradients; returns its part of the global batch's loss, and its routing statistics.
 
         Args:
@@ -222,7 +238,7 @@ class Trainer:
         """
         num_tokens = torch.full((), num_valid_tokens, dtype=torch.float64, device=self.device)
         batch_sums = self._batch_sums(micro_batches)
-        statistics = RoutingStatistics()
+        statistics: LayerSums = {}
         losses = []
         for number, micro_batch in enumerate(micro_batches):
             set_gradient_sync(self.model, number + 1 == len(micro_batches), self.dims)
@@ -233,7 +249,7 @@ class Trainer:
             loss = self.loss(output, micro_batch.batch, batch_sums, num_tokens, self.balance)
             loss.total.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.tokens)
-            statistics.add(loss.sums, loss.balance)
+            statistics = add_statistics(statistics, loss.sums, loss.balance)
         sum_router_gradients(self.model)
         return torch.stack(losses).sum(), statistics
 
@@ -264,22 +280,19 @@ class Trainer:
             cache_weights=self.cache_weights,
         )
 
-    def _reduce_step(
-        self, own_loss: torch.Tensor, statistics: RoutingStatistics
-    ) -> tuple[float, list[float], signal.Signals | None]:
-        """Sum loss, gradient squares, stop signals and routing statistics over processes, in one collective."""
+    def _reduce_step(self, own_loss: torch.Tensor, statistics: LayerSums) -> ReducedStep:
+        """Sum loss, gradient squares, stop signals and routing statistics over processes; one collective, and one copy."""
         flags = torch.tensor([float(self.received_signal == signum) for signum in STOP_SIGNALS])
         flags = flags.to(self.device, non_blocking=True)
-        squares_M = self.optimizer.gradient_squares()
-
-        def all_reduce(values: list[torch.Tensor]) -> list[torch.Tensor]:
-            nonlocal own_loss, squares_M, flags
-            own_loss, squares_M, flags, *values = self.ranks.all_reduce([own_loss, squares_M, flags, *values])
-            return values
-
-        statistics.layers = map_layer_sums(statistics.layers, all_reduce)
-        received = [signum for signum, count in zip(STOP_SIGNALS, flags.tolist(), strict=True) if count]
-        return float(own_loss), squares_M.tolist(), received[0] if received else None
+        of_step = {"loss": own_loss, "squares": self.optimizer.gradient_squares(), "signals": flags}
+        sums = map_layer_sums({WHOLE_STEP: of_step, **statistics}, self.ranks.all_reduce)
+        on_host = map_layer_sums(sums, copy_to_host)
+        step = on_host.pop(WHOLE_STEP)
+        received = [signum for signum, count in zip(STOP_SIGNALS, step["signals"].tolist(), strict=True) if count]
+        counts = {layer: layer_sums["counts"] for layer, layer_sums in sums.items() if layer != WHOLE_STEP}
+        return ReducedStep(
+            float(step["loss"]), step["squares"].tolist(), received[0] if received else None, counts, on_host
+        )
 
     def _check_loss(self, index: int, loss: float, norm: float) -> None:
         """Stop before the update if loss or norm are not finite, or the loss is above 3 times that of a uniform guess."""

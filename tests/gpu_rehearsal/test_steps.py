@@ -27,10 +27,9 @@ from tests.processes import Process, Program
 
 pytestmark = pytest.mark.slow(seconds=20)
 
+STEP_SYNC = "copy to the host in distributed/ranks.py"
 ALLOWED_SYNCS = {
-    "item in train/trainer.py": "the loss of a step, which is checked before the update",
-    "tolist in train/trainer.py": "squares of gradients, for the clipping of the update; stop signals",
-    "copy to the host in train/routing_metrics.py": "statistics of the routing, in one copy",
+    STEP_SYNC: "loss, squares of gradients, stop signals and statistics of the routing, once a step",
     "tolist in distributed/expert_parallel.py": "rows for each process, which the all-to-all needs on the host",
 }
 """Where the host waits for the GPU, and why."""
@@ -116,6 +115,8 @@ def unexpected_in(case: str, recorded: dict[str, Any]) -> Iterator[str]:
     """What is not listed above."""
     allowed = set(ALLOWED_SYNCS).union(*(syncs for word, syncs in ALLOWED_SYNCS_WITH.items() if word in case))
     yield from sorted(recorded["syncs"].keys() - allowed)
+    if recorded["syncs"][STEP_SYNC] != 1:
+        yield f"{recorded['syncs'][STEP_SYNC]} copies of a step's results to the host"
     yield from (f"{operation} has no deterministic kernel" for operation in recorded["nondeterministic"])
     for explanation in recorded["graph_breaks"]:
         if "parallel.ep" not in case or not any(words in explanation for words in ALLOWED_BREAKS):
