@@ -12,16 +12,23 @@ from moelm.errors import MoelmError
 from moelm.hardware import DEVICES, Device
 from moelm.model.flops import count_flops
 from moelm.plan.memory import Memory, estimate_memory
-from moelm.plan.strategy import FP32_BYTES, Strategy
+from moelm.plan.passes import activation_traffic, cast_traffic, small_operations, update_traffic
+from moelm.plan.strategy import Strategy
 from moelm.plan.traffic import Collective, Traffic, step_collectives, total_traffic
 from moelm.plan.update import slowest_update_flops
-from moelm.plan.weights import count_weights
 
 GPUS_PER_MACHINE = 8
 USABLE_MEMORY = 0.9
 """Fraction of a GPU's memory that a plan may use; the rest is for fragmentation and libraries."""
-COMPUTE_EFFICIENCY = 0.55
-"""Fraction of peak FLOP/s while computation does not wait for communication."""
+COMPUTE_EFFICIENCY = 0.65
+"""Fraction of peak FLOP/s that large matrix products reach."""
+TILE_COSTS = 250, 400
+"""An expert's products take 1 + first / dim + second / hidden_dim times as long as large ones with the same FLOPs; with all
+other terms, these give the times of the shapes of `scripts/bench_gpu.py` that were estimated kernel by kernel."""
+MEMORY_EFFICIENCY = 0.85
+"""Fraction of the memory's bandwidth that passes over it reach."""
+LAUNCH_S = 5e-6
+"""Seconds for which the host is busy with a small operation."""
 LINK_EFFICIENCY = 0.75
 """Fraction of a link's bandwidth that collectives reach."""
 CHECKPOINTING_MODES = ("none", "selective", "full")
@@ -70,11 +77,12 @@ class Plan(NamedTuple):
         """What the estimates are based on, as phrases."""
         device = DEVICES[self.device]
         return [
-            f"{device.peak_bf16 / 1e12:,.0f} TFLOP/s in bf16, of which {COMPUTE_EFFICIENCY:.0%} is reached while "
-            "computation does not wait for communication",
+            f"{device.peak_bf16 / 1e12:,.0f} TFLOP/s in bf16, of which large products reach {COMPUTE_EFFICIENCY:.0%}; "
+            f"those of experts take 1 + {TILE_COSTS[0]} / dim + {TILE_COSTS[1]} / hidden_dim times as long",
+            f"{device.memory_bandwidth / 1e12:,.2f} TB/s of memory, of which passes over activations, weights, gradients "
+            f"and moments reach {MEMORY_EFFICIENCY:.0%}; {LAUNCH_S * 1e6:.0f} microseconds for each small operation",
             f"{GPUS_PER_MACHINE} GPUs per machine; {device.link / 1e9:,.0f} GB/s between them and "
             f"{device.network / 1e9:,.0f} GB/s per GPU to other machines, of which collectives reach {LINK_EFFICIENCY:.0%}",
-            "no idle time between kernels, which is not negligible for small models",
             "communication of weights and gradients overlaps with computation; that of tokens and the optimizer does not",
             f"even routing; a plan fits if it uses at most {USABLE_MEMORY:.0%} of {device.memory / 1e9:,.0f} GB",
         ]
@@ -150,29 +158,42 @@ def _estimate(config: RunConfig, strategy: Strategy, device: Device) -> Candidat
     for each in collectives:
         seconds[each.kind if each.kind in seconds else "overlapped"] += transfer_seconds(each, device)
     flops = count_flops(config.model, config.data.seq_len)
-    executed = flops.training + flops.forward * strategy.needs_extra_forward(config) + _recomputed_flops(config, strategy)
     tokens = config.train.batch_tokens / dims.size
     flops_per_s = device.peak_bf16 * COMPUTE_EFFICIENCY
-    passes = max(tokens * executed / flops_per_s, seconds["overlapped"]) + seconds["all_to_all"]
-    # Weights and moments are read and written, gradients read.
-    trained = count_weights(config, lambda weight: weight.is_trained(config.optim)).per_process(dims)
-    moved = 3 * FP32_BYTES * trained + 2 * memory.optimizer
-    update = moved / device.memory_bandwidth + slowest_update_flops(config, dims) / flops_per_s + seconds["optimizer"]
-    step = passes + update
+    bytes_per_s = device.memory_bandwidth * MEMORY_EFFICIENCY
+    products = tokens * _executed_flops(config, strategy) / flops_per_s
+    moved = activation_traffic(config, strategy) + cast_traffic(config, strategy)
+    passes = max(products + moved / bytes_per_s, seconds["overlapped"]) + seconds["all_to_all"]
+    update = update_traffic(config, strategy, memory.optimizer) / bytes_per_s + LAUNCH_S * small_operations(config)
+    step = passes + update + slowest_update_flops(config, dims) / flops_per_s + seconds["optimizer"]
     fits = memory.total <= USABLE_MEMORY * device.memory
     mfu = tokens * flops.training / (step * device.peak_bf16)
     return Candidate(strategy, memory, total_traffic(collectives), fits, step, mfu)
 
 
-def _recomputed_flops(config: RunConfig, strategy: Strategy) -> float:
-    """FLOPs per token that activation checkpointing adds."""
-    if strategy.checkpointing == "none":
-        return 0.0
+def _executed_flops(config: RunConfig, strategy: Strategy) -> float:
+    """FLOPs per token of all passes; those of experts count more, by as much as they are slower."""
+    flops = count_flops(config.model, config.data.seq_len)
+    executed: float = flops.training + flops.forward * strategy.needs_extra_forward(config)
+    forwards = 3.0 + strategy.needs_extra_forward(config)
     if strategy.checkpointing == "full":
-        return count_flops(config.model, config.data.seq_len).forward
-    flops = 0
-    for layer in range(config.model.num_layers):
-        ffn = config.model.ffn_at(layer)
-        active_experts = ffn.top_k + ffn.shared_experts if isinstance(ffn, MoEFFNConfig) else 1
-        flops += 2 * 2 * active_experts * config.model.dim * ffn.hidden_dim
-    return flops
+        executed += flops.forward
+        forwards += 1
+    elif strategy.checkpointing == "selective":
+        executed += sum(_ffn_flops(config, layer) for layer in range(config.model.num_layers)) * 2 / 3
+        forwards += 2 / 3  # all but the last of three equal products
+    slower = sum(_ffn_flops(config, layer) * _tile_cost(config, layer) for layer in config.model.sparse_layers)
+    return executed + forwards * slower
+
+
+def _ffn_flops(config: RunConfig, layer: int) -> int:
+    """Per token, of one layer's feed-forward blocks in a forward pass."""
+    ffn = config.model.ffn_at(layer)
+    active = ffn.top_k + ffn.shared_experts if isinstance(ffn, MoEFFNConfig) else 1
+    return 3 * 2 * active * config.model.dim * ffn.hidden_dim
+
+
+def _tile_cost(config: RunConfig, layer: int) -> float:
+    """How much longer the products of experts take than large products, as a fraction of these."""
+    of_dim, of_hidden = TILE_COSTS
+    return of_dim / config.model.dim + of_hidden / config.model.ffn_at(layer).hidden_dim

@@ -13,7 +13,8 @@ from moelm.hardware import DEVICES
 from moelm.model import count_parameters
 from moelm.plan import count_model, make_plan
 from moelm.plan.memory import estimate_memory
-from moelm.plan.search import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, possible_dims, transfer_seconds
+from moelm.plan.passes import activation_traffic, cast_traffic, update_traffic
+from moelm.plan.search import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, possible_dims, transfer_seconds
 from moelm.plan.strategy import Strategy
 from moelm.plan.traffic import Collective, Traffic, step_collectives, total_traffic
 from moelm.plan.update import update_flops
@@ -141,7 +142,33 @@ def test_a_step_includes_the_update() -> None:
     device = DEVICES["h100"]
     matrices = 4 * 4 * 128 * 128 + 4 * 8 * 3 * 128 * 256
     products = update_flops(muon) / (device.peak_bf16 * COMPUTE_EFFICIENCY)
-    assert difference == pytest.approx(products - 2 * 4 * matrices / device.memory_bandwidth, rel=1e-6)
+    bytes_per_s = device.memory_bandwidth * MEMORY_EFFICIENCY
+    assert difference == pytest.approx(products - 2 * 4 * matrices / bytes_per_s, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "by_hand"), [("gpu-dense", 0.051), ("gpu-moe8", 0.070), ("gpu-moe64", 0.096)])
+def test_times_are_near_an_estimate_kernel_by_kernel(name: str, by_hand: float) -> None:
+    """16,384 tokens on one H100; many small experts cost weight-sized passes and slow products, and not only FLOPs."""
+    config = count_model(load_config(ROOT / f"configs/{name}.yaml"))[1]
+    assert make_plan(config, 1, "h100").best.step_s == pytest.approx(by_hand, rel=0.06)
+
+
+def test_traffic_of_memory_by_the_tensors_that_a_step_moves() -> None:
+    config = load("dense", "train.precision=bf16", "model.ffn.hidden_dim=512")
+    strategy = Strategy(ParallelDims(), "none", 1, bf16=True)
+    parameters = count_parameters(config.model).total
+    micro_batches = config.batch_rows
+    assert cast_traffic(config, strategy) == micro_batches * 2 * (4 + 2) * parameters  # weights once, gradients once
+    assert update_traffic(config, strategy, 8 * parameters) == (2 * 4 + 2 * 4 + 2 * 8) * parameters
+    assert cast_traffic(config, strategy._replace(bf16=False)) == 0
+    dim, heads, logits = config.model.dim, config.model.num_heads + config.model.kv_heads, config.model.vocab_size or 0
+    norms, additions = 2 * (4 + 2) * dim, 2 * (4 + 2 + 4) * dim
+    layer = norms + additions + 2 * 2 * heads * config.model.size_per_head + 3 * 2 * 512
+    expected = config.train.batch_tokens * (3 * config.model.num_layers * layer + 30 * logits)
+    assert activation_traffic(config, strategy) == expected
+    assert activation_traffic(config, strategy._replace(checkpointing="full")) == pytest.approx(
+        expected + config.train.batch_tokens * config.model.num_layers * layer
+    )
 
 
 def test_temporaries_of_the_update_count_only_above_the_backward_pass() -> None:
