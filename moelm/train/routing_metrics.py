@@ -3,15 +3,13 @@
 from typing import Any
 
 from moelm.model.moe import balance
-from moelm.model.moe.balance import LayerSums, Sums, add_sums
+from moelm.model.moe.balance import LayerSums, Sums, add_layer_sums
 
 
-def add_statistics(layers: LayerSums, sums: LayerSums, losses: LayerSums) -> LayerSums:
+def add_statistics(earlier: LayerSums, sums: LayerSums, losses: LayerSums) -> LayerSums:
     """The routing sums and balance losses of earlier micro-batches, and of one more."""
-    return {
-        layer: add_sums([*([layers[layer]] if layer in layers else []), {**own, **losses.get(layer, {})}])
-        for layer, own in sums.items()
-    }
+    own = {layer: {**values, **losses.get(layer, {})} for layer, values in sums.items()}
+    return add_layer_sums([earlier, own] if earlier else [own])
 
 
 def routing_metrics(layers: LayerSums) -> dict[str, Any]:

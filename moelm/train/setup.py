@@ -152,12 +152,13 @@ def build_trainer(
     if source is not None:
         check_branch_settings(config, source)
     dtype = dtype_of(config.train.precision, device)
-    loaded = source is not None or config.init_from is not None or bool(ranks.broadcast(list_checkpoints(run.checkpoints)))
+    checkpoints = [] if saved is None else _finished_checkpoints(run, ranks)
+    loaded = bool(checkpoints) or source is not None or config.init_from is not None
     model = build_parallel_model(config, device, dtype, dims, initial_weights=not loaded)
     optimizer = build_optimizer(model, config.optim, dtype)
     _warn_of_future_tokens(config)
     environment = describe_environment(config, data, device, dtype, dims)
-    progress = _resume(run, model, optimizer, ranks) if saved is not None and source is None else None
+    progress = _resume(run, checkpoints, model, optimizer, ranks) if checkpoints else None
     if source is not None:
         progress = load_branch_point(config, source, model, optimizer, ranks)
         environment["branched_from"] = {"run": str(source.run.path), "step": progress["step"]}
@@ -324,13 +325,15 @@ def _create_directory(
         raise MoelmError(f"The run directory {run.path} cannot be written: {error.strerror}.") from error
 
 
-def _resume(run: RunDirectory, model: Transformer, optimizer: Optimizer, ranks: Ranks) -> Progress | None:
-    """Load the newest intact checkpoint; None if there is none yet."""
+def _finished_checkpoints(run: RunDirectory, ranks: Ranks) -> list[Path]:
+    """The run's checkpoints, oldest first, as rank 0 sees them; unfinished ones are removed."""
     if ranks.is_main:
         remove_unfinished(run.checkpoints)
-    saved = ranks.broadcast(list_checkpoints(run.checkpoints))
-    if not saved:
-        return None
+    return ranks.broadcast(list_checkpoints(run.checkpoints))
+
+
+def _resume(run: RunDirectory, saved: list[Path], model: Transformer, optimizer: Optimizer, ranks: Ranks) -> Progress:
+    """Load the newest intact one of the run's checkpoints."""
     progress = load_newest(saved, model, optimizer, ranks)
     # Restarting from imported weights would be another run.
     if progress is None or ("origin" in progress and progress["step"] != step_of(saved[-1])):

@@ -36,6 +36,12 @@ def test_losses_depend_on_the_seed_alone(trained: Path, workplace: Path, kind: s
     assert losses_by_step(other) != losses_by_step(run)
 
 
+def test_a_directory_without_a_config_is_trained_from_initial_weights(trained: Path, workplace: Path) -> None:
+    """config.yaml is written last, so that checkpoints beside none are not those of a run."""
+    (train_here(workplace, "moe") / "config.yaml").unlink()
+    assert losses_by_step(train_here(workplace, "moe")) == losses_by_step(trained / "runs/tiny-moe")
+
+
 def test_deterministic_kernels_are_chosen_before_the_processes_connect(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
