@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from moelm.config import ModelConfig, MoEFFNConfig, OptimConfig, RunConfig
 from moelm.data.loader import Batch
 from moelm.distributed.parallelize import apply_activation_checkpointing
+from moelm.distributed.ranks import copy_to_host
 from moelm.hardware import should_compile
 from moelm.huggingface.config_json import to_hf_config
-from moelm.model import Transformer, build_model
+from moelm.model import Routing, Transformer, build_model
 from moelm.model.forward import autocast, forward_batch
+from moelm.model.moe.balance import map_layer_sums
+from moelm.model.moe.router import Router
 from moelm.plan.counts import assumed_vocab_size
-from moelm.train.objective import micro_batch_loss
+from moelm.train.objective import layer_sums, micro_batch_loss
 from moelm.train.optimizer import build_optimizer
+from moelm.train.routing_metrics import routing_metrics
 
 LossFunction = Callable[[], Tensor]
 UpdateFunction = Callable[[], None]
@@ -35,11 +39,24 @@ def random_batch(config: RunConfig) -> Batch:
     return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.zeros_like(rows[:, 1:]))
 
 
-def build_own(config: RunConfig) -> Transformer:
-    """moelm's model."""
+def build_own(config: RunConfig, balanced: bool = False) -> Transformer:
+    """moelm's model.
+
+    Args:
+        balanced: whether tokens select experts by turns instead of the router's choices.
+    """
     model = build_model(resolve_model(config), config.seed)
+    if balanced:
+        for router in (module for module in model.modules() if isinstance(module, Router)):
+            router.register_forward_hook(_select_by_turns)
     apply_activation_checkpointing(model, config.parallel.activation_checkpointing)
     return model
+
+
+def _select_by_turns(router: nn.Module, inputs: tuple[Any, ...], routing: Routing) -> Routing:
+    """The same gates for other experts: the first k for the first token, the next k for the next, and so on."""
+    choices = torch.arange(routing.experts_NK.numel(), device=routing.experts_NK.device) % routing.num_experts
+    return routing._replace(experts_NK=choices.view_as(routing.experts_NK))
 
 
 def own_loss(model: Transformer, config: RunConfig, batch: Batch, dtype: torch.dtype) -> LossFunction:
@@ -55,6 +72,16 @@ def own_loss(model: Transformer, config: RunConfig, batch: Batch, dtype: torch.d
         return objective(output, batch, None, num_tokens, balance).total
 
     return loss
+
+
+def load_max_over_mean(model: Transformer, batch: Batch, dtype: torch.dtype) -> float | None:
+    """Load of the most loaded expert, relative to the mean, averaged over layers; None for a dense model."""
+    with torch.no_grad():
+        routings = forward_batch(model, batch, dtype, losses=True).routings
+    if not routings:
+        return None
+    load: float = routing_metrics(map_layer_sums(layer_sums(routings, batch), copy_to_host))["moe/load_max_over_mean"]
+    return load
 
 
 def own_update(model: Transformer, config: OptimConfig, dtype: torch.dtype) -> UpdateFunction:

@@ -32,6 +32,8 @@ class Timing(NamedTuple):
     memory: int
     """Peak bytes of its process, or of its GPU."""
     peak_flops: float
+    load: float | None = None
+    """`load_max_over_mean` after the rounds."""
 
     @property
     def seconds(self) -> list[float]:
@@ -60,6 +62,8 @@ class Timing(NamedTuple):
             "peer": self.variant.peer,
             "precision": self.variant.config.train.precision,
             "keeps_memory": self.variant.keeps_memory,
+            "balanced": self.variant.balanced,
+            "load_max_over_mean": self.load,
             "step_s": step_s,
             "phases_s": self.phases,
             "tokens_per_s": self.tokens_per_s,
@@ -93,11 +97,11 @@ def run_rounds(
                 phases.append(_receive(pipe))
         for pipe in pipes:
             pipe.send(False)
-        memory = [_receive(pipe) for pipe in pipes]
+        last = [_receive(pipe) for pipe in pipes]
     return [
-        Timing(variant, phases[WARMUP_ROUNDS:], tokens, flops, memory_peak, peak)
-        for variant, phases, (tokens, flops), memory_peak, peak in zip(
-            variants, measured, counts, memory, peaks, strict=True
+        Timing(variant, phases[WARMUP_ROUNDS:], tokens, flops, memory, peak, load)
+        for variant, phases, (tokens, flops), (memory, load), peak in zip(
+            variants, measured, counts, last, peaks, strict=True
         )
     ]
 
@@ -132,7 +136,7 @@ def _receive(pipe: "Connection[Any, Any]") -> Any:
 
 
 def _work(variant: BenchVariant, workload: Workload, pipe: "Connection[Any, Any]") -> None:
-    """A worker: send tokens and FLOPs, then the phases of one round for each True received, then the peak memory.
+    """A worker: send tokens and FLOPs, then the phases of one round for each True received, then peak memory and load.
 
     An error is sent instead, and is the last.
     """
@@ -143,7 +147,8 @@ def _work(variant: BenchVariant, workload: Workload, pipe: "Connection[Any, Any]
         pipe.send((timed.tokens, timed.flops))
         while pipe.recv():
             pipe.send(timed.run())
-        pipe.send(peak_memory(pick_device()))
+        memory = peak_memory(pick_device())
+        pipe.send((memory, timed.load() if timed.load else None))
     except MoelmError as error:
         pipe.send(error)
     except Exception as error:

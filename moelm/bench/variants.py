@@ -21,12 +21,19 @@ class BenchVariant(NamedTuple):
     """Whether it is Hugging Face's model."""
     keeps_memory: bool = True
     """Whether the allocator keeps freed memory, as moelm's training does; on a CPU, peers are timed with and without."""
+    balanced: bool = False
+    """Whether all experts have equal loads, whatever the router selects."""
 
 
 def list_variants(
-    paths: Sequence[Path], overrides: Sequence[str], vary: str | None, peers: bool, training: bool = True
+    paths: Sequence[Path],
+    overrides: Sequence[str],
+    vary: str | None,
+    peers: bool,
+    training: bool = True,
+    balanced: bool = False,
 ) -> list[BenchVariant]:
-    """One variant per config and value of the varied setting, followed by their peers.
+    """One variant per config and value of the varied setting, followed by those with balanced routing and by their peers.
 
     Args:
         overrides: `key=value` for all configs.
@@ -34,6 +41,7 @@ def list_variants(
         peers: whether to add peers: with the default allocator and with moelm's (on a CPU), each in the config's precision
             and in bfloat16.
         training: whether training steps will be timed.
+        balanced: whether to add each mixture with equal loads of its experts.
 
     Raises:
         MoelmError: an invalid config or `vary`, peers without the library, or a config without a peer.
@@ -50,7 +58,16 @@ def list_variants(
         for suffix, varied in _varied_overrides(vary)
         for config in [resolve_precision(load_config(path, [*overrides, *varied]))]
     ]
-    return variants + [peer for variant in variants for peer in _peers(variant, training)] if peers else variants
+    with_peers = [peer for variant in variants for peer in _peers(variant, training)] if peers else []
+    return variants + (_balanced(variants) if balanced else []) + with_peers
+
+
+def _balanced(variants: list[BenchVariant]) -> list[BenchVariant]:
+    """The mixtures among the variants, with equal loads."""
+    mixtures = [variant for variant in variants if isinstance(variant.config.model.ffn, MoEFFNConfig)]
+    if not mixtures:
+        raise MoelmError("--balanced: none of the configs has experts; at least one with model.ffn.kind=moe is expected.")
+    return [variant._replace(name=f"{variant.name} balanced", balanced=True) for variant in mixtures]
 
 
 def _varied_overrides(vary: str | None) -> list[tuple[str, list[str]]]:

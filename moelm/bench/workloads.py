@@ -6,6 +6,7 @@ random tokens; peers are trained by the same loop with torch's fused AdamW. Gene
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from moelm.bench.models import (
     build_own,
     build_peer,
+    load_max_over_mean,
     own_loss,
     own_update,
     peer_loss,
@@ -47,6 +49,8 @@ class TimedFunction(NamedTuple):
     """Per call; of generation, the decoded ones."""
     flops: int
     """Per call, of active parameters; 0 for generation, which is limited by memory bandwidth."""
+    load: Callable[[], float | None] | None = None
+    """`load_max_over_mean`; None where it is not known."""
 
 
 def build_workload(variant: BenchVariant, workload: Workload) -> TimedFunction:
@@ -54,12 +58,10 @@ def build_workload(variant: BenchVariant, workload: Workload) -> TimedFunction:
     if workload.prompts:
         generation = _peer_generation if variant.peer else _own_generation
         return TimedFunction(generation(variant, workload), workload.prompts * workload.new_tokens, 0)
-    config = variant.config
-    flops_per_token = count_flops(resolve_model(config), config.data.seq_len).training
-    return TimedFunction(_training_step(variant), config.train.batch_tokens, config.train.batch_tokens * flops_per_token)
+    return _training_step(variant)
 
 
-def _training_step(variant: BenchVariant) -> Callable[[], Phases]:
+def _training_step(variant: BenchVariant) -> TimedFunction:
     config = variant.config
     device = pick_device()
     if config.train.deterministic:
@@ -69,9 +71,11 @@ def _training_step(variant: BenchVariant) -> Callable[[], Phases]:
     if variant.peer:
         model = build_peer(config, config.data.seq_len, train=True).to(device).train()
         loss, update = peer_loss(model, batch, dtype), peer_update(model, config.optim)
+        load = None
     else:
-        own = build_own(config).to(device)
+        own = build_own(config, variant.balanced).to(device)
         loss, update = own_loss(own, config, batch, dtype), own_update(own, config.optim, dtype)
+        load = partial(load_max_over_mean, own, batch, dtype)
 
     def step() -> Phases:
         timer = _PhaseTimer(device)
@@ -83,7 +87,8 @@ def _training_step(variant: BenchVariant) -> Callable[[], Phases]:
         timer.end("update")
         return timer.phases
 
-    return step
+    tokens = config.train.batch_tokens
+    return TimedFunction(step, tokens, tokens * count_flops(resolve_model(config), config.data.seq_len).training, load)
 
 
 def _random_prompts(variant: BenchVariant, workload: Workload) -> Tensor:

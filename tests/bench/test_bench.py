@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from moelm.bench import BenchVariant, Timing, list_variants
+from moelm.bench.models import build_own, random_batch
 from moelm.bench.timing import _start_workers
 from moelm.bench.workloads import Workload
 from moelm.config import load_config
 from moelm.errors import MoelmError
+from moelm.model.forward import forward_batch
 from tests.conftest import Moelm
 
 
@@ -93,6 +95,35 @@ def test_the_update_is_a_phase(moelm: Moelm) -> None:
     assert result["step_s"] > result["phases_s"]["update"] > 0
 
 
+def test_experts_can_have_equal_loads(moelm: Moelm, workplace: Path) -> None:
+    done = moelm("bench", "dense.yaml", "moe.yaml", "train.batch_tokens=128", "--balanced", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    dense, sparse, balanced = json.loads(done.stdout)["variants"]
+    assert (balanced["name"], balanced["balanced"], balanced["load_max_over_mean"]) == ("tiny-moe balanced", True, 1.0)
+    assert sparse["load_max_over_mean"] > 1.0
+    assert dense["load_max_over_mean"] is None
+    refused = moelm("bench", "moe.yaml", "--balanced", "--generate", "1")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("moelm: --balanced is for training steps")
+    with pytest.raises(MoelmError, match=r"at least one with model\.ffn\.kind=moe is expected"):
+        list_variants([workplace / "dense.yaml"], [], None, peers=False, balanced=True)
+
+
+@pytest.mark.parametrize("router", ["topk", "noisy_topk", "hierarchical", "expert_choice"])
+def test_equal_loads_keep_everything_else_of_the_routing(workplace: Path, router: str) -> None:
+    """All experts have as many tokens, with the gates that the router gave to its own choices."""
+    groups = ["model.ffn.router.groups=2", "model.ffn.router.group_k=1"] if router == "hierarchical" else []
+    config = load_config(workplace / "moe.yaml", [f"model.ffn.router.kind={router}", "model.vocab_size=260", *groups])
+    batch = random_batch(config)
+    own, balanced = build_own(config), build_own(config, balanced=True)
+    first = forward_batch(own, batch, torch.float32, losses=True).routings[0]
+    turned = forward_batch(balanced, batch, torch.float32, losses=True).routings[0]
+    assert turned.experts_NK.flatten().bincount().unique().numel() == 1
+    assert all(len(set(experts)) == len(experts) for experts in turned.experts_NK.tolist())
+    assert torch.equal(turned.gates_NK, first.gates_NK)
+    assert torch.equal(turned.probs_NE, first.probs_NE)
+
+
 def test_a_failed_process_is_an_error(moelm: Moelm) -> None:
     done = moelm("bench", "moe.yaml", "model.ffn.router.kind=expert_choice", "--rounds", "1", "--generate", "1")
     assert done.returncode == 2
@@ -144,15 +175,19 @@ def test_peers_have_equal_parameter_counts(workplace: Path, kind: str, override:
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_the_gpu_table_is_printed_on_any_machine(workplace: Path) -> None:
+def test_the_gpu_table_is_written_on_any_machine(workplace: Path) -> None:
     script = Path(__file__).parents[2] / "scripts/bench_gpu.py"
-    arguments = ["dense.yaml", "moe.yaml", "--rounds", "1", "--no-peers"]
+    arguments = ["dense.yaml", "moe.yaml", "--rounds", "1", "--no-peers", "--out", "table"]
     done = subprocess.run(
         [sys.executable, str(script), *arguments], cwd=workplace, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     sparse = next(line for line in done.stdout.splitlines() if "tiny-moe" in line)
-    assert sparse.rstrip().endswith("%")
+    assert sparse.rstrip().endswith("% |")
+    assert done.stdout.strip() in (workplace / "table/bench-gpu.md").read_text()
+    results = json.loads((workplace / "table/bench-gpu.json").read_text())
+    assert [row["name"] for row in results["variants"]] == ["tiny-dense", "tiny-moe", "tiny-moe balanced"]
+    assert results["left_out"] == []
 
 
 def test_a_killed_process_is_an_error() -> None:
