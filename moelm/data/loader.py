@@ -4,6 +4,7 @@ Shapes: B rows, T positions.
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from moelm.config import RunConfig
 from moelm.data.identity import DataRecord
-from moelm.data.packing import Ints, Packing, pack
+from moelm.data.packing import Ints, Packing, pack, saved_packing
 from moelm.data.shards import Split, check_files, read_manifest
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
 
 IGNORE = -100
 """Target of a padding position, which has no loss."""
+MIN_SAVED_DOCUMENTS = 100_000
+"""Documents from which a packing is saved; that of fewer takes less than 0.2 s."""
 
 
 class Batch(NamedTuple):
@@ -51,27 +54,24 @@ class Rows:
 
     def __init__(self, split: Split, row_len: int, tokenizer: Tokenizer, weights: list[float | None]) -> None:
         self.split, self.row_len, self.tokenizer = split, row_len, tokenizer
+        self.packing = _packing(split, row_len, weights)
         lengths = split.documents["tokens"].astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        documents = np.repeat(np.arange(len(lengths)), _document_repeats(split, weights))
-        packing = pack(lengths[documents], row_len)
-        self.packing: Packing = packing._replace(document=documents[packing.document])
-        self._offsets: Ints = starts[self.packing.document] + packing.start
-        self._tokens_before: Ints = np.concatenate(([0], np.cumsum(packing.length)))[packing.row_starts]
+        self._document_starts: Ints = np.cumsum(lengths) - lengths
 
     def __len__(self) -> int:
         return self.packing.num_rows
 
     def count_tokens(self, rows: Ints) -> int:
         """Valid tokens of these rows, without reading them."""
-        return int((self._tokens_before[rows + 1] - self._tokens_before[rows]).sum())
+        fragments, _ = self._fragments(rows)
+        return int(self.packing.length[fragments].sum())
 
     def batch(self, rows: Ints) -> Batch:
         """These rows as one batch."""
-        first, end = self.packing.row_starts[rows], self.packing.row_starts[rows + 1]
-        fragments, row_of_fragment = _concatenate_ranges(first, end - first)
+        fragments, row_of_fragment = self._fragments(rows)
         lengths = self.packing.length[fragments]
-        offsets, fragment_of_token = _concatenate_ranges(self._offsets[fragments], lengths)
+        first = self._document_starts[self.packing.document[fragments]] + self.packing.start[fragments]
+        offsets, fragment_of_token = _concatenate_ranges(first, lengths)
         before = np.cumsum(lengths) - lengths
         row_starts = before[np.searchsorted(row_of_fragment, np.arange(len(rows)))]
         row_of_token = row_of_fragment[fragment_of_token]
@@ -87,6 +87,11 @@ class Rows:
         tokens[row_of_token, columns] = inputs
         fragment_ids[row_of_token, columns] = fragments[fragment_of_token]
         return Batch(*map(torch.from_numpy, (tokens, targets, fragment_ids)))
+
+    def _fragments(self, rows: Ints) -> tuple[Ints, Ints]:
+        """The fragments of these rows, and for each the index of its row."""
+        first, end = self.packing.row_starts[rows], self.packing.row_starts[rows + 1]
+        return _concatenate_ranges(first, end - first)
 
 
 class TrainOrder:
@@ -151,6 +156,20 @@ def open_folder(config: RunConfig, folder: Path) -> PreparedData:
     record = DataRecord(str(folder), *hashes, hashlib.sha256(evaluated.encode()).hexdigest()[:16])
     lossy = any(source["unknown_characters"] or source["lost_characters"] for source in manifest["sources"])
     return PreparedData(folder, tokenizer, train, val, record, lossy)
+
+
+def _packing(split: Split, row_len: int, weights: list[float | None]) -> Packing:
+    """The packing of a split; that of many documents is saved beside the data, of which it is no part."""
+
+    def build() -> Packing:
+        documents = np.repeat(np.arange(len(split.documents)), _document_repeats(split, weights))
+        packing = pack(split.documents["tokens"][documents].astype(np.int64), row_len)
+        return packing._replace(document=documents[packing.document])
+
+    if len(split.documents) < MIN_SAVED_DOCUMENTS:
+        return build()
+    key = hashlib.sha256(json.dumps([split.documents_sha256, weights]).encode()).hexdigest()[:16]
+    return saved_packing(split.folder / "packing" / f"{split.name}-{row_len}-{key}.bin", build)
 
 
 def _document_repeats(split: Split, weights: list[float | None]) -> Ints:

@@ -3,10 +3,15 @@
 Every token of a split is in exactly one row, and padding is below one percent (Ding et al. 2024, best-fit packing).
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moelm.atomic import atomic_file
+from moelm.console import warn
 
 Ints = NDArray[np.int64]
 
@@ -46,6 +51,35 @@ def pack(lengths: Ints, row_len: int) -> Packing:
     num_rows = int(row.max()) + 1 if len(row) else 0
     row_starts = np.searchsorted(row[order], np.arange(num_rows + 1))
     return Packing(document[order], start[order], length[order], row_starts)
+
+
+def saved_packing(path: Path, build: Callable[[], Packing]) -> Packing:
+    """The packing in a file, memory-mapped, so that processes of a machine share it; built and saved where it is missing.
+
+    Args:
+        path: of a file of int64: the number of fragments, then the four arrays.
+        build: returns the packing.
+    """
+    if (saved := _read_packing(path)) is not None:
+        return saved
+    packing = build()
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with atomic_file(path) as temporary:
+            np.concatenate(([len(packing.document)], *packing)).tofile(temporary)
+    except OSError as error:
+        warn(f"the packing of documents into rows cannot be saved ({error}); every process computes it at every start.")
+    return _read_packing(path) or packing
+
+
+def _read_packing(path: Path) -> Packing | None:
+    """The packing in a file; None if the file is missing or not complete."""
+    if not path.is_file() or path.stat().st_size % 8 or not path.stat().st_size:
+        return None
+    saved: Ints = np.memmap(path, dtype=np.int64, mode="r")
+    fragments = int(saved[0])
+    packing = Packing(*np.split(saved[1:], [fragments, 2 * fragments, 3 * fragments]))
+    return packing if len(packing.row_starts) and packing.row_starts[-1] == fragments else None
 
 
 def _best_fit(lengths: Ints, row_len: int) -> Ints:

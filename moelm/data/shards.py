@@ -150,7 +150,8 @@ class Split:
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
         split_manifest = manifest["splits"][split]
         dtype = np.dtype(manifest["dtype"])
-        self.name = split
+        self.folder, self.name = folder, split
+        self.documents_sha256: str = split_manifest["documents_sha256"]
         self.domains: list[str] = manifest["domains"]
         table = folder / _table_name(split)
         shards = {folder / shard["file"]: shard["tokens"] * dtype.itemsize for shard in split_manifest["shards"]}

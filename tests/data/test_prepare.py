@@ -18,12 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moelm.config import DataConfig
 from moelm.data.loader import IGNORE, Rows, TrainOrder
-from moelm.data.packing import pack
 from moelm.data.prepare import find_prepared, prepare, prepared_folder
 from moelm.data.shards import Split, SplitWriter, read_manifest
 from moelm.data.tokenizer import Tokenizer
@@ -333,21 +330,6 @@ def test_more_domains_and_sources_than_16_bits_count(tmp_path: Path) -> None:
     assert Split(tmp_path, "train", manifest).documents.tolist() == [(2, 1, 70_000, 70_001, 2**64 - 1)]
     with pytest.raises(MoelmError, match=r"train.documents.bin does not agree with the manifest"):
         Split(tmp_path, "train", {**manifest, "domains": ["x"]})
-
-
-@settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(1, 70), max_size=40), row_len=st.integers(1, 20))
-def test_packing_places_every_token_once(lengths: list[int], row_len: int) -> None:
-    packing = pack(np.array(lengths, dtype=np.int64), row_len)
-    positions = sorted(
-        (int(d), int(s) + i)
-        for d, s, n in zip(packing.document, packing.start, packing.length, strict=True)
-        for i in range(n)
-    )
-    assert positions == [(d, i) for d, n in enumerate(lengths) for i in range(n)]
-    for row in range(packing.num_rows):
-        inside = packing.length[packing.row_starts[row] : packing.row_starts[row + 1]].sum()
-        assert 0 < inside <= row_len
 
 
 def test_rows_predict_every_token_once_after_a_start_token(tmp_path: Path) -> None:
