@@ -196,6 +196,20 @@ def apply_fsdp(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if dims.ep > 1:
+        _prefetch_next_block(model)
+
+
+def _prefetch_next_block(model: Transformer) -> None:
+    """Gather each block's weights while the block before it computes.
+
+    FSDP starts a block's gather when the host gets there, which is early enough if the host is ahead of the GPU. With
+    expert parallelism the host waits in every layer for the numbers of rows, so the next gather would not have started.
+    """
+    for module, block in zip([model, *model.blocks], model.blocks, strict=False):
+        parts = [block, block.ffn.experts] if isinstance(block.ffn, MoELayer) else [block]
+        assert isinstance(module, FSDPModule)
+        module.set_modules_to_forward_prefetch([part for part in parts if isinstance(part, FSDPModule)])
 
 
 def set_gradient_sync(model: nn.Module, sync: bool, dims: ParallelDims) -> None:

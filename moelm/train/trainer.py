@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from moelm.config import MoEFFNConfig, RunConfig
 from moelm.console import ProgressLine, log, warn
-from moelm.data.loader import Batch, PreparedData, TrainOrder
+from moelm.data.loader import PreparedData
 from moelm.distributed.launcher import STOP_SIGNALS, stop_signals
 from moelm.distributed.parallel_dims import ParallelDims
 from moelm.distributed.parallelize import set_gradient_sync, sum_router_gradients
@@ -26,7 +25,7 @@ from moelm.errors import MoelmError
 from moelm.evaluation.losses import Evaluation, evaluate
 from moelm.formats import clock, quantity
 from moelm.hardware import peak_flops, peak_memory, should_compile
-from moelm.model import ModelOutput, Transformer, count_flops, rng
+from moelm.model import ModelOutput, Transformer, count_flops
 from moelm.model.forward import forward_batch
 from moelm.model.moe.balance import LayerSums, add_layer_sums, map_layer_sums
 from moelm.runs.checkpoint import Progress, checkpoint_path, list_checkpoints
@@ -34,6 +33,7 @@ from moelm.runs.cpu_load import CpuLoad
 from moelm.runs.directory import RunDirectory
 from moelm.runs.lock import RunLock
 from moelm.runs.metrics import Line
+from moelm.train.batches import MicroBatch, StepBatches
 from moelm.train.checkpoint_saver import CheckpointSaver
 from moelm.train.metrics import MetricsLogger
 from moelm.train.objective import layer_sums, micro_batch_loss
@@ -82,14 +82,6 @@ class Execution(NamedTuple):
     """None on all processes but the main one."""
 
 
-class MicroBatch(NamedTuple):
-    """The rows of one forward pass."""
-
-    batch: Batch
-    rng_keys_B: torch.Tensor
-    """Keys of the rows' random numbers, for routers that need them."""
-
-
 class ReducedStep(NamedTuple):
     """What the processes computed in a step, summed; on the host, except for the counts."""
 
@@ -116,8 +108,7 @@ class Trainer:
         # On several processes the blocks are compiled already.
         self.forward = torch.compile(self.model) if compiled and self.ranks.size == 1 else self.model
         self.loss = torch.compile(micro_batch_loss) if compiled else micro_batch_loss
-        self.order = TrainOrder(len(data.train), config.batch_rows, config.seed)
-        self.micro_rows = config.micro_batch_rows(self.ranks.size)
+        self.batches = StepBatches(data.train, config, self.ranks, self.device)
         self.flops_per_token = count_flops(config.model, config.data.seq_len).training
         self.balance = config.model.ffn.balance if isinstance(config.model.ffn, MoEFFNConfig) else None
         self.saver = CheckpointSaver(run.checkpoints, config.train.keep_checkpoints, self.ranks, self.watchdog.heartbeat)
@@ -174,6 +165,7 @@ class Trainer:
                         where = f"Stopped by {stop.name} and saved at step {step:,}"
                         raise Stopped(f"{where}; run the same command again to continue.", stop)
         finally:
+            self.batches.close()
             self.saver.close()
             logger.close()
         if (load := cpu_load.describe()) is not None:
@@ -186,10 +178,7 @@ class Trainer:
         config = self.config
         lr = learning_rate(index, config.train.steps, config.optim)
         self.optimizer.set_lr(lr)
-        micro_batches = [self._micro_batch(index, rows) for rows in self._own_rows(index)]
-        own_loss, statistics = self._accumulate_gradients(
-            micro_batches, self.data.train.count_tokens(self.order.rows(index))
-        )
+        own_loss, statistics = self._accumulate_gradients(*self.batches[index])
         reduced = self._reduce_step(own_loss, statistics)
         loss, norm = reduced.loss, gradient_norm(reduced.squares)
         self._check_loss(index, loss, norm)
@@ -218,15 +207,6 @@ class Trainer:
             **routing_metrics(reduced.statistics),
         }
         return line, reduced.stop
-
-    def _own_rows(self, index: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """This process's rows of a step, by micro-batch."""
-        own = np.split(self.order.rows(index), self.ranks.size)[self.ranks.rank]
-        return np.split(own, len(own) // self.micro_rows)
-
-    def _micro_batch(self, index: int, rows: np.ndarray[Any, np.dtype[np.int64]]) -> MicroBatch:
-        rng_keys_B = rng.row_keys(self.config.seed, index, torch.from_numpy(rows))
-        return MicroBatch(self.data.train.batch(rows).to(self.device), rng_keys_B.to(self.device, non_blocking=True))
 
     def _accumulate_gradients(
         self, micro_batches: list[MicroBatch], num_valid_tokens: int

@@ -47,6 +47,7 @@ def install(library: Path) -> torch.device:
     }
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor  # type: ignore[method-assign]
     return torch.device("cuda", 0)
 
 

@@ -48,6 +48,8 @@ class Recorder(TorchDispatchMode):
         self.sent: Counter[str] = Counter()
         self.nondeterministic: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.order: list[str] = []
+        """Syncs and collectives, one after another."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -58,10 +60,12 @@ class Recorder(TorchDispatchMode):
         """Forget what was recorded."""
         for counter in (self.syncs, self.sent, self.nondeterministic, self.operations):
             counter.clear()
+        self.order.clear()
 
     def note_sync(self, kind: str) -> None:
         """Count a sync."""
         self.syncs[f"{kind} in {_file()}"] += 1
+        self.order.append("sync")
 
     def tolist(self, x: Tensor) -> Any:
         """In place of `Tensor.tolist`, which reads one element after another of a fake tensor."""
@@ -120,6 +124,7 @@ class Recorder(TorchDispatchMode):
         tensors = [tensor for each in args for tensor in (each if isinstance(each, list) else [each])]
         largest = max(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
         kind = "optimizer" if _file() == "distributed/matrix_exchange.py" else KINDS.get(name, name)
+        self.order.append(kind)
         self.sent[kind] += (1 + (kind == "all_reduce")) * largest * (group.size() - 1) // group.size()
 
 

@@ -111,6 +111,7 @@ def rehearse(config: RunConfig, processes: int, device: torch.device) -> dict[st
     return {
         "syncs": recorder.syncs,
         "sent": recorder.sent,
+        "order": recorder.order,
         "nondeterministic": recorder.nondeterministic,
         "masks": recorder.operations["aten.where.self"] + recorder.operations["aten.where.ScalarOther"],
         "planned": total_traffic(step_collectives(config, strategy))._asdict(),

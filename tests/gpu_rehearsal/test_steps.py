@@ -167,6 +167,16 @@ def test_layouts_of_eight_processes_are_trained(library: Path, tmp_path: Path) -
     assert unexpected(rehearsed(library, 8, EIGHT_PROCESSES, tmp_path)) == {}
 
 
+def test_weights_of_the_next_block_are_gathered_before_the_host_waits(library: Path, tmp_path: Path) -> None:
+    case = f"{TWO_LAYERS}|parallel.ep=4|parallel.dp_shard=2|{EAGER}"
+    (recorded,) = rehearsed(library, 8, [case], tmp_path).values()
+    order = recorded["order"]
+    # The root, and both blocks with their experts.
+    assert order[: order.index("sync")].count("all_gather") == 5
+    second = order.index("sync", order.index("sync") + 1)
+    assert order[:second].count("all_gather") == 5
+
+
 @pytest.mark.parametrize("gpus", [64, 1024])
 def test_layouts_that_the_plan_proposes_are_trained(library: Path, tmp_path: Path, gpus: int) -> None:
     cases = proposed_layouts(ROOT / "configs" / "mixtral-8x7b.yaml", gpus)
