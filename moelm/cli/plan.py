@@ -60,7 +60,7 @@ def _print_plan(counts: dict[str, Any], plan: "Plan", config: "RunConfig", shown
     if shown < len(plan.candidates):
         print_line(f"... and {len(plan.candidates) - shown} more (--all)")
     best = plan.best
-    settings = [f"parallel.{name}={size}" for name, size in best.strategy.dims._asdict().items()]
+    settings = [f"parallel.{name}={size}" for name, size in best.strategy.dims.as_settings().items()]
     settings.append(f"parallel.activation_checkpointing={best.strategy.checkpointing}")
     print_line(f"\nOne GPU of the {'fastest' if best.fits else 'smallest'} layout, {' '.join(settings)}:")
     console.print(_detail_table(best))
@@ -76,11 +76,14 @@ def _print_plan(counts: dict[str, Any], plan: "Plan", config: "RunConfig", shown
 
 
 def _layout_table(candidates: list["Candidate"]) -> Table:
-    table = plain_table("", "dp_replicate", "dp_shard", "ep", "checkpointing", "rows", "memory", "sent/step", "step", "MFU")
+    table = plain_table(
+        "", "dp_replicate", "dp_shard", "ep", "dense_shard", "checkpointing", "rows", "memory", "sent/step", "step", "MFU"
+    )
     for rank, candidate in enumerate(candidates):
+        dims = candidate.strategy.dims
         table.add_row(
             "too big" if not candidate.fits else "best" if rank == 0 else "",
-            *map(str, candidate.strategy.dims),
+            *map(str, (dims.dp_replicate, dims.dp_shard, dims.ep, dims.dense_mesh[1])),
             candidate.strategy.checkpointing,
             str(candidate.strategy.micro_batch_rows),
             byte_size(candidate.memory.total),

@@ -76,7 +76,7 @@ def _others(config: RunConfig) -> Iterator[str]:
     sources = config.data.sources
     if len(sources) == 1 and sources[0].weight is not None:
         yield f"the weight of {sources[0].label} is {sources[0].weight:g}, but there is no other source."
-    if parallel.dp_shard == 1 and not parallel.reshard_after_forward:
+    if parallel.dp_shard == 1 and parallel.dense_shard in (1, "auto") and not parallel.reshard_after_forward:
         yield "parallel.reshard_after_forward is false, but parallel.dp_shard is 1, so nothing is sharded."
     if tokenizer.kind != "bpe":
         for name in ("vocab_size", "train_bytes"):

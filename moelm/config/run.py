@@ -269,13 +269,16 @@ class ParallelConfig(Config):
     leaves, or all of them if that is auto too."""
     ep: Size = 1
     """Expert parallelism: processes over which the experts are sharded; tokens are sent to them (all-to-all)."""
+    dense_shard: Size | Auto = "auto"
+    """Processes that shard all weights but the experts, only with `ep` above 1; `auto`: `dp_shard * ep` if `dp_shard` is
+    above 1, otherwise 1. With those of one machine, no weights are gathered from other machines."""
     param_dtype: Dtype | Auto = "auto"
     """Dtype in which sharded weights are gathered and multiplied; `auto`: as `train.precision`. Routers always use fp32."""
     reduce_dtype: Dtype = "fp32"
     """Dtype in which gradients are summed over processes."""
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after its forward pass and gather them again for the backward pass: less memory, 1.5
-    times the communication; only with `dp_shard` above 1."""
+    times the communication; only where weights are sharded."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What is recomputed in the backward pass instead of stored: nothing, the hidden activations of feed-forward blocks, or
     whole layers. Routing decisions are always stored."""

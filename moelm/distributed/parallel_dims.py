@@ -15,6 +15,8 @@ class ParallelDims(NamedTuple):
     dp_replicate: int = 1
     dp_shard: int = 1
     ep: int = 1
+    dense_shard: int | None = None
+    """Processes that shard all weights but the experts; None: those that shard the experts, if anything is sharded."""
 
     @property
     def size(self) -> int:
@@ -25,13 +27,23 @@ class ParallelDims(NamedTuple):
     def dense_mesh(self) -> tuple[int, int]:
         """Replicas of all parameters but the experts, and the processes that shard each replica.
 
-        These parameters are data-parallel over all processes (Shazeer et al. 2017, section 3.1). If anything is sharded,
-        they are sharded over the processes that shard the experts.
+        These parameters are data-parallel over all processes (Shazeer et al. 2017, section 3.1).
         """
+        if self.dense_shard is not None:
+            return self.size // self.dense_shard, self.dense_shard
         return (self.size, 1) if self.dp_shard == 1 else (self.dp_replicate, self.dp_shard * self.ep)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP shards any weights."""
+        return self.dp_shard > 1 or self.dense_mesh[1] > 1
+
+    def as_settings(self) -> dict[str, int]:
+        """The settings under `parallel` that give these sizes."""
+        return {name: size for name, size in self._asdict().items() if size is not None}
+
     def __str__(self) -> str:
-        return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} ep={self.ep}"
+        return " ".join(f"{name}={size}" for name, size in self.as_settings().items())
 
 
 def resolve_parallel_dims(config: RunConfig, processes: int) -> ParallelDims:
@@ -47,10 +59,16 @@ def resolve_parallel_dims(config: RunConfig, processes: int) -> ParallelDims:
         shard = data_parallel // (1 if replicate == "auto" else replicate) or 1
     if replicate == "auto":
         replicate = data_parallel // shard
-    dims = ParallelDims(replicate, shard, parallel.ep)
+    dims = ParallelDims(replicate, shard, parallel.ep, None if parallel.dense_shard == "auto" else parallel.dense_shard)
     if dims.size != processes:
         requested = f"dp_replicate={parallel.dp_replicate} dp_shard={parallel.dp_shard} ep={parallel.ep}"
         raise MoelmError(f"parallel requests {requested}, whose product cannot be the number of processes, {processes}.")
+    if dims.dense_shard is not None and (dims.ep == 1 or processes % dims.dense_shard):
+        reason = "parallel.ep is 1" if dims.ep == 1 else f"it does not divide the number of processes, {processes}"
+        raise MoelmError(
+            f"parallel.dense_shard is {dims.dense_shard}, but {reason}; auto is expected or, with parallel.ep above 1, a "
+            "divisor of the processes."
+        )
     check_batch(config, processes)
     if (problem := check_model(config, dims)) is not None:
         raise MoelmError(problem)

@@ -214,7 +214,7 @@ def _prefetch_next_block(model: Transformer) -> None:
 
 def set_gradient_sync(model: nn.Module, sync: bool, dims: ParallelDims) -> None:
     """Set whether the next backward pass sums gradients over processes; replicas can wait for the last micro-batch."""
-    if isinstance(model, FSDPModule) and dims.dp_shard == 1:
+    if isinstance(model, FSDPModule) and not dims.is_sharded:
         model.set_requires_gradient_sync(sync)
 
 

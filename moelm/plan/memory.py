@@ -49,7 +49,7 @@ def estimate_memory(config: RunConfig, strategy: Strategy) -> Memory:
     with_two_moments = count_weights(config, lambda weight: weight.uses_adamw(optim))
     own = trained.per_process(dims)
     unreduced = 0
-    if dims.size > 1 and dims.dp_shard == 1 and strategy.num_micro_batches(config) > 1:
+    if dims.size > 1 and not dims.is_sharded and strategy.num_micro_batches(config) > 1:
         # Replicas are summed after the last micro-batch; until then FSDP holds an unreduced copy of the gradients.
         unreduced = trained.root + trained.dense + (trained.experts // dims.ep if dims.dp_replicate > 1 else 0)
     weights = count_weights(config)
@@ -72,12 +72,14 @@ def _gathered(config: RunConfig, strategy: Strategy) -> int:
         return BF16_BYTES * (weights.dense + local_experts) if strategy.bf16 else 0
     # With expert parallelism alone, each process holds its experts completely.
     gathered_experts = 0 if dims.ep > 1 and dims.dp_replicate * dims.dp_shard == 1 else local_experts
-    layer = (weights.dense + gathered_experts) // num_layers
+    expert_shards = dims.dp_shard if dims.ep > 1 else dims.dense_mesh[1]
     # If weights are freed after use, two layers are gathered at a time: the current one and the prefetched one.
-    resharded = config.parallel.reshard_after_forward and dims.dp_shard > 1
-    layers = min(2, num_layers) if resharded else num_layers
+    layers = 0
+    for count, shards in ((weights.dense, dims.dense_mesh[1]), (gathered_experts, expert_shards)):
+        resharded = config.parallel.reshard_after_forward and shards > 1
+        layers += count // num_layers * (min(2, num_layers) if resharded else num_layers)
     bf16_experts = BF16_BYTES * (local_experts - gathered_experts) if strategy.bf16 else 0
-    return FP32_BYTES * weights.root + strategy.gathered_bytes(config) * layers * layer + bf16_experts
+    return FP32_BYTES * weights.root + strategy.gathered_bytes(config) * layers + bf16_experts
 
 
 def _activations(config: RunConfig, strategy: Strategy) -> int:

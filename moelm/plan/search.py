@@ -49,7 +49,7 @@ class Candidate(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            **self.strategy.dims._asdict(),
+            **self.strategy.dims.as_settings(),
             "activation_checkpointing": self.strategy.checkpointing,
             "micro_batch_rows": self.strategy.micro_batch_rows,
             "fits": self.fits,
@@ -115,7 +115,10 @@ def make_plan(config: RunConfig, gpus: int, device: str) -> Plan:
 
 
 def possible_dims(config: RunConfig, gpus: int) -> Iterator[ParallelDims]:
-    """All dims whose product is the number of GPUs and which the model allows."""
+    """All dims whose product is the number of GPUs and which the model allows.
+
+    With expert parallelism, the other weights are sharded over as many GPUs as the experts, or over those of one machine.
+    """
     divisors = [number for number in range(1, gpus + 1) if gpus % number == 0]
     for ep in divisors:
         for shard in divisors:
@@ -124,6 +127,8 @@ def possible_dims(config: RunConfig, gpus: int) -> Iterator[ParallelDims]:
                 and check_model(config, dims := ParallelDims(gpus // (ep * shard), shard, ep)) is None
             ):
                 yield dims
+                if ep > 1 and gpus % GPUS_PER_MACHINE == 0 and dims.dense_mesh[1] != GPUS_PER_MACHINE:
+                    yield dims._replace(dense_shard=GPUS_PER_MACHINE)
 
 
 def transfer_seconds(collective: Collective, device: Device) -> float:

@@ -58,7 +58,7 @@ def step_collectives(config: RunConfig, strategy: Strategy) -> Iterator[Collecti
     gathers = micro_batches * (2 + strategy.needs_extra_forward(config) if resharded else 1)
     # A repeated layer is gathered at each repeat; its gradient is reduced once.
     repeats = config.model.num_layers // config.model.num_unique_layers if resharded else 1
-    reductions = micro_batches if dims.dp_shard > 1 else 1
+    reductions = micro_batches if dims.is_sharded else 1
     dense_replicas, dense_shards = dims.dense_mesh
     weights = count_weights(config, gathered=dims)
     trained = count_weights(config, lambda weight: weight.is_trained(config.optim), gathered=dims)

@@ -42,7 +42,7 @@ def describe_environment(
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": dims.size,
-        "parallel_dims": dims._asdict(),
+        "parallel_dims": dims.as_settings(),
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
         "command": shlex.join(["moelm", *sys.argv[1:]]),
         **data.record._asdict(),

@@ -22,6 +22,7 @@ def config(kind: str = "moe", **parallel: object) -> RunConfig:
         (8, {"dp_shard": "auto", "ep": 4}, ParallelDims(1, 2, 4)),
         (8, {"dp_shard": "auto", "dp_replicate": 2, "ep": 2}, ParallelDims(2, 2, 2)),
         (2, {"ep": 2}, ParallelDims(1, 1, 2)),
+        (8, {"dp_shard": 2, "ep": 2, "dense_shard": 2}, ParallelDims(2, 2, 2, 2)),
     ],
 )
 def test_auto_uses_the_remaining_processes(processes: int, parallel: dict[str, object], dims: ParallelDims) -> None:
@@ -33,6 +34,13 @@ def test_auto_uses_the_remaining_processes(processes: int, parallel: dict[str, o
 def test_the_dense_mesh_replicates_unless_weights_are_sharded() -> None:
     assert ParallelDims(2, 1, 4).dense_mesh == (8, 1)
     assert ParallelDims(2, 2, 4).dense_mesh == (2, 8)
+    assert ParallelDims(2, 2, 4, 2).dense_mesh == (8, 2)
+    assert [ParallelDims(*sizes).is_sharded for sizes in ((4, 1, 2), (4, 1, 2, 2), (1, 2, 2, 1), (2, 2))] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +52,8 @@ def test_the_dense_mesh_replicates_unless_weights_are_sharded() -> None:
         ("moe", 3, {}, "8 rows of data.seq_len = 32, which 3 processes cannot divide into equal shares"),
         ("moe", 8, {"ep": 8}, "parallel.ep is 8, which does not divide model.ffn.num_experts = 4"),
         ("dense", 2, {"ep": 2}, "model.ffn is dense"),
+        ("moe", 4, {"dense_shard": 2}, "parallel.dense_shard is 2, but parallel.ep is 1; auto is expected"),
+        ("moe", 4, {"ep": 2, "dense_shard": 3}, "it does not divide the number of processes, 4; auto is expected"),
     ],
 )
 def test_impossible_dimensions_are_refused(kind: str, processes: int, parallel: dict[str, object], message: str) -> None:

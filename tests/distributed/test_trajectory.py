@@ -19,6 +19,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "fsdp2": "parallel.dp_shard=2",
         "ep2": "parallel.ep=2",
         "ep2-micro": "parallel.ep=2|train.micro_batch_tokens=128",
+        "ep2-dense2": "parallel.ep=2|parallel.dense_shard=2|train.micro_batch_tokens=128",
         "fsdp2-recompute": "parallel.dp_shard=2|parallel.activation_checkpointing=full",
     },
     4: {
@@ -28,6 +29,8 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "ep4": "parallel.ep=4",
         "dp2-ep2": "parallel.ep=2",
         "fsdp2-ep2": "parallel.dp_shard=2|parallel.ep=2",
+        "fsdp2-ep2-dense2": "parallel.dp_shard=2|parallel.ep=2|parallel.dense_shard=2",
+        "fsdp2-ep2-dense1": "parallel.dp_shard=2|parallel.ep=2|parallel.dense_shard=1",
         "fsdp2-ep2-micro": "parallel.dp_shard=2|parallel.ep=2|train.micro_batch_tokens=64",
     },
 }

@@ -91,6 +91,7 @@ EIGHT_PROCESSES = [
     f"{TWO_LAYERS}|parallel.ep=8|{EAGER}",
     f"{TWO_LAYERS}|parallel.ep=4|parallel.dp_shard=2|{FULL}",
     f"{TWO_LAYERS}|parallel.ep=2|parallel.dp_shard=2|optim.kind=muon",
+    f"{TWO_LAYERS}|parallel.ep=4|parallel.dense_shard=4|optim.kind=muon|train.batch_tokens=32768|{EAGER}",
 ]
 
 
@@ -144,10 +145,10 @@ def proposed_layouts(config_path: Path, gpus: int) -> list[str]:
     proposed = {}
     for candidate in make_plan(config, gpus, "h100").candidates:
         strategy = candidate.strategy
-        settings = [f"parallel.{name}={size}" for name, size in strategy.dims._asdict().items()]
+        settings = [f"parallel.{name}={size}" for name, size in strategy.dims.as_settings().items()]
         settings.append(f"parallel.activation_checkpointing={strategy.checkpointing}")
         settings.append(f"train.micro_batch_tokens={strategy.micro_batch_rows * config.data.seq_len * gpus}")
-        combination = tuple(size > 1 for size in strategy.dims)
+        combination = tuple((size or 0) > 1 for size in strategy.dims)
         if candidate.fits:
             proposed.setdefault(combination, "|".join([str(config_path), "model.num_layers=1", EAGER, *settings]))
     return list(proposed.values())

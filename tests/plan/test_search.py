@@ -44,6 +44,23 @@ def test_layouts_are_all_products_that_the_model_allows() -> None:
         ParallelDims(*sizes) for sizes in [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
     }
     assert all(dims.ep == 1 for dims in possible_dims(load("dense"), 4))
+    two_machines = set(possible_dims(load("mixtral-8x7b"), 16))
+    assert {dims for dims in two_machines if dims.dense_shard} == {
+        ParallelDims(*sizes, dense_shard=8)
+        for sizes in [(8, 1, 2), (4, 1, 4), (2, 1, 8), (4, 2, 2), (1, 8, 2), (2, 2, 4), (1, 4, 4), (1, 2, 8), (2, 4, 2)]
+        if sizes[1] == 1 or sizes[1] * sizes[2] != 8
+    }
+
+
+def test_other_weights_can_be_sharded_within_a_machine() -> None:
+    """Gathered from one machine instead of from 16, they take less time: with 128 shards a step waits for the network."""
+    config = load("mixtral-8x7b", f"train.batch_tokens={1024 * 8192}")
+    step_s = {each.strategy.dims: each.step_s for each in make_plan(config, 1024, "h100").candidates}
+    everywhere, machine = ParallelDims(1, 128, 8), ParallelDims(1, 128, 8, 8)
+    assert step_s[machine] < 0.9 * step_s[everywhere]
+    weights = {dims: estimate_memory(config, Strategy(dims, "none", 2, bf16=True)).weights for dims in step_s}
+    dense = 46_702_792_704 - 32 * 8 * 3 * 4096 * 14336 - 32 * 8 * 4096
+    assert weights[machine] - weights[everywhere] == pytest.approx(4 * dense * (1 / 8 - 1 / 1024), rel=1e-6)
 
 
 def test_candidates_that_fit_come_first_ordered_by_time() -> None:
