@@ -6,6 +6,8 @@ Its arguments: CONFIG "KEY=VALUE|..." "KEY=VALUE|..."
 import sys
 from pathlib import Path
 
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
 from moelm.config import load_config
 from moelm.runs.directory import RunDirectory
 from moelm.train.setup import train
@@ -17,3 +19,5 @@ def main() -> None:
     for overrides in runs:
         config = load_config(path, overrides.split("|"))
         train(config, RunDirectory(Path("runs") / config.name))
+        # DTensor keeps meshes of earlier runs, which equal a later one but have process groups that are gone.
+        _clear_sharding_prop_cache()
