@@ -62,6 +62,8 @@ def _print_plan(counts: dict[str, Any], plan: "Plan", config: "RunConfig", shown
     best = plan.best
     settings = [f"parallel.{name}={size}" for name, size in best.strategy.dims.as_settings().items()]
     settings.append(f"parallel.activation_checkpointing={best.strategy.checkpointing}")
+    if (rows := best.strategy.micro_batch_rows) != config.micro_batch_rows(plan.gpus):
+        settings.append(f"train.micro_batch_tokens={rows * config.data.seq_len}")
     print_line(f"\nOne GPU of the {'fastest' if best.fits else 'smallest'} layout, {' '.join(settings)}:")
     console.print(_detail_table(best))
     print_line(_describe_optimizer(counts, best, config))

@@ -3,9 +3,10 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Literal, NamedTuple
 
-from moelm.config import MoEFFNConfig, OptimConfig, RunConfig
+from moelm.config import ModelConfig, MoEFFNConfig, OptimConfig, RunConfig
 from moelm.distributed.parallel_dims import ParallelDims, padded_size, stack_shard_dim
 from moelm.model.flops import router_weights
 from moelm.model.roles import Role
@@ -70,7 +71,11 @@ class WeightCount(NamedTuple):
 
 def model_weights(config: RunConfig) -> Counter[Weight]:
     """How many parameters of each kind the model of a config with a vocabulary size has."""
-    model = config.model
+    return _model_weights(config.model).copy()
+
+
+@cache  # a plan asks for them thousands of times
+def _model_weights(model: ModelConfig) -> Counter[Weight]:
     dim, width = model.dim, model.size_per_head
     embedding = (model.vocab_size or 0, dim)
     weights = Counter([Weight("root", "embedding", embedding), Weight("root", "norm", (dim,))])

@@ -73,6 +73,17 @@ def test_candidates_that_fit_come_first_ordered_by_time() -> None:
     assert not make_plan(load("mixtral-8x7b"), 8, "h100").best.fits
 
 
+def test_a_batch_is_divided_no_further_than_memory_demands() -> None:
+    """An exact balance loss of several micro-batches needs an extra pass, and weights are gathered for each of them."""
+    best = make_plan(load("mixtral-8x7b"), 64, "h100").best
+    assert best.strategy.micro_batch_rows == load("mixtral-8x7b").batch_rows // 64
+    fixed = load("mixtral-8x7b", "train.micro_batch_tokens=16384")
+    assert make_plan(fixed, 64, "h100").best.step_s > best.step_s
+    for config in (fixed, load("mixtral-8x7b", "model.ffn.balance.scope=micro")):
+        rows = {candidate.strategy.micro_batch_rows for candidate in make_plan(config, 64, "h100").candidates}
+        assert rows <= {1, 4}
+
+
 def test_sharded_weights_are_divided_and_replicas_are_not() -> None:
     config = load("mixtral-8x7b")
     parameters = 46_702_792_704
