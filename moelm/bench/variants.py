@@ -58,8 +58,9 @@ def list_variants(
         for suffix, varied in _varied_overrides(vary)
         for config in [resolve_precision(load_config(path, [*overrides, *varied]))]
     ]
-    with_peers = [peer for variant in variants for peer in _peers(variant, training)] if peers else []
-    return variants + (_balanced(variants) if balanced else []) + with_peers
+    with_equal_loads = _balanced(variants) if balanced else []
+    of_library = [peer for variant in variants for peer in _peers(variant, training)] if peers else []
+    return variants + with_equal_loads + of_library
 
 
 def _balanced(variants: list[BenchVariant]) -> list[BenchVariant]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moelm.config import RunConfig
 from moelm.data.identity import DataRecord
-from moelm.data.packing import Ints, Packing, pack, saved_packing
+from moelm.data.packing import PACKING_VERSION, Ints, Packing, pack, saved_packing
 from moelm.data.shards import Split, check_files, read_manifest
 from moelm.data.tokenizer import Tokenizer
 from moelm.errors import MoelmError
@@ -168,7 +168,7 @@ def _packing(split: Split, row_len: int, weights: list[float | None]) -> Packing
 
     if len(split.documents) < MIN_SAVED_DOCUMENTS:
         return build()
-    key = hashlib.sha256(json.dumps([split.documents_sha256, weights]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([PACKING_VERSION, split.documents_sha256, weights]).encode()).hexdigest()[:16]
     return saved_packing(split.folder / "packing" / f"{split.name}-{row_len}-{key}.bin", build)
 
 

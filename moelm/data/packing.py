@@ -15,6 +15,9 @@ from moelm.console import warn
 
 Ints = NDArray[np.int64]
 
+PACKING_VERSION = 1
+"""Number of the rules of packing and of the file's format; a change of either must increase it."""
+
 
 class Packing(NamedTuple):
     """Fragments in row order; row r holds fragments `row_starts[r]` to `row_starts[r + 1]`."""
