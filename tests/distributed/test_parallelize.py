@@ -57,7 +57,7 @@ def test_the_number_of_groups_does_not_grow_with_the_processes(
     monkeypatch.setattr(dist, "new_group", count)
     dims = ParallelDims(size // 8 // dp_shard, dp_shard, 8)
     groups: Groups = {}
-    build_mesh("cpu", dims._asdict(), groups)
+    build_mesh("cpu", dims.as_settings(), groups)
     build_mesh("cpu", dict(zip("rs", dims.dense_mesh, strict=True)), groups)
     replicas = tuple(range(0, size, 8 * dp_shard))
     expected = {replicas, (0,), tuple(range(8))} if dp_shard == 1 else {replicas, (0, 8), tuple(range(8)), tuple(range(16))}
