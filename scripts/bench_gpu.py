@@ -14,6 +14,7 @@ as the longest so far, is left out and listed.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from moelm.bench import BenchVariant, Timing, list_variants, run_rounds
 from moelm.bench.workloads import Workload
 from moelm.config import MoEFFNConfig
 from moelm.console import ProgressLine, log
+from moelm.errors import MoelmError
 from moelm.hardware import dtype_of, pick_device
 from moelm.model.swiglu import grouped_swiglu
 
@@ -191,4 +193,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MoelmError as error:
+        print(f"bench_gpu.py: {error}", file=sys.stderr)
+        sys.exit(2)
