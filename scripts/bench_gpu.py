@@ -122,20 +122,14 @@ def relative_kernel_speed(variant: BenchVariant) -> float | None:
     return dense_s / sparse_s
 
 
-def list_pairs(shapes: list[list[str]], peers: bool) -> list[tuple[BenchVariant, BenchVariant | None]]:
+def list_pairs(shapes: list[list[str]], peers: bool) -> list[list[BenchVariant]]:
     """Each reference with each other variant of its shape; the peers of the first shape are last."""
-    pairs: list[tuple[BenchVariant, BenchVariant | None]] = []
-    last: list[tuple[BenchVariant, BenchVariant | None]] = []
+    pairs = []
     for number, paths in enumerate(shapes):
-        reference, *others = list_variants([Path(path) for path in paths], [], None, peers and number == 0)
-        mixtures = [
-            each for each in (reference, *others) if isinstance(each.config.model.ffn, MoEFFNConfig) and not each.peer
-        ]
-        others += [each._replace(name=f"{each.name} balanced", balanced=True) for each in mixtures]
-        pairs += [(reference, other) for other in others if not other.peer] or [(reference, None)]
+        variants = list_variants([Path(path) for path in paths], [], None, peers and number == 0, balanced=True)
         # On a CPU peers are listed twice, with and without moelm's allocator settings.
-        last += [(reference, other) for other in others if other.peer and other.keeps_memory]
-    return pairs + last
+        pairs += [[variants[0], other] for other in variants[1:] if other.keeps_memory]
+    return sorted(pairs, key=lambda pair: pair[1].peer)
 
 
 def write_results(out: Path, results: list[Result], left_out: list[str], rounds: int) -> None:
@@ -156,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", help="one shape, instead of the two")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=8.5, help="time after which no pair ends")
+    parser.add_argument("--minutes", type=float, default=8.5, help="minutes within which the last pair should end")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, help="folder of the results")
     options = parser.parse_args()
@@ -165,28 +159,20 @@ def main() -> None:
     started = time.monotonic()
     results: list[Result] = []
     left_out: list[str] = []
-    references: set[str] = set()
     longest = 0.0
     with ProgressLine("Building the models …") as progress_line:
-        for reference, other in list_pairs([options.configs] if options.configs else SHAPES, not options.no_peers):
+        for pair in list_pairs([options.configs] if options.configs else SHAPES, not options.no_peers):
             pair_started = time.monotonic()
             if pair_started - started + longest > 60 * options.minutes:
-                left_out.append((other or reference).name)
-                continue
-            first, *second = run_rounds(
-                [reference, other] if other else [reference], Workload(), options.rounds, progress_line.update
-            )
-            if reference.name not in references:
-                references.add(reference.name)
-                results.append(Result(first, 1.0, relative_kernel_speed(reference)))
-            results += [
-                Result(timing, 1 / timing.ratio_to(first), relative_kernel_speed(timing.variant)) for timing in second
-            ]
-            longest = max(longest, time.monotonic() - pair_started)
+                left_out.append(pair[1].name)
+            else:
+                first, second = run_rounds(pair, Workload(), options.rounds, progress_line.update)
+                if all(result.timing.variant != pair[0] for result in results):
+                    results.append(Result(first, 1.0, relative_kernel_speed(pair[0])))
+                results.append(Result(second, 1 / second.ratio_to(first), relative_kernel_speed(pair[1])))
+                longest = max(longest, time.monotonic() - pair_started)
             if options.out is not None:
                 write_results(options.out, results, left_out, options.rounds)
-    if options.out is not None:
-        write_results(options.out, results, left_out, options.rounds)
     print(markdown_table(HEAD, [result.cells() for result in results]))
     if left_out:
         log(f"Left out, for lack of time: {', '.join(left_out)}.")

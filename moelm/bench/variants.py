@@ -67,7 +67,9 @@ def _balanced(variants: list[BenchVariant]) -> list[BenchVariant]:
     """The mixtures among the variants, with equal loads."""
     mixtures = [variant for variant in variants if isinstance(variant.config.model.ffn, MoEFFNConfig)]
     if not mixtures:
-        raise MoelmError("--balanced: none of the configs has experts; at least one with model.ffn.kind=moe is expected.")
+        raise MoelmError(
+            "No config has experts, whose loads could be equal; at least one with model.ffn.kind=moe is expected."
+        )
     return [variant._replace(name=f"{variant.name} balanced", balanced=True) for variant in mixtures]
 
 

@@ -190,6 +190,23 @@ def test_the_gpu_table_is_written_on_any_machine(workplace: Path) -> None:
     assert results["left_out"] == []
 
 
+@pytest.mark.slow
+def test_the_gpu_table_lists_what_there_was_no_time_for(workplace: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts/bench_gpu.py"
+    arguments = ["dense.yaml", "moe.yaml", "--no-peers", "--minutes", "0", "--out", "table"]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=workplace, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Left out, for lack of time: tiny-moe, tiny-moe balanced." in done.stderr
+    results = json.loads((workplace / "table/bench-gpu.json").read_text())
+    assert (results["variants"], results["left_out"]) == ([], ["tiny-moe", "tiny-moe balanced"])
+    again = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=workplace, capture_output=True, text=True, timeout=100
+    )
+    assert (again.returncode, again.stderr.startswith("bench_gpu.py: table exists already")) == (2, True)
+
+
 def test_a_killed_process_is_an_error() -> None:
     with pytest.raises(MoelmError, match="The process of a variant was killed"), _start_workers([], Workload()):
         raise EOFError

@@ -147,7 +147,8 @@ def proposed_layouts(config_path: Path, gpus: int) -> list[str]:
         strategy = candidate.strategy
         settings = [f"parallel.{name}={size}" for name, size in strategy.dims.as_settings().items()]
         settings.append(f"parallel.activation_checkpointing={strategy.checkpointing}")
-        settings.append(f"train.micro_batch_tokens={strategy.micro_batch_rows * config.data.seq_len * gpus}")
+        tokens = strategy.micro_batch_rows * config.data.seq_len  # one micro-batch of each process
+        settings += [f"train.micro_batch_tokens={tokens}", f"train.batch_tokens={tokens * gpus}"]
         combination = tuple((size or 0) > 1 for size in strategy.dims)
         if candidate.fits:
             proposed.setdefault(combination, "|".join([str(config_path), "model.num_layers=1", EAGER, *settings]))
