@@ -41,15 +41,22 @@ def render_light_and_dark(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
     Returns:
         Both as PNG.
     """
-    light, dark = (_render(draw, theme) for theme in (LIGHT, DARK))
+    light, figure = _render(draw, LIGHT)
+    dark, _ = _render(draw, DARK, placed_as=figure)
     return light, dark
 
 
-def _render(draw: Callable[[], Figure], theme: Theme) -> bytes:
+def _render(draw: Callable[[], Figure], theme: Theme, placed_as: Figure | None = None) -> tuple[bytes, Figure]:
+    """The figure as PNG; its axes are placed as those of another figure, which is faster than computing their places."""
     with mpl.rc_context(_style(theme)):
+        figure = draw()
+        if placed_as is not None:
+            figure.set_layout_engine("none")
+            for axes, other in zip(figure.axes, placed_as.axes, strict=True):
+                axes.set_position(other.get_position(original=True), which="original")
         file = io.BytesIO()
-        draw().savefig(file, dpi=DPI, format="png")
-        return file.getvalue()
+        figure.savefig(file, dpi=DPI, format="png")
+        return file.getvalue(), figure
 
 
 def _style(theme: Theme) -> Any:
