@@ -109,6 +109,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose figures are not drawn, which takes a second for each: for tests of other parts."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr("moelm.report.figures._render", lambda *_, **__: (b"\x89PNG", Figure()))
+
+
+@pytest.fixture
 def workplace(tmp_path: Path) -> Path:
     """A folder with a text and the configs of a dense and a sparse run."""
     return fill(tmp_path)

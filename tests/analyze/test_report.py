@@ -56,6 +56,7 @@ def test_the_directory_has_numbers_page_and_figures(trained: Path, tmp_path: Pat
     assert analyze(trained, "tiny-moe", tmp_path / "again") == report
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_with_one_checkpoint_has_no_saturation(trained: Path, tmp_path: Path) -> None:
     only = tmp_path / "runs/only"
     shutil.copytree(trained / "runs/tiny-moe", only, ignore=shutil.ignore_patterns("step-00000006"))
@@ -74,7 +75,9 @@ def test_errors_are_sentences(trained: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_ablations_have_their_keys_figures_and_sentences(trained: Path, tmp_path: Path) -> None:
+def test_ablations_have_their_keys_figures_and_sentences(
+    trained: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     report = analyze(trained, "tiny-moe", tmp_path / "out", ablate="all", ablate_tokens=600)
     ablation = report["ablation"]
     assert ablation.keys() == {
@@ -96,6 +99,7 @@ def test_ablations_have_their_keys_figures_and_sentences(trained: Path, tmp_path
     page = (tmp_path / "out/routing.html").read_text()
     assert "Without one expert" in page
     assert "Domains that experts serve" in page
+    request.getfixturevalue("no_figures")
     few = analyze(trained, "tiny-moe", tmp_path / "few", tokens=33, ablate="all", ablate_tokens=600)
     assert few["ablation"] == ablation
     with contextlib.chdir(trained):

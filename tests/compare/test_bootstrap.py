@@ -148,6 +148,7 @@ def test_other_documents_or_another_step_are_not_paired(tmp_path: Path) -> None:
     assert comparison.verdict.confidence.startswith("The uncertainty of the difference is unknown")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_intervals_are_in_the_report(tmp_path: Path) -> None:
     dense = write_run(tmp_path / "dense", slope=0.5, documents=[3, 3.5, 4, 2, 3, 3.2])
     moe = write_run(tmp_path / "moe", slope=0.8, ffn=MOE, documents=[2.9, 3.3, 3.9, 1.8, 2.9, 3.0])

@@ -195,6 +195,7 @@ def test_times_that_do_not_grow_with_the_length_are_not_interpolated(tmp_path: P
     assert any(note.startswith("Longer runs of long did not take more time than shorter ones") for note in comparison.notes)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_report_says_how_losses_were_read(paths: list[Path], tmp_path: Path) -> None:
     comparison = compare_runs([str(path) for path in paths], tmp_path / "out", grouped=True)
     assert (

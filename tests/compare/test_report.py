@@ -35,6 +35,7 @@ def test_all_files_are_written(pair: list[str], tmp_path: Path) -> None:
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("comparison.png", "load.png"))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_report_json_keys(pair: list[str], tmp_path: Path) -> None:
     comparison = compare_runs(pair, tmp_path / "report")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -65,6 +66,7 @@ def test_report_json_keys(pair: list[str], tmp_path: Path) -> None:
     assert back["cost_to_reach"]["flops"]["cost"] is None
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_markdown_has_aligned_tables(pair: list[str], tmp_path: Path) -> None:
     compare_runs(pair, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
@@ -125,6 +127,7 @@ def test_page_escapes_text_from_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "report" / "load.png").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_forced_report_has_its_warning(tmp_path: Path) -> None:
     runs = [str(write_run(tmp_path / name, slope=0.5, environment={"data_fingerprint": name})) for name in "ab"]
     with pytest.raises(MoelmError, match="were trained on different data"):
@@ -138,6 +141,7 @@ def test_forced_report_has_its_warning(tmp_path: Path) -> None:
     assert "Warning: a and b were trained on different data" in _printed(runs, tmp_path / "report", force=True)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_earlier_report_is_replaced(pair: list[str], tmp_path: Path) -> None:
     out = tmp_path / "report"
     compare_runs(pair, out)
@@ -148,6 +152,7 @@ def test_an_earlier_report_is_replaced(pair: list[str], tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe", "report", "third"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_report_of_schema_1_is_replaced(pair: list[str], tmp_path: Path) -> None:
     out = tmp_path / "report"
     compare_runs(pair, out)
@@ -159,6 +164,7 @@ def test_a_report_of_schema_1_is_replaced(pair: list[str], tmp_path: Path) -> No
     assert not (out / "trend.png").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_empty_directory_is_accepted(pair: list[str], tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     compare_runs(pair, tmp_path / "report")
@@ -176,6 +182,7 @@ def test_other_files_are_not_replaced(pair: list[str], tmp_path: Path, text: str
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_file_beside_an_earlier_report_is_not_replaced(pair: list[str], tmp_path: Path) -> None:
     compare_runs(pair, tmp_path / "report")
     (tmp_path / "report" / "remarks.txt").write_text("mine")
@@ -192,6 +199,7 @@ def test_a_file_as_out_is_refused(pair: list[str], tmp_path: Path) -> None:
         compare_runs(pair, tmp_path / "file" / "below")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_failed_write_leaves_the_earlier_report(pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "report"
     compare_runs(pair, out)
@@ -207,6 +215,7 @@ def test_a_failed_write_leaves_the_earlier_report(pair: list[str], tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe", "report"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_terminal_fits_eighty_columns(pair: list[str], tmp_path: Path) -> None:
     printed = _printed(pair, tmp_path / "report")
     assert max(map(len, printed.splitlines())) <= 80
@@ -240,6 +249,7 @@ def test_comparison_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(("documents", "few"), [(9, True), (10, False)])
 def test_few_evaluation_documents_are_warned_of_first(tmp_path: Path, documents: int, few: bool) -> None:
     losses = [1 + number / 10 for number in range(documents)]

@@ -14,6 +14,8 @@ from moelm.errors import MoelmError
 from moelm.runs.record import read_runs
 from tests.compare.linear_runs import MOE, write_run
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 LOSSES = [1.0, 1.2, 0.9, 1.1, 1.05, 0.95]
 
 

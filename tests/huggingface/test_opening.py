@@ -35,6 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_losses_and_routing_are_those_of_the_import(folder: Path, moelm: Moelm) -> None:
     evaluated = moelm("eval", "olmoe", "--data", "data.yaml", "--json", cwd=folder)
     assert evaluated.returncode == 0, evaluated.stderr
@@ -98,6 +99,7 @@ def test_texts_begin_with_the_end_token_of_a_model_without_a_start_token(folder:
     assert open_model("a model", "last", "val", Path("other.yaml")).tokenizer.bos_id == 7
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_streamed_layers_give_the_same_figures(folder: Path) -> None:
     settings: dict[str, Any] = {"split": "val", "checkpoint": "last", "tokens": 2000, "permutations": 9, "seed": 0}
     settings["data"] = Path("data.yaml")
