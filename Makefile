@@ -34,10 +34,10 @@ demo: $(CORE)  ## Train the dense baseline and the mixture of experts, and compa
 	BIN=$(BIN) bash scripts/demo.sh
 
 test: $(READY)  ## Run the fast tests
-	$(BIN)/pytest -n auto --maxprocesses 3
+	$(BIN)/pytest -n 3
 
 test-slow: $(READY)  ## Run the slow tests: several processes, kills, the whole pipeline
-	$(BIN)/pytest -m "$(SLOW)" -n 2 --maxschedchunk 1
+	$(BIN)/pytest -m "$(SLOW)" -n 3 --maxschedchunk 1
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ def cpu_time(function: Callable[[], object]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_analyzing_a_model_of_the_demos_shape_takes_less_than_three_evaluations(tmp_path: Path) -> None:
     rng = random.Random(0)
     (tmp_path / "text.txt").write_text(

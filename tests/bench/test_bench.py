@@ -191,6 +191,7 @@ def test_the_gpu_table_is_written_on_any_machine(workplace: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_gpu_table_lists_what_there_was_no_time_for(workplace: Path) -> None:
     script = Path(__file__).parents[2] / "scripts/bench_gpu.py"
     arguments = ["dense.yaml", "moe.yaml", "--no-peers", "--minutes", "0", "--out", "table"]

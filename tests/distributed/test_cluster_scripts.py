@@ -163,6 +163,7 @@ def test_the_slurm_script_saves_requeues_and_resumes(workplace: Path, cluster: d
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_skypilot_task_runs_on_two_nodes(workplace: Path, cluster: dict[str, str]) -> None:
     task = yaml.safe_load((SCRIPTS / "skypilot.yaml").read_text())
     script = task["run"].replace("/work", str(workplace)).replace("29500", cluster["MOELM_PORT"])

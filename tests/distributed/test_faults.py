@@ -101,6 +101,7 @@ def test_a_signal_of_a_scheduler_saves_a_checkpoint(workplace: Path, signum: sig
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_orphans_of_a_killed_launcher_keep_the_run(moelm: Moelm, workplace: Path) -> None:
     process = start_training(workplace, *ENDLESS)
     wait_for_steps(workplace, 3)
@@ -147,6 +148,7 @@ def run_on_two_ranks(folder: Path, script: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ranks_with_different_settings_or_data_are_refused(workplace: Path) -> None:
     done = run_on_two_ranks(workplace, "exec $PYTHON -m moelm train moe.yaml seed=$RANK")
     assert done.returncode != 0
@@ -164,6 +166,7 @@ def test_ranks_with_different_settings_or_data_are_refused(workplace: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_full_disk_of_one_rank_loses_checkpoints_and_no_step(workplace: Path) -> None:
     overrides = "train.steps=8 train.checkpoint_every=2 parallel.dp_shard=2 train.keep_checkpoints=9"
     script = f"[ $RANK = 1 ] && ulimit -f 30; exec $PYTHON -m moelm train moe.yaml {overrides}"

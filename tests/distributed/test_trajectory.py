@@ -96,12 +96,14 @@ def test_every_step_agrees_on_every_layout(workplace: Path, kind: str, processes
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_repeated_layers_and_deep_experts_agree_on_every_layout(workplace: Path) -> None:
     depth = ["model.num_layers=4", "model.unique_layers=2", "model.ffn.depth=2"]
     check_layouts(workplace, 2, [*NO_NEAR_TIES, *steps(8), *depth])
 
 
 @pytest.mark.slow(seconds=15)
+@pytest.mark.exhaustive
 def test_every_router_agrees_with_sharded_experts(workplace: Path) -> None:
     runs = {name: [*NO_NEAR_TIES, *steps(6), *overrides] for name, overrides in SETTINGS.items()}
     check_sharded(workplace, 4, runs, "parallel.ep=2", "parallel.dp_shard=2")
@@ -139,7 +141,7 @@ def test_frozen_and_faster_roles_agree_with_shards(workplace: Path) -> None:
 
 
 @pytest.mark.slow(seconds=15)
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.exhaustive), 4])
 def test_recomputed_activations_change_no_bit_in_bf16(workplace: Path, processes: int) -> None:
     layouts = {
         2: {"copies": "", "shards": "parallel.dp_shard=2", "experts": "parallel.ep=2"},

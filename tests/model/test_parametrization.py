@@ -97,8 +97,9 @@ def test_a_base_width_belongs_to_mup(changes: dict[str, Any], named: str) -> Non
         model(BASE, **changes)
 
 
-@pytest.mark.slow(seconds=20)
-@pytest.mark.parametrize("optim", ["kind=muon", pytest.param("kind=adamw", marks=pytest.mark.exhaustive)])
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("optim", ["kind=muon", "kind=adamw"])
 def test_sizes_of_activations_do_not_depend_on_the_width(workplace: Path, optim: str) -> None:
     """The coordinate check on a small text: slopes of at most 0.1 with mup, and more without it."""
     settings = {

@@ -58,6 +58,7 @@ def test_a_dry_run_trains_nothing(moelm: Moelm, workplace: Path) -> None:
 
 
 @pytest.mark.slow(seconds=25)
+@pytest.mark.exhaustive
 def test_a_sweep_is_interrupted_continued_and_compared(moelm: Moelm, workplace: Path) -> None:
     write_sweep(workplace, steps=60)
     process = start_moelm(["sweep", "sweep.yaml"], workplace)
