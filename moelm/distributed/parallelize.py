@@ -67,8 +67,7 @@ def parallelize(
     replicate_routers(model, dense_mesh)
     apply_activation_checkpointing(model, config.activation_checkpointing, by_halves=dims.ep > 1)
     if compiled:
-        for block in model.blocks:
-            block.compile()
+        _compile_blocks(model, dims.ep > 1 and config.activation_checkpointing == "full")
     apply_fsdp(model, dims, config, expert_mesh, dense_mesh, dtype)
 
 
@@ -136,7 +135,8 @@ def apply_activation_checkpointing(model: Transformer, mode: str, by_halves: boo
 
     Args:
         by_halves: with `full`, whether the halves of a block are recomputed apart, which stores one tensor more. What is
-            recomputed together is compiled if it is one graph; under expert parallelism the second half is not.
+            recomputed together is compiled if it is one graph; under expert parallelism the second half is not, and only
+            its experts are.
     """
     model.set_recompute_hidden(mode == "selective")
     if mode != "full":
@@ -160,6 +160,19 @@ def apply_activation_checkpointing(model: Transformer, mode: str, by_halves: boo
         # own, because the compiler does not look into a `partial` of `checkpoint`.
         for name in ("add_attention", "add_ffn") if by_halves else ("forward",):
             setattr(block, name, checkpointed(getattr(block, name)))
+
+
+def _compile_blocks(model: Transformer, experts_apart: bool) -> None:
+    """Compile each block by itself, and apart from it the experts of blocks whose second half is recomputed as no graph.
+
+    Of experts the function is compiled and not the module, whose hooks by FSDP stay outside. Their rows are of a dynamic
+    number from the first, because a recomputed pass must run the same code.
+    """
+    for block in model.blocks:
+        block.compile()
+        if experts_apart and isinstance(block.ffn, MoELayer):
+            for part in filter(None, (block.ffn.experts, block.ffn.shared)):
+                part.forward = torch.compile(part.forward, dynamic=True)
 
 
 def apply_fsdp(
