@@ -80,7 +80,7 @@ ONE_PROCESS = [
     f"{MOE}|train.micro_batch_tokens=8192",
 ]
 GRAPHS = {
-    f"parallel.ep=4|parallel.dp_shard=2|{FULL}": 3,  # attention, experts and the loss: routing and exchange are not compiled
+    f"parallel.ep=4|parallel.dp_shard=2|{FULL}": 3,  # attention, experts and the loss; routing and exchange are not
     "parallel.ep=2|parallel.dp_shard=2|optim.kind=muon": 9,
 }
 """Compiled graphs under expert parallelism, by settings."""
