@@ -173,14 +173,16 @@ def test_peers_have_equal_parameter_counts(workplace: Path, kind: str, override:
     assert sum(p.numel() for p in model.parameters()) - gates == count_parameters(config.model).total
 
 
-@pytest.mark.exhaustive
-@pytest.mark.slow
-def test_the_gpu_table_is_written_on_any_machine(workplace: Path) -> None:
+def write_gpu_table(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     script = Path(__file__).parents[2] / "scripts/bench_gpu.py"
-    arguments = ["dense.yaml", "moe.yaml", "--rounds", "1", "--no-peers", "--out", "table"]
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], cwd=workplace, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, str(script), "dense.yaml", "moe.yaml", "--no-peers", "--out", "table", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_gpu_table_is_written_on_any_machine(workplace: Path) -> None:
+    done = write_gpu_table(workplace, "--rounds", "1")
     assert done.returncode == 0, done.stderr
     sparse = next(line for line in done.stdout.splitlines() if "tiny-moe" in line)
     assert sparse.rstrip().endswith("% |")
@@ -193,18 +195,12 @@ def test_the_gpu_table_is_written_on_any_machine(workplace: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_gpu_table_lists_what_there_was_no_time_for(workplace: Path) -> None:
-    script = Path(__file__).parents[2] / "scripts/bench_gpu.py"
-    arguments = ["dense.yaml", "moe.yaml", "--no-peers", "--minutes", "0", "--out", "table"]
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], cwd=workplace, capture_output=True, text=True, timeout=100
-    )
+    done = write_gpu_table(workplace, "--minutes", "0")
     assert done.returncode == 0, done.stderr
     assert "Left out, for lack of time: tiny-moe, tiny-moe balanced." in done.stderr
     results = json.loads((workplace / "table/bench-gpu.json").read_text())
     assert (results["variants"], results["left_out"]) == ([], ["tiny-moe", "tiny-moe balanced"])
-    again = subprocess.run(
-        [sys.executable, str(script), *arguments], cwd=workplace, capture_output=True, text=True, timeout=100
-    )
+    again = write_gpu_table(workplace, "--minutes", "0")
     assert (again.returncode, again.stderr.startswith("bench_gpu.py: table exists already")) == (2, True)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from moelm.config import load_config
 from moelm.model.moe.dispatcher import DispatchedRows, LocalDispatcher
 from moelm.model.moe.router import Routing
-from moelm.plan import make_plan
+from moelm.plan import count_model, make_plan
 from moelm.train.trainer import Trainer
 from tests.distributed.launching import ROOT
 from tests.gpu_rehearsal import fake_cuda
@@ -141,7 +141,7 @@ def graphs_of(case: str) -> int:
 
 def proposed_layouts(config_path: Path, gpus: int) -> list[str]:
     """The fastest layout that `moelm plan` proposes, and the fastest of each other combination of dimensions."""
-    config = load_config(config_path)
+    _, config = count_model(load_config(config_path))  # with a vocabulary size
     proposed = {}
     for candidate in make_plan(config, gpus, "h100").candidates:
         strategy = candidate.strategy
@@ -179,9 +179,9 @@ def test_weights_of_the_next_block_are_gathered_before_the_host_waits(library: P
     assert order[:second].count("all_gather") == 5
 
 
-@pytest.mark.parametrize("gpus", [64, 1024])
-def test_layouts_that_the_plan_proposes_are_trained(library: Path, tmp_path: Path, gpus: int) -> None:
-    cases = proposed_layouts(ROOT / "configs" / "mixtral-8x7b.yaml", gpus)
+@pytest.mark.parametrize(("config", "gpus"), [("gpu-moe8", 8), ("mixtral-8x7b", 64), ("mixtral-8x7b", 1024)])
+def test_layouts_that_the_plan_proposes_are_trained(library: Path, tmp_path: Path, config: str, gpus: int) -> None:
+    cases = proposed_layouts(ROOT / f"configs/{config}.yaml", gpus)
     assert len(cases) > 2
     assert unexpected(rehearsed(library, gpus, cases, tmp_path)) == {}
 
