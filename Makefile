@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 COMPILE := $(BIN)/python -c 'import datasets, moelm.compare.report, moelm.data.prepare, moelm.train.setup, torch._dynamo'
 # Compiled modules are kept, or each of the many processes of demo and tests would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
-SLOW := slow
+TESTS := not slow and not gpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint format type check clean
@@ -34,10 +34,10 @@ demo: $(CORE)  ## Train the dense baseline and the mixture of experts, and compa
 	BIN=$(BIN) bash scripts/demo.sh
 
 test: $(READY)  ## Run the fast tests
-	$(BIN)/pytest -n 3
+	$(BIN)/pytest -m "$(TESTS)" -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(READY)  ## Run the slow tests: several processes, kills, the whole pipeline
-	$(BIN)/pytest -m "$(SLOW)" -n 3 --maxschedchunk 1
+	$(MAKE) test TESTS=slow
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .

@@ -168,6 +168,7 @@ def _compile_blocks(model: Transformer, experts_apart: bool) -> None:
     Of experts the function is compiled and not the module, whose hooks by FSDP stay outside. Their rows are of a dynamic
     number from the first, because a recomputed pass must run the same code.
     """
+    model.compiled_blocks = True
     for block in model.blocks:
         block.compile()
         if experts_apart and isinstance(block.ffn, MoELayer):

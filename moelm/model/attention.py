@@ -6,13 +6,18 @@ Shapes: B batch, T query positions, S key positions, D model width, H query head
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from moelm.config import ModelConfig
 from moelm.model.backend import compute_dtype
+from moelm.model.flex_attention import flex_mask, flex_masked_attention, use_flex_attention
 from moelm.model.kv_cache import LayerCache
 from moelm.model.norm import RMSNorm
 from moelm.model.rope import rotate
 from moelm.model.sliding_window import WindowBlocks, masked_attention, window_blocks, windowed_attention
+
+Mask = Tensor | WindowBlocks | BlockMask
+"""Which keys each query attends to."""
 
 SHORT = 512
 """Positions up to which `short_causal_attention` is faster."""
@@ -25,11 +30,19 @@ def build_mask(
     device: torch.device,
     segments_BT: Tensor | None = None,
     starts_B: Tensor | None = None,
-) -> Tensor | WindowBlocks | None:
-    """The mask of every layer in its cheapest form: window blocks, a boolean mask, or None for plain causal attention."""
-    window = config.window
-    unmasked = queries == keys and segments_BT is None and starts_B is None
-    if window is not None and window < keys and unmasked and config.attention_logit_cap is None:
+    compiled: bool = False,
+) -> Mask | None:
+    """The mask of every layer in its cheapest form; None for plain causal attention.
+
+    Args:
+        compiled: whether the attention is compiled.
+    """
+    window, cap = config.window, config.attention_logit_cap
+    windowed, complete = window is not None and window < keys, queries == keys and starts_B is None
+    plain = not windowed and segments_BT is None and cap is None
+    if complete and not plain and use_flex_attention(config, device, compiled):
+        return flex_mask(keys, window, segments_BT, device)
+    if window is not None and windowed and complete and segments_BT is None and cap is None:
         return window_blocks(window, device)
     return attention_mask(queries, keys, window, device, segments_BT, starts_B)
 
@@ -135,7 +148,7 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | WindowBlocks | None,
+        mask: Mask | None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend; `mask` is from `build_mask`, for these queries and all keys including cached ones."""
@@ -159,7 +172,9 @@ class Attention(nn.Module):
         q_BHTC, k_BGTC = (rotate(x, *rope).transpose(1, 2) for x in (q_BTHC, k_BTGC))
         return q_BHTC, k_BGTC, v_BTGC.transpose(1, 2)
 
-    def _attend(self, q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Tensor | WindowBlocks | None) -> Tensor:
+    def _attend(self, q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, mask: Mask | None) -> Tensor:
+        if isinstance(mask, BlockMask):
+            return flex_masked_attention(q_BHTC, k_BGSC, v_BGSC, mask, self.logit_cap)
         if isinstance(mask, WindowBlocks):
             return windowed_attention(q_BHTC, k_BGSC, v_BGSC, mask)
         if self.logit_cap is not None:

@@ -20,6 +20,9 @@ def use_custom_backward(x: Tensor) -> bool:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with `x`: autocast's dtype, or its own."""
-    device = x.device.type
-    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return dtype
+    return autocast_dtype(x.device.type) or x.dtype
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast on a kind of device, if it is enabled."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

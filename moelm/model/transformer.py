@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moelm.config import ModelConfig, MoEFFNConfig
 from moelm.model import rng
-from moelm.model.attention import Attention, build_mask
+from moelm.model.attention import Attention, Mask, build_mask
 from moelm.model.feed_forward import FeedForward
 from moelm.model.kv_cache import KVCache, LayerCache
 from moelm.model.loss import TokenLosses, next_token_losses
@@ -24,7 +24,6 @@ from moelm.model.moe.layer import MoELayer
 from moelm.model.moe.router import Router, Routing, TokenContext
 from moelm.model.norm import RMSNorm
 from moelm.model.rope import rope_tables
-from moelm.model.sliding_window import WindowBlocks
 
 
 class ModelOutput(NamedTuple):
@@ -42,7 +41,7 @@ class BlockInputs(NamedTuple):
     """What all blocks read in addition to their input."""
 
     rope: tuple[Tensor, Tensor]
-    mask: Tensor | WindowBlocks | None
+    mask: Mask | None
     context: TokenContext
 
 
@@ -72,7 +71,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | WindowBlocks | None,
+        mask: Mask | None,
         cache: LayerCache | None,
         context: TokenContext,
     ) -> tuple[Tensor, Routing | None]:
@@ -82,7 +81,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | WindowBlocks | None,
+        mask: Mask | None,
         cache: LayerCache | None,
     ) -> Tensor:
         """The first half of the block."""
@@ -108,6 +107,9 @@ class Transformer(nn.Module):
     Args:
         config: its shape, with `vocab_size` set.
     """
+
+    compiled_blocks = False
+    """Whether each block is compiled by itself."""
 
     resident: Callable[[Block], AbstractContextManager[object]] = nullcontext
     """A context in which a block has its weights in memory; another one where they are read when they are needed."""
@@ -177,7 +179,8 @@ class Transformer(nn.Module):
             rope = rope_tables(torch.arange(queries, device=device), config)
         else:
             rope = cache.rope[0][past : past + queries], cache.rope[1][past : past + queries]
-        mask = build_mask(config, queries, past + queries, device, segments_BT, starts_B)
+        compiled = torch.compiler.is_compiling() or self.compiled_blocks
+        mask = build_mask(config, queries, past + queries, device, segments_BT, starts_B, compiled)
         return BlockInputs(rope, mask, self._context(tokens_BT, past, starts_B, valid_BT, rng_keys_B))
 
     def embed(self, tokens_BT: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Scripts that start training on clusters; their shell commands run here, with this machine as two nodes."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -152,7 +153,8 @@ def test_the_slurm_script_saves_requeues_and_resumes(workplace: Path, cluster: d
     wait_for_steps(workplace, 3)
     process.send_signal(signal.SIGUSR1)
     _, message = process.communicate(timeout=60)
-    assert message.count("Stopped by SIGUSR1 and saved at step") == 1, message
+    # torchrun sends SIGTERM instead if the signal meets it while it starts to measure a time (its variable is not set yet).
+    assert len(re.findall("Stopped by SIG(?:USR1|TERM) and saved at step", message)) == 1, message
     assert (workplace / "requeued").read_text().split() == ["requeue", "7"]
     done = subprocess.run(
         script, cwd=workplace, env={**cluster, "SLURM_RESTART_COUNT": "1"}, capture_output=True, text=True, timeout=120

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,6 +52,8 @@ class Recorder(TorchDispatchMode):
         self.order: list[str] = []
         """Syncs and collectives, one after another."""
 
+    supports_higher_order_operators = True
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """The compiler traces below this mode; compiled code runs in it."""
@@ -83,6 +86,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            self.operations[func.name()] += 1
+            return func(*args, **kwargs)
         x = args[0] if args and isinstance(args[0], Tensor) else None
         on_gpu = x is not None and x.device.type == "cuda"
         namespace, name, _ = str(func).split(".")

@@ -70,6 +70,20 @@ def test_every_implementation_equals_the_loop(ends: list[int], gated: bool, acti
             assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_cast_are_stacked_for_one_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def record(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return original_grouped_mm(x, weight, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", record)
+    value_and_gradients(grouped_swiglu_cuda, make_inputs(ENDS["even"], dtype, gated=True), "silu", autocast=True)
+    hidden = [(E, D, 2 * H)] if dtype == torch.float32 else [(E, D, H)] * 2
+    assert shapes == [*hidden, (E, H, D)]
+
+
 class _GroupedMMOfBlackwell(torch.autograd.Function):
     """`F.grouped_mm` whose backward pass gives experts without rows arbitrary gradients: here NaN."""
 
