@@ -34,7 +34,7 @@ demo: $(CORE)  ## Train the dense baseline and the mixture of experts, and compa
 	BIN=$(BIN) bash scripts/demo.sh
 
 test: $(READY)  ## Run the fast tests
-	$(BIN)/pytest -m "$(TESTS)" -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -m "$(TESTS)" -n 3 --no-loadscope-reorder
 
 test-slow: $(READY)  ## Run the slow tests: several processes, kills, the whole pipeline
 	$(MAKE) test TESTS=slow

@@ -17,6 +17,8 @@ import yaml
 from tests.processes import run_moelm
 
 if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
+
     from moelm.config import RunConfig
     from moelm.data.loader import PreparedData
 
@@ -46,6 +48,12 @@ VOCABULARY = [
     "sleeps",
 ]
 
+ON_ONE_WORKER = {
+    f"tests/{name}.py"
+    for name in ("data/test_holdout", "data/test_corpus", "compare/ladder/test_comparison", "analyze/test_page")
+}
+"""Files with a fixture that takes many seconds and is for the whole file."""
+
 Moelm = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -53,6 +61,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest tests first, so that no worker is left alone with one at the end."""
     slow = {item: item.get_closest_marker("slow") for item in items}
     items.sort(key=lambda item: -slow[item].kwargs.get("seconds", 0) if slow[item] else 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadScopeScheduling":
+    """One test after another for each worker, but the tests of `ON_ONE_WORKER` as files."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if file in ON_ONE_WORKER else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -239,6 +239,11 @@ class MoEFFNConfig(Config):
         return self
 
     @property
+    def depends_on_micro_batches(self) -> bool:
+        """Whether results depend on which tokens are in one forward pass."""
+        return self.balance.scope == "micro" or self.capacity_factor is not None or self.router.kind == "expert_choice"
+
+    @property
     def dense_hidden_dim(self) -> int:
         """Width of a dense block with the same active parameters."""
         return (self.top_k + self.shared_experts) * self.hidden_dim

@@ -12,8 +12,8 @@ BACKWARD_PASSES = 2
 """Elements that the backward pass moves for each of the forward pass."""
 LOGIT_BYTES = 30
 """Moved for each logit: written and read in the dtype of products, and in float32 by softmax, loss and their gradients."""
-OPERATIONS_PER_TENSOR = 6
-"""Small operations for each weight, outside of compiled graphs: its gradient's norm, and its part of the update."""
+OPERATIONS_PER_TENSOR = 1
+"""Small operations for each weight, outside of compiled graphs: its place among the gradients' norms."""
 
 
 def activation_traffic(config: RunConfig, strategy: Strategy) -> float:

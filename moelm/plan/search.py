@@ -102,7 +102,7 @@ def make_plan(config: RunConfig, gpus: int, device: str) -> Plan:
     """Estimate every layout of a config, whose vocabulary size is known, on a number of GPUs.
 
     For each layout, the fastest strategy that fits is chosen: activation checkpointing as in the config or more, and any
-    micro-batch if the config's is `auto` and the balance losses do not depend on it, otherwise the config's or one row.
+    micro-batch if the config's is `auto` and results do not depend on it, otherwise the config's or one row.
 
     Raises:
         MoelmError: an unknown device, or a batch that the GPUs cannot share equally.
@@ -159,8 +159,8 @@ def _best_candidate(config: RunConfig, dims: ParallelDims, device: Device) -> Ca
 def _micro_batches(config: RunConfig, gpus: int) -> list[int]:
     """Rows of the micro-batches that a plan may choose."""
     share, ffn = config.batch_rows // gpus, config.model.ffn
-    of_micro_batches = isinstance(ffn, MoEFFNConfig) and ffn.balance.scope == "micro"
-    if config.train.micro_batch_tokens == "auto" and not of_micro_batches:
+    fixed = isinstance(ffn, MoEFFNConfig) and ffn.depends_on_micro_batches
+    if config.train.micro_batch_tokens == "auto" and not fixed:
         return [rows for rows in range(1, share + 1) if share % rows == 0]
     return list(dict.fromkeys((config.micro_batch_rows(gpus), 1)))
 

@@ -1,9 +1,8 @@
-"""The optimizer, AdamW and Muon by parameter group, and the gradient norm.
+"""The optimizer: AdamW and Muon by parameter group.
 
 Gradient clipping is a factor that the update applies, not a pass over the gradients.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch.optim.adamw import adamw
 
 from moelm.config import OptimConfig
 from moelm.model import Transformer
-from moelm.model.dtensor import local, local_slices, num_replicas
+from moelm.model.dtensor import local, local_slices
 from moelm.model.roles import head_counts
+from moelm.train.gradient_norm import gradient_norm, gradient_squares
 from moelm.train.muon import Muon
 from moelm.train.parameter_groups import build_groups
 
@@ -117,36 +117,6 @@ def _fresh_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:
         "exp_avg": torch.zeros_like(parameter),
         "exp_avg_sq": torch.zeros_like(parameter),
     }
-
-
-@torch.no_grad()
-def gradient_squares(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Squared norm of each matrix's gradient, float64, of this process's shards, to be summed over processes.
-
-    A stack of experts has one entry for each expert of the whole model; every other parameter has one. Replicated
-    gradients are divided by the number of replicas, so that every element counts once. Rows are summed in the gradient's
-    dtype, and their sums in float64: in float32, half a million squares would be off by 5e-6, and by another amount for
-    every sharding.
-    """
-    squares = []
-    for parameter in parameters:
-        stacked = parameter.dim() == 3
-        total = torch.zeros(len(parameter) if stacked else 1, dtype=torch.float64, device=parameter.device)
-        if parameter.grad is not None:
-            rows = torch.linalg.vector_norm(local(parameter.grad), dim=-1).double().square()
-            own = total[local_slices(parameter)[0]] if stacked else total
-            own.copy_((rows.sum(dim=-1) if stacked else rows.sum()) / num_replicas(parameter))
-        squares.append(total)
-    return torch.cat(squares)
-
-
-def gradient_norm(squares: Sequence[float]) -> float:
-    """The norm of the whole gradient.
-
-    The sum is rounded once, so that neither its order nor a parameter with a zero gradient changes a bit of it; this keeps
-    a mixture of one expert bitwise equal to the dense model.
-    """
-    return math.sqrt(math.fsum(squares))
 
 
 def _zero_gradients(parameters: Iterable[nn.Parameter], squares: Sequence[float]) -> dict[nn.Parameter, list[bool]]:

@@ -35,9 +35,10 @@ from moelm.runs.lock import RunLock
 from moelm.runs.metrics import Line
 from moelm.train.batches import MicroBatch, StepBatches
 from moelm.train.checkpoint_saver import CheckpointSaver
+from moelm.train.gradient_norm import gradient_norm
 from moelm.train.metrics import MetricsLogger
 from moelm.train.objective import layer_sums, micro_batch_loss
-from moelm.train.optimizer import Optimizer, gradient_norm
+from moelm.train.optimizer import Optimizer
 from moelm.train.profiler import profile_steps
 from moelm.train.routing_metrics import add_statistics, routing_metrics
 from moelm.train.schedule import learning_rate

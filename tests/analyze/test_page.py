@@ -18,8 +18,6 @@ from moelm.analyze.passages import Passage, sample_passages
 from moelm.analyze.report import analyze_run
 from moelm.runs.load import open_run
 
-pytestmark = pytest.mark.xdist_group("analyze page")  # its fixtures are made once
-
 SPECIAL_TEXTS = ["<b>", " &amp;", "\n", "\r", "</script>", '"é🙂', ""]
 
 

@@ -22,8 +22,6 @@ from moelm.data.corpus.builtin import MIN_CHARS, builtin_documents, builtin_fing
 from moelm.data.corpus.synthetic import SYNTHETIC_DOMAINS, synthetic_documents
 from moelm.data.document import Document
 
-pytestmark = pytest.mark.xdist_group("corpus")  # its fixtures are made once
-
 REAL_DOMAINS = ("stdlib-code", "stdlib-docs", "package-code", "package-docs", "headers")
 
 

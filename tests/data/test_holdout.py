@@ -14,8 +14,6 @@ from moelm.data.corpus.synthetic import SYNTHETIC_DOMAINS
 from moelm.data.document import Document
 from moelm.data.effective_documents import effective_documents
 
-pytestmark = pytest.mark.xdist_group("holdout")  # its fixtures are made once
-
 FRACTION = 0.01
 
 

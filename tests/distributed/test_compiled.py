@@ -15,6 +15,7 @@ from moelm.config import MoEFFNConfig
 from moelm.model import swiglu
 from moelm.model.moe import layer as moe_layer
 from moelm.model.moe.router import Routing, TokenContext, TopKRouter
+from moelm.train import gradient_norm
 from tests.conftest import largest_deviation, metrics_lines
 from tests.distributed.launching import NO_NEAR_TIES
 from tests.distributed.train_runs import main as train_runs
@@ -35,8 +36,9 @@ class UnevenRouter(TopKRouter):
 
 
 def train_by_code_for_gpus() -> None:
-    """Train with `F.grouped_mm`, and uneven routers in every second layer."""
+    """Train with `F.grouped_mm` and the norms of GPUs, and uneven routers in every second layer."""
     swiglu._has_grouped_kernel = lambda x: True
+    gradient_norm._squares_by_rows = gradient_norm._squares_by_few_kernels
 
     def build_router(dim: int, ffn: MoEFFNConfig, layer: int) -> TopKRouter:
         kind = TopKRouter if layer % 2 else UnevenRouter

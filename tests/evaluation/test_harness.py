@@ -25,8 +25,6 @@ from lm_eval.tasks import TaskManager
 from moelm.evaluation import harness
 from moelm.evaluation.harness import HarnessModel, evaluate_tasks
 
-pytestmark = pytest.mark.xdist_group("harness")  # its fixtures are made once
-
 RTOL = 2e-6
 """Relative tolerance of float32 log-likelihoods, which are sums over tokens; those of the two models differ by 2e-7."""
 

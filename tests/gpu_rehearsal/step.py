@@ -114,6 +114,7 @@ def rehearse(config: RunConfig, processes: int, device: torch.device) -> dict[st
         "order": recorder.order,
         "nondeterministic": recorder.nondeterministic,
         "masks": recorder.operations["aten.where.self"] + recorder.operations["aten.where.ScalarOther"],
+        "masked": compiled and bool(config.data.document_mask or config.model.window or config.model.attention_logit_cap),
         "flex_attention": recorder.operations["flex_attention"],
         "planned": total_traffic(step_collectives(config, strategy))._asdict(),
         "graphs": counters["stats"]["unique_graphs"],

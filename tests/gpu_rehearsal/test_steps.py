@@ -120,8 +120,7 @@ def unexpected_in(case: str, recorded: dict[str, Any]) -> Iterator[str]:
     if recorded["syncs"][STEP_SYNC] != 1:
         yield f"{recorded['syncs'][STEP_SYNC]} copies of a step's results to the host"
     yield from (f"{operation} has no deterministic kernel" for operation in recorded["nondeterministic"])
-    masked = any(words in case for words in ("document_mask", "model.window")) and EAGER not in case
-    if masked != bool(recorded["flex_attention"]):
+    if recorded["masked"] != bool(recorded["flex_attention"]):
         yield f"{recorded['flex_attention']} calls of FlexAttention"
     for explanation in recorded["graph_breaks"]:
         if "parallel.ep" not in case or not any(words in explanation for words in ALLOWED_BREAKS):

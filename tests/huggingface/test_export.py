@@ -25,8 +25,6 @@ from tests.conftest import Moelm
 from tests.huggingface.hf_models import read_tensors, transformers
 from tests.tokenizers import SHAPES
 
-pytestmark = pytest.mark.xdist_group("export")  # its fixtures are made once
-
 MODEL: dict[str, Any] = {"dim": 16, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "max_seq_len": 64, "init_std": 0.3}
 MOE: dict[str, Any] = {"kind": "moe", "hidden_dim": 12, "num_experts": 4, "top_k": 2}
 DENSE: dict[str, Any] = {"kind": "dense", "hidden_dim": 28}

@@ -79,7 +79,8 @@ def test_a_batch_is_divided_no_further_than_memory_demands() -> None:
     assert best.strategy.micro_batch_rows == load("mixtral-8x7b").batch_rows // 64
     fixed = load("mixtral-8x7b", "train.micro_batch_tokens=16384")
     assert make_plan(fixed, 64, "h100").best.step_s > best.step_s
-    for config in (fixed, load("mixtral-8x7b", "model.ffn.balance.scope=micro")):
+    dependent = [load("mixtral-8x7b", f"model.ffn.{key}") for key in ("balance.scope=micro", "capacity_factor=1.25")]
+    for config in (fixed, *dependent):
         rows = {candidate.strategy.micro_batch_rows for candidate in make_plan(config, 64, "h100").candidates}
         assert rows <= {1, 4}
 
@@ -174,9 +175,12 @@ def test_a_step_includes_the_update() -> None:
     assert difference == pytest.approx(products - 2 * 4 * matrices / bytes_per_s, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "by_hand"), [("gpu-dense", 0.051), ("gpu-moe8", 0.070), ("gpu-moe64", 0.096)])
+@pytest.mark.parametrize(("name", "by_hand"), [("gpu-dense", 0.048), ("gpu-moe8", 0.067), ("gpu-moe64", 0.093)])
 def test_times_are_near_an_estimate_kernel_by_kernel(name: str, by_hand: float) -> None:
-    """16,384 tokens on one H100; many small experts cost weight-sized passes and slow products, and not only FLOPs."""
+    """16,384 tokens on one H100; many small experts cost weight-sized passes and slow products, and not only FLOPs.
+
+    By hand 51, 70 and 96 ms were found when the gradients' norms took 5 operations more for each weight, which are 3 ms.
+    """
     config = count_model(load_config(ROOT / f"configs/{name}.yaml"))[1]
     assert make_plan(config, 1, "h100").best.step_s == pytest.approx(by_hand, rel=0.06)
 

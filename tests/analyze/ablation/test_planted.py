@@ -21,8 +21,6 @@ from moelm.model.moe.router import TopKRouter
 from tests.analyze.ablation.planted import ALPHABETS, BYTES, config_of, opened, planted_data, planted_model
 from tests.analyze.test_collect import RandomRouter
 
-pytestmark = pytest.mark.xdist_group("planted")  # its fixtures are made once
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:

@@ -16,8 +16,6 @@ from moelm.report.directory import check_report_directory
 from moelm.runs.record import read_runs
 from tests.compare.linear_runs import DENSE, MOE, write_run
 
-pytestmark = pytest.mark.xdist_group("ladder")  # its fixtures are made once
-
 FLOPS = [1e9, 3e9, 9e9, 27e9, 81e9]
 
 
