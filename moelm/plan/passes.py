@@ -18,10 +18,13 @@ OPERATIONS_PER_TENSOR = 1
 
 def activation_traffic(config: RunConfig, strategy: Strategy) -> float:
     """Bytes moved by everything between the matrix products of all forward and backward passes."""
-    forward = sum(_layer_bytes(config, strategy, layer) for layer in range(config.model.num_layers))
-    forwards = 1 + BACKWARD_PASSES + strategy.needs_extra_forward(config) + (strategy.checkpointing == "full")
+    layers = range(config.model.num_layers)
+    forward = sum(_layer_bytes(config, strategy, layer) for layer in layers)
+    hidden = sum(_hidden_bytes(config, strategy, layer) for layer in layers)
+    recomputed = {"none": 0, "selective": hidden, "full": forward}[strategy.checkpointing]
+    forwards = 1 + BACKWARD_PASSES + strategy.needs_extra_forward(config)
     logits = LOGIT_BYTES * (config.model.vocab_size or 0)
-    return config.train.batch_tokens / strategy.dims.size * (forwards * forward + logits)
+    return config.train.batch_tokens / strategy.dims.size * (forwards * forward + recomputed + logits)
 
 
 def cast_traffic(config: RunConfig, strategy: Strategy) -> float:
@@ -50,15 +53,20 @@ def small_operations(config: RunConfig) -> int:
     return OPERATIONS_PER_TENSOR * sum(model_weights(config).values())
 
 
-def _layer_bytes(config: RunConfig, strategy: Strategy, layer: int) -> float:
+def _layer_bytes(config: RunConfig, strategy: Strategy, layer: int) -> int:
     """Bytes per token that the forward pass of one layer moves outside of its products."""
     model, element = config.model, strategy.activation_bytes
     ffn = model.ffn_at(layer)
     norms = 2 * (FP32_BYTES + element) * model.dim  # the residual stream is float32
     additions = 2 * (2 * FP32_BYTES + element) * model.dim
     rotations = 2 * element * (model.num_heads + model.kv_heads) * model.size_per_head
-    active = ffn.top_k + ffn.shared_experts if isinstance(ffn, MoEFFNConfig) else 1
-    activations = 3 * element * active * ffn.hidden_dim
     # Rows are read and written on the way to the experts and on the way back.
     rows = 4 * element * ffn.top_k * model.dim if isinstance(ffn, MoEFFNConfig) else 0
-    return norms + additions + rotations + activations + rows
+    return norms + additions + rotations + _hidden_bytes(config, strategy, layer) + rows
+
+
+def _hidden_bytes(config: RunConfig, strategy: Strategy, layer: int) -> int:
+    """Bytes per token that one layer's activation function moves: two hidden activations are read, their product written."""
+    ffn = config.model.ffn_at(layer)
+    active = ffn.top_k + ffn.shared_experts if isinstance(ffn, MoEFFNConfig) else 1
+    return 3 * strategy.activation_bytes * active * ffn.hidden_dim

@@ -198,6 +198,9 @@ def test_traffic_of_memory_by_the_tensors_that_a_step_moves() -> None:
     layer = norms + additions + 2 * 2 * heads * config.model.size_per_head + 3 * 2 * 512
     expected = config.train.batch_tokens * (3 * config.model.num_layers * layer + 30 * logits)
     assert activation_traffic(config, strategy) == expected
+    assert activation_traffic(config, strategy._replace(checkpointing="selective")) == (
+        expected + config.train.batch_tokens * config.model.num_layers * 3 * 2 * 512
+    )
     assert activation_traffic(config, strategy._replace(checkpointing="full")) == pytest.approx(
         expected + config.train.batch_tokens * config.model.num_layers * layer
     )
