@@ -66,7 +66,7 @@ def _layer_bytes(config: RunConfig, strategy: Strategy, layer: int) -> int:
 
 
 def _hidden_bytes(config: RunConfig, strategy: Strategy, layer: int) -> int:
-    """Bytes per token that one layer's activation function moves: two hidden activations are read, their product written."""
+    """Bytes per token that one layer's activation function moves: two hidden vectors read, their product written."""
     ffn = config.model.ffn_at(layer)
     active = ffn.top_k + ffn.shared_experts if isinstance(ffn, MoEFFNConfig) else 1
     return 3 * strategy.activation_bytes * active * ffn.hidden_dim
