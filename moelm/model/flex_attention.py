@@ -1,7 +1,7 @@
 """Masked attention on GPUs by torch's FlexAttention: blocks of logits without an allowed pair are not computed.
 
-A boolean mask costs as much as full attention or more, and memory for every pair of positions. FlexAttention is fast only
-in compiled code, in which it becomes one kernel with the mask and the cap of the logits inside.
+A boolean mask costs as much as full attention or more, and memory for every pair of positions, as does a cap of the logits.
+FlexAttention is fast only in compiled code, in which it becomes one kernel with the mask and the cap inside.
 
 Shapes: B batch, T positions, H query heads, G key/value heads, C head width.
 """

@@ -128,8 +128,8 @@ def grouped_swiglu_cuda(
 ) -> Tensor:
     """All experts in one kernel; row bounds stay on the device, so a compiler has no graph break.
 
-    Weights that must be cast are stacked as they are cast, so that w1 and w3 are one product: half as many products of
-    twice the width. Weights that have the dtype already, as FSDP gathers them, would be copied only for that.
+    Weights that must be cast are stacked as they are cast, which a compiler does in one pass, so that w1 and w3 are one
+    product of twice the width. Weights that have the dtype already, as FSDP gathers them, would be copied only for that.
     """
     dtype = compute_dtype(x_SD)
     if not len(x_SD):
@@ -139,8 +139,9 @@ def grouped_swiglu_cuda(
         return y_SD if gates_S is None else y_SD * gates_S[:, None].to(dtype)
     act, _, options = ACTIVATIONS[activation]
     w1, w2, w3 = weights
-    hidden = [w1, w3] if w1.dtype == dtype else [torch.cat((w1, w3), dim=1)]
-    stacks = [w.to(dtype) for w in (*hidden, w2)]
+    # Cast before they are stacked: otherwise their gradients would be views of one tensor, which autograd copies.
+    hidden = [w1, w3] if w1.dtype == dtype else [torch.cat((w1.to(dtype), w3.to(dtype)), dim=1)]
+    stacks = [*hidden, w2.to(dtype)]
     if _leaves_gradients_unset(x_SD.device):
         has_rows_E = ends_E.diff(prepend=ends_E.new_zeros(1)) > 0
         stacks = [_MaskedGradient.apply(w, has_rows_E) for w in stacks]  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ BACKWARD_PASSES = 2
 LOGIT_BYTES = 30
 """Moved for each logit: written and read in the dtype of products, and in float32 by softmax, loss and their gradients."""
 OPERATIONS_PER_TENSOR = 1
-"""Small operations for each weight, outside of compiled graphs: its place among the gradients' norms."""
+"""Small operations for each weight, outside of compiled graphs: what its gradient's norm needs."""
 
 
 def activation_traffic(config: RunConfig, strategy: Strategy) -> float:

@@ -37,8 +37,8 @@ def _squares_by_rows(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def _squares_by_few_kernels(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """One kernel for each stack of experts and a few for all other parameters; a GPU sums in float32 as a tree, with errors
-    of 1e-7."""
+    """One kernel for each stack of experts, or a few where they are divided among processes, and a few for all other
+    parameters. GPUs sum in float32 as a tree, with errors of 1e-7."""
     norms: dict[nn.Parameter, Tensor] = {}
     gradients = {parameter: local(parameter.grad) for parameter in parameters if parameter.grad is not None}
     if others := [parameter for parameter in gradients if parameter.dim() < 3]:
@@ -47,7 +47,8 @@ def _squares_by_few_kernels(parameters: Sequence[nn.Parameter]) -> Tensor:
     for parameter, gradient in gradients.items():
         if parameter.dim() == 3:
             own, (experts, *_) = torch.linalg.vector_norm(gradient, dim=(1, 2)), local_slices(parameter)
-            norms[parameter] = F.pad(own, (experts.start, len(parameter) - experts.stop))
+            others_E = experts.start, len(parameter) - experts.stop
+            norms[parameter] = F.pad(own, others_E) if any(others_E) else own
     if norms:
         torch._foreach_div_(list(norms.values()), [math.sqrt(num_replicas(parameter)) for parameter in norms])
     for parameter in parameters:
@@ -59,7 +60,7 @@ def _squares_by_few_kernels(parameters: Sequence[nn.Parameter]) -> Tensor:
 def gradient_norm(squares: Sequence[float]) -> float:
     """The norm of the whole gradient.
 
-    The sum is rounded once, so that neither its order nor a parameter with a zero gradient changes a bit of it; this keeps
-    a mixture of one expert bitwise equal to the dense model.
+    The sum is rounded once, so that neither its order nor a parameter with a zero gradient changes a bit of it; on CPUs
+    this keeps a mixture of one expert bitwise equal to the dense model.
     """
     return math.sqrt(math.fsum(squares))

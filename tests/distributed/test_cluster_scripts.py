@@ -153,7 +153,8 @@ def test_the_slurm_script_saves_requeues_and_resumes(workplace: Path, cluster: d
     wait_for_steps(workplace, 3)
     process.send_signal(signal.SIGUSR1)
     _, message = process.communicate(timeout=60)
-    # torchrun sends SIGTERM instead if the signal meets it while it starts to measure a time (its variable is not set yet).
+    # A signal just before torchrun's timing decorator sets its start time raises an UnboundLocalError there, and torchrun
+    # then stops its workers by SIGTERM.
     assert len(re.findall("Stopped by SIG(?:USR1|TERM) and saved at step", message)) == 1, message
     assert (workplace / "requeued").read_text().split() == ["requeue", "7"]
     done = subprocess.run(

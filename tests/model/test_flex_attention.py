@@ -3,17 +3,19 @@
 Its kernel is for GPUs only. On CPUs torch refuses gradients of it, a check that these tests remove.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 
 from moelm.config import DenseFFNConfig, ModelConfig
 from moelm.distributed.parallelize import apply_activation_checkpointing
 from moelm.model import Transformer, build_model, flex_attention
-from moelm.model.flex_attention import MIN_HEAD_DIM, use_flex_attention
+from moelm.model.flex_attention import MIN_HEAD_DIM, flex_mask, use_flex_attention
 from tests.tolerance import assert_close
 
 LENGTH = 300
@@ -33,9 +35,9 @@ def config_with(window: int | None = None, cap: float | None = None, num_heads: 
     )
 
 
-def documents() -> Tensor:
+def documents(seed: int = 0) -> Tensor:
     """Documents of random lengths, other ones in each row."""
-    starts_BT = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.02
+    starts_BT = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(seed)) < 0.02
     return starts_BT.cumsum(1)
 
 
@@ -46,9 +48,20 @@ def logits_and_gradients(model: Transformer, forward: Callable[..., object], seg
 
 
 @pytest.fixture
-def used_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def used_on_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    masks = []
+
+    def mask(*args: Any) -> torch_flex.BlockMask:
+        masks.append(args[0])
+        return flex_mask(*args)
+
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
     monkeypatch.setattr("moelm.model.attention.use_flex_attention", lambda config, device, compiled: compiled)
+    monkeypatch.setattr("moelm.model.attention.flex_mask", mask)
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    assert masks
 
 
 @pytest.mark.usefixtures("used_on_cpus")
@@ -59,7 +72,6 @@ def used_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["documents", "window", "cap", "all, recomputed"],
 )
 def test_it_equals_the_boolean_mask(window: int | None, cap: float | None, masked: bool, checkpointing: str) -> None:
-    torch._dynamo.reset()
     model = build_model(config_with(window, cap), seed=0)
     segments_BT = documents() if masked else None
     expected = logits_and_gradients(model, model, segments_BT)
@@ -72,16 +84,17 @@ def test_it_equals_the_boolean_mask(window: int | None, cap: float | None, maske
 @pytest.mark.usefixtures("used_on_cpus")
 @pytest.mark.slow(seconds=5)
 def test_compiled_blocks_get_a_mask_that_is_made_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     create = torch.compile(torch_flex.create_block_mask, backend="aot_eager")
     monkeypatch.setattr(flex_attention, "_compiled_create_block_mask", lambda: create)
     model = build_model(config_with(50), seed=0)
-    expected = logits_and_gradients(model, model, documents())
+    expected = [logits_and_gradients(model, model, documents(seed)) for seed in range(2)]
     model.compiled_blocks = True
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    for found, wanted in zip(logits_and_gradients(model, model, documents()), expected, strict=True):
-        assert_close(found, wanted)
+    for seed in range(2):
+        for found, wanted in zip(logits_and_gradients(model, model, documents(seed)), expected[seed], strict=True):
+            assert_close(found, wanted)
+        assert counters["stats"]["unique_graphs"] == 2  # the mask, and the equal blocks; other documents need no more
 
 
 @pytest.mark.parametrize(

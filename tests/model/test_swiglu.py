@@ -84,6 +84,16 @@ def test_weights_that_are_cast_are_stacked_for_one_product(dtype: torch.dtype, m
     assert shapes == [*hidden, (E, H, D)]
 
 
+def test_gradients_of_stacked_weights_are_no_views() -> None:
+    """Autograd would copy them."""
+    _, dx, *dweights, _ = value_and_gradients(
+        grouped_swiglu_cuda, make_inputs(ENDS["even"], torch.float32, gated=True), "silu", autocast=True
+    )
+    for gradient in (dx, *dweights):
+        assert gradient.is_contiguous()
+        assert gradient.untyped_storage().nbytes() == gradient.nbytes
+
+
 class _GroupedMMOfBlackwell(torch.autograd.Function):
     """`F.grouped_mm` whose backward pass gives experts without rows arbitrary gradients: here NaN."""
 
