@@ -52,7 +52,7 @@ def draw_scaling(fit: DoublingFit) -> Figure:
     label = f"{fit.slope:+.3f} nats for each doubling"
     axes.plot(ends, line, color=COLORS[2], linewidth=1.5, linestyle=DASHED, label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axes.set_xticks(ticks, [f"{round(value, 2):g}" for value in ticks])
     axes.minorticks_off()
     axes.set_title(f"Final loss by {fit.description}")
     axes.set_xlabel(fit.setting.replace("_", "-"))

@@ -93,7 +93,12 @@ def _scaling_table(comparison: Comparison) -> Table:
     if fit is None:
         return Table("", (), ())
     rows = tuple(
-        (name, f"{fit.values[name]:g}", f"{sum(losses) / len(losses):.3f}", ", ".join(f"{loss:.3f}" for loss in losses))
+        (
+            name,
+            f"{round(fit.values[name], 2):g}",
+            f"{sum(losses) / len(losses):.3f}",
+            ", ".join(f"{loss:.3f}" for loss in losses),
+        )
         for name, losses in fit.losses.items()
     )
     return Table(f"Loss by {fit.description}", ("run", fit.setting.replace("_", "-"), "final loss", "of each seed"), rows)
