@@ -11,7 +11,8 @@ import math
 import sys
 from pathlib import Path
 
-from study import Variant, markdown_table, run_variants
+from matplotlib.figure import Figure
+from study import Variant, markdown_table, run_variants, write_figure
 
 CONFIG = Path(__file__).parents[1] / "configs/shazeer-table6.yaml"
 PAPER = {
@@ -63,10 +64,9 @@ def broken_shapes(variants: list[Variant], experts: int, k: int) -> list[str]:
     return wrong
 
 
-def plot(variants: list[Variant], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, (over_time, at_end) = plt.subplots(1, 2, figsize=(10, 3.8), dims="constrained")
+def draw(variants: list[Variant]) -> Figure:
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    over_time, at_end = figure.subplots(1, 2)
     for weights, variant in zip(PAPER, variants, strict=True):
         label = f"importance {weights[0]:g}, load {weights[1]:g}"
         steps = [line["step"] for line in variant.lines]
@@ -77,11 +77,9 @@ def plot(variants: list[Variant], path: Path) -> None:
     at_end.set(xlabel="expert, by load", ylabel="load / mean load, last tenth of the run", yscale="log")
     at_end.legend(frameon=False, fontsize=8)
     for axes in (over_time, at_end):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e4e7eb")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    figure.savefig(path, dpi=140)
+    return figure
 
 
 def main() -> int:
@@ -98,7 +96,7 @@ def main() -> int:
     text = table(variants, experts, k)
     print(text)
     (arguments.out / "images").mkdir(parents=True, exist_ok=True)
-    plot(variants, arguments.out / "images/shazeer-table6.png")
+    write_figure(arguments.out / "images/shazeer-table6.png", lambda: draw(variants))
     wrong = broken_shapes(variants, experts, k)
     print("\n".join(wrong) if wrong else "The paper's shape holds.")
     return len(wrong)
