@@ -1,7 +1,6 @@
 """Scripts that start training on clusters; their shell commands run here, with this machine as two nodes."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -153,9 +152,7 @@ def test_the_slurm_script_saves_requeues_and_resumes(workplace: Path, cluster: d
     wait_for_steps(workplace, 3)
     process.send_signal(signal.SIGUSR1)
     _, message = process.communicate(timeout=60)
-    # A signal just before torchrun's timing decorator sets its start time raises an UnboundLocalError there, and torchrun
-    # then stops its workers by SIGTERM.
-    assert len(re.findall("Stopped by SIG(?:USR1|TERM) and saved at step", message)) == 1, message
+    assert message.count("Stopped by SIGUSR1 and saved at step") == 1, message
     assert (workplace / "requeued").read_text().split() == ["requeue", "7"]
     done = subprocess.run(
         script, cwd=workplace, env={**cluster, "SLURM_RESTART_COUNT": "1"}, capture_output=True, text=True, timeout=120

@@ -80,18 +80,18 @@ ONE_PROCESS = [
     f"{MOE}|train.micro_batch_tokens=8192",
 ]
 GRAPHS = {
-    f"router={{kind: noisy_topk}}|data.document_mask=true|{FULL}": 3,  # the mask is made outside of the blocks
-    # The mask, attention, experts and the loss; routing and exchange are not compiled.
-    f"parallel.ep=4|parallel.dp_shard=2|data.document_mask=true|{FULL}": 4,
+    f"parallel.ep=4|parallel.dp_shard=2|{FULL}|data.document_mask=true": 4,  # and the mask
+    f"parallel.ep=4|parallel.dp_shard=2|{FULL}": 3,  # attention, experts and the loss; routing and exchange are not
     "parallel.ep=2|parallel.dp_shard=2|optim.kind=muon": 9,
 }
 """Compiled graphs on eight processes, by settings, where they are not two."""
 EIGHT_PROCESSES = [
-    f"{TWO_LAYERS}|model.ffn.router={{kind: noisy_topk}}|data.document_mask=true|{FULL}",
+    f"{TWO_LAYERS}|model.ffn.router={{kind: noisy_topk}}|{FULL}",
     f"{TWO_LAYERS}|parallel.dp_shard=8|{SELECTIVE}|{PUBLISHED}",
     f"{TWO_LAYERS}|parallel.dp_shard=8|train.batch_tokens=32768|train.micro_batch_tokens=16384",
     f"{TWO_LAYERS}|parallel.ep=8|{EAGER}",
-    f"{TWO_LAYERS}|parallel.ep=4|parallel.dp_shard=2|data.document_mask=true|{FULL}",
+    f"{TWO_LAYERS}|parallel.ep=4|parallel.dp_shard=2|{FULL}",
+    f"{TWO_LAYERS}|parallel.ep=4|parallel.dp_shard=2|{FULL}|data.document_mask=true",
     f"{TWO_LAYERS}|parallel.ep=2|parallel.dp_shard=2|optim.kind=muon",
     f"{TWO_LAYERS}|parallel.ep=4|parallel.dense_shard=4|optim.kind=muon|train.batch_tokens=32768|{EAGER}",
 ]

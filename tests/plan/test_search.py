@@ -13,8 +13,15 @@ from moelm.hardware import DEVICES
 from moelm.model import count_parameters
 from moelm.plan import count_model, make_plan
 from moelm.plan.memory import estimate_memory
-from moelm.plan.passes import activation_traffic, cast_traffic, update_traffic
-from moelm.plan.search import COMPUTE_EFFICIENCY, LINK_EFFICIENCY, MEMORY_EFFICIENCY, possible_dims, transfer_seconds
+from moelm.plan.passes import activation_traffic, cast_traffic, small_operations, update_traffic
+from moelm.plan.search import (
+    COMPUTE_EFFICIENCY,
+    LAUNCH_S,
+    LINK_EFFICIENCY,
+    MEMORY_EFFICIENCY,
+    possible_dims,
+    transfer_seconds,
+)
 from moelm.plan.strategy import Strategy
 from moelm.plan.traffic import Collective, Traffic, step_collectives, total_traffic
 from moelm.plan.update import update_flops
@@ -175,14 +182,15 @@ def test_a_step_includes_the_update() -> None:
     assert difference == pytest.approx(products - 2 * 4 * matrices / bytes_per_s, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "by_hand"), [("gpu-dense", 0.048), ("gpu-moe8", 0.067), ("gpu-moe64", 0.093)])
+@pytest.mark.parametrize(("name", "by_hand"), [("gpu-dense", 0.051), ("gpu-moe8", 0.070), ("gpu-moe64", 0.096)])
 def test_times_are_near_an_estimate_kernel_by_kernel(name: str, by_hand: float) -> None:
     """16,384 tokens on one H100; many small experts cost weight-sized passes and slow products, and not only FLOPs.
 
-    By hand 51, 70 and 96 ms were found when the gradients' norms took 5 operations more for each weight, which are 3 ms.
+    The estimate has 6 small operations for each weight instead of one: it is older than norms of several gradients at once.
     """
     config = count_model(load_config(ROOT / f"configs/{name}.yaml"))[1]
-    assert make_plan(config, 1, "h100").best.step_s == pytest.approx(by_hand, rel=0.06)
+    later_saved = 5 * small_operations(config) * LAUNCH_S
+    assert make_plan(config, 1, "h100").best.step_s + later_saved == pytest.approx(by_hand, rel=0.06)
 
 
 def test_traffic_of_memory_by_the_tensors_that_a_step_moves() -> None:
